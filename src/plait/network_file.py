@@ -1,0 +1,191 @@
+"""The network file: who a network is, and which keys its members trust.
+
+``network.toml`` is plain TOML with a detached signature by the network's founder in
+``network.toml.sig`` (base64 of an envelope over the file's SHA-256). It holds public keys
+only. It is the source of every trust anchor: a bundle never brings its own.
+"""
+
+import base64
+import binascii
+import hashlib
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from google.protobuf.message import DecodeError
+
+from plait.envelope import open_envelope, seal
+from plait.errors import ConfigError, PlaitError
+from plait.identity import SigningKey, public_key_of
+from plait.types import PeerId
+from plait.v1.identity_pb2 import NetworkFileDigest, SignedEnvelope
+
+Admission = Literal["open", "invite", "allowlist"]
+_ADMISSIONS: tuple[Admission, ...] = ("open", "invite", "allowlist")
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """A ledger authority: where it listens and with which keys it signs."""
+
+    peer: PeerId
+    address: str
+    ledger_key: bytes
+    log_key: bytes
+    log_origin: str
+    certificate: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """A node to ask first: its libp2p multiaddr and its public port with pinned certificate."""
+
+    peer: PeerId
+    multiaddr: str
+    public_address: str
+    certificate: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkFile:
+    """The parsed and verified network file. DER certificates, raw 32-byte keys."""
+
+    network_id: str
+    founder: PeerId
+    admission: Admission
+    issuer_key: bytes
+    authorities: tuple[Authority, ...]
+    bootstrap: tuple[Bootstrap, ...]
+    audit_rate_percent: int = 2
+    allowed_peers: frozenset[PeerId] = frozenset()
+
+    def admits(self, peer: PeerId) -> bool:
+        """Whether the peer may take part."""
+        return self.admission == "open" or peer in self.allowed_peers
+
+    def to_toml(self) -> str:
+        """Render as TOML; ``parse`` reads it back."""
+        lines = [
+            "# A Plait network: public keys only. Signed by its founder in network.toml.sig.",
+            "[network]",
+            f'id = "{self.network_id}"',
+            f'founder = "{self.founder}"',
+            f'admission = "{self.admission}"',
+            f'issuer_key = "{self.issuer_key.hex()}"',
+            f"audit_rate_percent = {self.audit_rate_percent}",
+            f"allowed_peers = [{_quoted(sorted(self.allowed_peers))}]",
+        ]
+        for authority in self.authorities:
+            lines += [
+                "",
+                "[[authority]]",
+                f'peer = "{authority.peer}"',
+                f'address = "{authority.address}"',
+                f'ledger_key = "{authority.ledger_key.hex()}"',
+                f'log_key = "{authority.log_key.hex()}"',
+                f'log_origin = "{authority.log_origin}"',
+                f'certificate = "{base64.b64encode(authority.certificate).decode()}"',
+            ]
+        for node in self.bootstrap:
+            lines += [
+                "",
+                "[[bootstrap]]",
+                f'peer = "{node.peer}"',
+                f'multiaddr = "{node.multiaddr}"',
+                f'public_address = "{node.public_address}"',
+                f'certificate = "{base64.b64encode(node.certificate).decode()}"',
+            ]
+        return "\n".join(lines) + "\n"
+
+    def save(self, path: Path, founder_key: SigningKey) -> None:
+        """Write the file and its detached signature."""
+        data = self.to_toml().encode()
+        statement = NetworkFileDigest(
+            network_id=self.network_id, sha256=hashlib.sha256(data).digest()
+        )
+        envelope = seal(founder_key, statement).SerializeToString(deterministic=True)
+        path.write_bytes(data)
+        path.with_name(path.name + ".sig").write_bytes(base64.b64encode(envelope) + b"\n")
+
+
+def load_network_file(path: Path) -> NetworkFile:
+    """Read and verify a network file; raises ``ConfigError`` naming what is wrong."""
+    signature_path = path.with_name(path.name + ".sig")
+    try:
+        data, signature = path.read_bytes(), signature_path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the network file {error.filename}: {error.strerror}",
+            remedy="start one with: plait testnet up",
+        ) from error
+    network = parse_network_file(data, str(path))
+    _check_signature(network, data, signature, str(signature_path))
+    return network
+
+
+def parse_network_file(data: bytes, name: str = "network.toml") -> NetworkFile:
+    """Parse TOML bytes without checking the signature; raises ``ConfigError``."""
+    try:
+        document = tomllib.loads(data.decode())
+        head = document["network"]
+        if head["admission"] not in _ADMISSIONS:
+            raise ValueError(f"admission must be one of {', '.join(_ADMISSIONS)}")
+        public_key_of(head["founder"])
+        return NetworkFile(
+            network_id=str(head["id"]),
+            founder=PeerId(head["founder"]),
+            admission=head["admission"],
+            issuer_key=_key(head["issuer_key"]),
+            authorities=tuple(_authority(item) for item in document.get("authority", [])),
+            bootstrap=tuple(_bootstrap(item) for item in document.get("bootstrap", [])),
+            audit_rate_percent=int(head.get("audit_rate_percent", 2)),
+            allowed_peers=frozenset(PeerId(peer) for peer in head.get("allowed_peers", [])),
+        )
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"the network file {name} is not valid: {detail}") from error
+
+
+def _quoted(texts: list[PeerId]) -> str:
+    return ", ".join(f'"{text}"' for text in texts)
+
+
+def _key(text: str) -> bytes:
+    key = bytes.fromhex(text)
+    if len(key) != 32:
+        raise ValueError("a public key is 32 bytes of hex")
+    return key
+
+
+def _authority(item: dict[str, Any]) -> Authority:
+    return Authority(
+        peer=PeerId(item["peer"]),
+        address=str(item["address"]),
+        ledger_key=_key(item["ledger_key"]),
+        log_key=_key(item["log_key"]),
+        log_origin=str(item["log_origin"]),
+        certificate=base64.b64decode(item["certificate"], validate=True),
+    )
+
+
+def _bootstrap(item: dict[str, Any]) -> Bootstrap:
+    return Bootstrap(
+        peer=PeerId(item["peer"]),
+        multiaddr=str(item["multiaddr"]),
+        public_address=str(item["public_address"]),
+        certificate=base64.b64decode(item["certificate"], validate=True),
+    )
+
+
+def _check_signature(network: NetworkFile, data: bytes, signature: bytes, name: str) -> None:
+    try:
+        envelope = SignedEnvelope.FromString(base64.b64decode(signature.strip(), validate=True))
+        founder = public_key_of(network.founder)
+        statement = open_envelope(envelope, NetworkFileDigest, signer=founder)
+    except (binascii.Error, DecodeError, PlaitError) as error:
+        raise ConfigError(f"the signature {name} is not valid: {error}") from error
+    if statement.network_id != network.network_id or (
+        statement.sha256 != hashlib.sha256(data).digest()
+    ):
+        raise ConfigError(f"the signature {name} is for another network file")

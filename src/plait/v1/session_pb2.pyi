@@ -1,0 +1,155 @@
+from plait.v1 import identity_pb2 as _identity_pb2
+from plait.v1 import offer_pb2 as _offer_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class WireDtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WIRE_DTYPE_UNSPECIFIED: _ClassVar[WireDtype]
+    WIRE_DTYPE_F32: _ClassVar[WireDtype]
+    WIRE_DTYPE_BF16: _ClassVar[WireDtype]
+WIRE_DTYPE_UNSPECIFIED: WireDtype
+WIRE_DTYPE_F32: WireDtype
+WIRE_DTYPE_BF16: WireDtype
+
+class Sampling(_message.Message):
+    __slots__ = ("temperature_micros", "top_p_micros", "top_k", "seed", "end_ids")
+    TEMPERATURE_MICROS_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_MICROS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    END_IDS_FIELD_NUMBER: _ClassVar[int]
+    temperature_micros: int
+    top_p_micros: int
+    top_k: int
+    seed: int
+    end_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, temperature_micros: _Optional[int] = ..., top_p_micros: _Optional[int] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., end_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RouteStage(_message.Message):
+    __slots__ = ("peer_id", "start_layer", "end_layer", "offer_digest", "priced_layers", "prices")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    START_LAYER_FIELD_NUMBER: _ClassVar[int]
+    END_LAYER_FIELD_NUMBER: _ClassVar[int]
+    OFFER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PRICED_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    PRICES_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    start_layer: int
+    end_layer: int
+    offer_digest: bytes
+    priced_layers: int
+    prices: _offer_pb2.Prices
+    def __init__(self, peer_id: _Optional[str] = ..., start_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., offer_digest: _Optional[bytes] = ..., priced_layers: _Optional[int] = ..., prices: _Optional[_Union[_offer_pb2.Prices, _Mapping]] = ...) -> None: ...
+
+class RoutePlan(_message.Message):
+    __slots__ = ("model_digest", "stages")
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    model_digest: bytes
+    stages: _containers.RepeatedCompositeFieldContainer[RouteStage]
+    def __init__(self, model_digest: _Optional[bytes] = ..., stages: _Optional[_Iterable[_Union[RouteStage, _Mapping]]] = ...) -> None: ...
+
+class SessionOpen(_message.Message):
+    __slots__ = ("network_id", "session_id", "epoch", "client_peer_id", "route", "sampling", "prompt_tokens", "max_tokens", "chunk_tokens", "prefill_chunk_tokens", "wire_dtype", "handoff_salt", "issued_ms", "expires_ms")
+    NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_SALT_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_MS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_MS_FIELD_NUMBER: _ClassVar[int]
+    network_id: str
+    session_id: bytes
+    epoch: int
+    client_peer_id: str
+    route: RoutePlan
+    sampling: Sampling
+    prompt_tokens: int
+    max_tokens: int
+    chunk_tokens: int
+    prefill_chunk_tokens: int
+    wire_dtype: WireDtype
+    handoff_salt: bytes
+    issued_ms: int
+    expires_ms: int
+    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., client_peer_id: _Optional[str] = ..., route: _Optional[_Union[RoutePlan, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., prefill_chunk_tokens: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., handoff_salt: _Optional[bytes] = ..., issued_ms: _Optional[int] = ..., expires_ms: _Optional[int] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("session_open", "client_cert", "stage_index")
+    SESSION_OPEN_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_CERT_FIELD_NUMBER: _ClassVar[int]
+    STAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    session_open: _identity_pb2.SignedEnvelope
+    client_cert: _identity_pb2.SignedEnvelope
+    stage_index: int
+    def __init__(self, session_open: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., client_cert: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., stage_index: _Optional[int] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("code", "reason", "retry_after_ms")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    reason: str
+    retry_after_ms: int
+    def __init__(self, code: _Optional[str] = ..., reason: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+
+class OpenResponse(_message.Message):
+    __slots__ = ("refusal", "hold_expires_ms", "stage_cert")
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    HOLD_EXPIRES_MS_FIELD_NUMBER: _ClassVar[int]
+    STAGE_CERT_FIELD_NUMBER: _ClassVar[int]
+    refusal: Refusal
+    hold_expires_ms: int
+    stage_cert: _identity_pb2.SignedEnvelope
+    def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., hold_expires_ms: _Optional[int] = ..., stage_cert: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ...) -> None: ...
+
+class ConfirmRequest(_message.Message):
+    __slots__ = ("session_id", "epoch", "reservation", "grant")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    RESERVATION_FIELD_NUMBER: _ClassVar[int]
+    GRANT_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    epoch: int
+    reservation: _identity_pb2.SignedEnvelope
+    grant: _identity_pb2.SignedEnvelope
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., reservation: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., grant: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ...) -> None: ...
+
+class ConfirmResponse(_message.Message):
+    __slots__ = ("refusal",)
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    refusal: Refusal
+    def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class CloseRequest(_message.Message):
+    __slots__ = ("session_id", "epoch", "voucher", "reason")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VOUCHER_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    epoch: int
+    voucher: _identity_pb2.SignedEnvelope
+    reason: str
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., voucher: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class CloseResponse(_message.Message):
+    __slots__ = ("settled",)
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
+    settled: bool
+    def __init__(self, settled: _Optional[bool] = ...) -> None: ...
