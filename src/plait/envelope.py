@@ -94,6 +94,7 @@ def decode(payload: bytes, message_class: type[MessageT]) -> MessageT:
         message.ParseFromString(payload)
     except DecodeError as error:
         raise RemoteProtocolError(f"not a {message_class.DESCRIPTOR.name}") from error
+    message.DiscardUnknownFields()  # they would otherwise survive the round trip
     if encode(message) != payload:
         raise RemoteProtocolError(f"{message_class.DESCRIPTOR.name} is not canonically encoded")
     return message

@@ -24,6 +24,7 @@ from plait.types import PeerId
 
 # Identity multihash (0x00, 36 bytes) of the protobuf {Type: Ed25519, Data: 32 bytes}.
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
+_PEER_ID_CHARACTERS = 52
 
 _FIELD_PRIME = 2**255 - 19
 _GROUP_ORDER = 2**252 + 27742317777372353535851937790883648493
@@ -47,9 +48,15 @@ def peer_id_of(public_key: bytes) -> PeerId:
 
 
 def public_key_of(peer_id: str) -> bytes:
-    """Return the public key inside a peer id; raises ``ValueError`` if it holds none."""
+    """Return the public key inside a peer id; raises ``ValueError`` if it holds none.
+
+    Only the one canonical spelling is accepted: a peer id names a ledger account, and the
+    base58 decoder would strip white space, so one key could have several names.
+    """
+    if len(peer_id) != _PEER_ID_CHARACTERS:  # also bounds the decoder's quadratic work
+        raise ValueError(f"not an Ed25519 peer id: {peer_id[:64]}")
     raw = base58.b58decode(peer_id)
-    if len(raw) != 38 or not raw.startswith(_PEER_ID_PREFIX):
+    if not raw.startswith(_PEER_ID_PREFIX) or peer_id_of(raw[6:]) != peer_id:
         raise ValueError(f"not an Ed25519 peer id: {peer_id[:64]}")
     return raw[6:]
 

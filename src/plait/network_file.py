@@ -8,6 +8,7 @@ only. It is the source of every trust anchor: a bundle never brings its own.
 import base64
 import binascii
 import hashlib
+import json
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,22 +70,22 @@ class NetworkFile:
         lines = [
             "# A Plait network: public keys only. Signed by its founder in network.toml.sig.",
             "[network]",
-            f'id = "{self.network_id}"',
+            f"id = {_quoted(self.network_id)}",
             f'founder = "{self.founder}"',
             f'admission = "{self.admission}"',
             f'issuer_key = "{self.issuer_key.hex()}"',
             f"audit_rate_percent = {self.audit_rate_percent}",
-            f"allowed_peers = [{_quoted(sorted(self.allowed_peers))}]",
+            f"allowed_peers = [{', '.join(map(_quoted, sorted(self.allowed_peers)))}]",
         ]
         for authority in self.authorities:
             lines += [
                 "",
                 "[[authority]]",
                 f'peer = "{authority.peer}"',
-                f'address = "{authority.address}"',
+                f"address = {_quoted(authority.address)}",
                 f'ledger_key = "{authority.ledger_key.hex()}"',
                 f'log_key = "{authority.log_key.hex()}"',
-                f'log_origin = "{authority.log_origin}"',
+                f"log_origin = {_quoted(authority.log_origin)}",
                 f'certificate = "{base64.b64encode(authority.certificate).decode()}"',
             ]
         for node in self.bootstrap:
@@ -92,8 +93,8 @@ class NetworkFile:
                 "",
                 "[[bootstrap]]",
                 f'peer = "{node.peer}"',
-                f'multiaddr = "{node.multiaddr}"',
-                f'public_address = "{node.public_address}"',
+                f"multiaddr = {_quoted(node.multiaddr)}",
+                f"public_address = {_quoted(node.public_address)}",
                 f'certificate = "{base64.b64encode(node.certificate).decode()}"',
             ]
         return "\n".join(lines) + "\n"
@@ -131,24 +132,24 @@ def parse_network_file(data: bytes, name: str = "network.toml") -> NetworkFile:
         head = document["network"]
         if head["admission"] not in _ADMISSIONS:
             raise ValueError(f"admission must be one of {', '.join(_ADMISSIONS)}")
-        public_key_of(head["founder"])
         return NetworkFile(
             network_id=str(head["id"]),
-            founder=PeerId(head["founder"]),
+            founder=_peer(head["founder"]),
             admission=head["admission"],
             issuer_key=_key(head["issuer_key"]),
             authorities=tuple(_authority(item) for item in document.get("authority", [])),
             bootstrap=tuple(_bootstrap(item) for item in document.get("bootstrap", [])),
             audit_rate_percent=int(head.get("audit_rate_percent", 2)),
-            allowed_peers=frozenset(PeerId(peer) for peer in head.get("allowed_peers", [])),
+            allowed_peers=frozenset(_peer(item) for item in head.get("allowed_peers", [])),
         )
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"the network file {name} is not valid: {detail}") from error
 
 
-def _quoted(texts: list[PeerId]) -> str:
-    return ", ".join(f'"{text}"' for text in texts)
+def _quoted(text: str) -> str:
+    # A TOML basic string is a JSON string, but for DEL.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
 
 
 def _key(text: str) -> bytes:
@@ -158,9 +159,14 @@ def _key(text: str) -> bytes:
     return key
 
 
+def _peer(text: str) -> PeerId:
+    public_key_of(text)
+    return PeerId(text)
+
+
 def _authority(item: dict[str, Any]) -> Authority:
     return Authority(
-        peer=PeerId(item["peer"]),
+        peer=_peer(item["peer"]),
         address=str(item["address"]),
         ledger_key=_key(item["ledger_key"]),
         log_key=_key(item["log_key"]),
@@ -171,7 +177,7 @@ def _authority(item: dict[str, Any]) -> Authority:
 
 def _bootstrap(item: dict[str, Any]) -> Bootstrap:
     return Bootstrap(
-        peer=PeerId(item["peer"]),
+        peer=_peer(item["peer"]),
         multiaddr=str(item["multiaddr"]),
         public_address=str(item["public_address"]),
         certificate=base64.b64decode(item["certificate"], validate=True),

@@ -1,1 +1,1 @@
-"""plait.testing"""
+"""Public fakes for tests of Plait and of what is built on it."""

@@ -1,1 +1,1 @@
-"""plait.testnet"""
+"""A real network of processes on this machine: ``plait testnet``."""

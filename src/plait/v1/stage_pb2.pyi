@@ -85,10 +85,12 @@ class TokenResult(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ...) -> None: ...
 
 class LinkRequest(_message.Message):
-    __slots__ = ("frame",)
+    __slots__ = ("frame", "fault")
     FRAME_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
     frame: Frame
-    def __init__(self, frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+    fault: SessionFault
+    def __init__(self, frame: _Optional[_Union[Frame, _Mapping]] = ..., fault: _Optional[_Union[SessionFault, _Mapping]] = ...) -> None: ...
 
 class LinkResponse(_message.Message):
     __slots__ = ("result", "fault")

@@ -1,0 +1,104 @@
+"""The client's account on disk: keys, and a durable sequence number per lane.
+
+A reservation's signature is on disk before it is sent, and a new one is signed only after
+the ledger answered the last: so a crash cannot make the client sign two different
+reservations with one number. Several processes use one account through separate lanes.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from plait.errors import CapacityError, ConfigError
+from plait.identity import SigningKey, load_or_create_key
+from plait.net.tls import TlsIdentity, load_or_create
+from plait.types import PeerId
+from plait.v1.identity_pb2 import SignedEnvelope
+
+LANES = 64
+
+
+@dataclass(slots=True)
+class Lane:
+    """One lane, locked to this process while in use."""
+
+    number: int
+    _path: Path
+
+    def load(self) -> tuple[int, SignedEnvelope | None]:
+        """The next sequence number, and a reservation sent but never answered."""
+        if not self._path.exists():
+            return 1, None
+        try:
+            state = json.loads(self._path.read_text())
+            pending = state["pending"]
+            envelope = SignedEnvelope.FromString(bytes.fromhex(pending)) if pending else None
+            return int(state["next"]), envelope
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"the lane file {self._path} is damaged: {error}") from error
+
+    def save(self, next_sequence: int, pending: SignedEnvelope | None) -> None:
+        """Make the state durable before returning."""
+        text = json.dumps(
+            {"next": next_sequence, "pending": pending.SerializeToString().hex() if pending else ""}
+        )
+        part = self._path.with_suffix(".part")
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self._path)
+        directory = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A client's keys and lanes, in one folder."""
+
+    folder: Path
+    peer_key: SigningKey
+    ledger_key: SigningKey
+    tls: TlsIdentity
+
+    @property
+    def peer(self) -> PeerId:
+        """The client's peer id, which is also its account."""
+        return self.peer_key.peer_id
+
+    @contextlib.contextmanager
+    def lane(self) -> Iterator[Lane]:
+        """Lock a free lane; raises ``CapacityError`` when all are in use."""
+        lanes = self.folder / "lanes"
+        lanes.mkdir(exist_ok=True, mode=0o700)
+        for number in range(LANES):
+            with (lanes / f"{number}.lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                yield Lane(number, lanes / f"{number}.json")
+                return
+        raise CapacityError(f"all {LANES} lanes of the account are in use", retry_after_s=1.0)
+
+
+def open_account(folder: Path) -> Account:
+    """Load the keys of a folder, or make them on first use; raises ``ConfigError``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        peer_key = load_or_create_key(folder / "identity.key")
+        return Account(
+            folder=folder,
+            peer_key=peer_key,
+            ledger_key=load_or_create_key(folder / "ledger.key"),
+            tls=load_or_create(folder, peer_key.peer_id),
+        )
+    except OSError as error:
+        raise ConfigError(f"cannot use the account folder {folder}: {error.strerror}") from error

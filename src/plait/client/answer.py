@@ -1,0 +1,86 @@
+"""What a generation gives back."""
+
+import html
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from plait.router.cost import Prediction
+from plait.types import Microcredits, PeerId, Span
+
+
+@dataclass(frozen=True, slots=True)
+class RouteStep:
+    """One stage of the route taken."""
+
+    peer: PeerId
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of the answer as it streams: text that is complete UTF-8, and its tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished answer with its route, cost and evidence.
+
+    ``token_ids`` excludes the end token; ``bundle`` is the canonical JSON that
+    ``plait verify`` checks, None when not asked for. Times are in seconds.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    prompt_tokens: int
+    finish_reason: Literal["stop", "length"]
+    route: tuple[RouteStep, ...]
+    epochs: int
+    ttft_s: float
+    tpot_s: float
+    predicted: Prediction
+    cost_microcredits: Microcredits
+    receipts_verified: int
+    seed: int
+    bundle: bytes | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens delivered."""
+        return len(self.token_ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``plait run --json`` prints, its ``bundle`` member aside."""
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "finish_reason": self.finish_reason,
+            "route": [
+                {"peer": step.peer, "start": step.span.start, "end": step.span.end}
+                for step in self.route
+            ],
+            "epochs": self.epochs,
+            "ttft_s": round(self.ttft_s, 6),
+            "tpot_s": round(self.tpot_s, 6),
+            "predicted": {
+                "ttft_s": round(self.predicted.ttft_s, 6),
+                "tpot_s": round(self.predicted.tpot_s, 6),
+                "price_microcredits": self.predicted.price_microcredits,
+            },
+            "cost_microcredits": self.cost_microcredits,
+            "receipts_verified": self.receipts_verified,
+            "seed": self.seed,
+        }
+
+    def _repr_html_(self) -> str:
+        steps = " → ".join(f"{step.peer[-6:]} {step.span}" for step in self.route)
+        return (
+            f"<div><p>{html.escape(self.text)}</p><p><small>{html.escape(steps)} · "
+            f"{self.completion_tokens} tokens · {self.cost_microcredits} microcredits · "
+            f"{self.receipts_verified} receipts verified</small></p></div>"
+        )

@@ -1,0 +1,106 @@
+"""The same client without async: one event loop in a thread, every call waits for it."""
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from plait.client.answer import Answer, TextDelta
+from plait.client.client import AsyncClient, Options
+from plait.client.prompt import Prompt
+from plait.errors import LocalProtocolError
+from plait.router.plan import Plan
+from plait.router.view import View
+
+ResultT = TypeVar("ResultT")
+
+
+class Client:
+    """A client of one network; a context manager. See ``AsyncClient`` for the arguments."""
+
+    def __init__(self, network: Path | str, *, account: Path | str | None = None) -> None:
+        self._client = AsyncClient(network, account=account)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(started,), name="plait client", daemon=True
+        )
+        self._thread.start()
+        started.result()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._loop is not None and self._stop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+        if self._thread is not None:
+            self._thread.join()
+
+    def view(self) -> View:
+        """The offers and links known now."""
+        return self._client.view()
+
+    def wait_ready(self, model: str, timeout_s: float = 30.0) -> None:
+        """Return once a complete pipeline exists; raises the ``NoRoute`` that still holds."""
+        self._call(self._client.wait_ready(model, timeout_s))
+
+    def plan(self, model: str, prompt_tokens: int, options: Options | None = None) -> Plan:
+        """The route that would be taken now; raises ``NoRoute``."""
+        return self._client.plan(model, prompt_tokens, options or Options())
+
+    def generate(self, model: str, prompt: Prompt, options: Options | None = None) -> Answer:
+        """Answer a prompt. Ctrl-C cancels the session."""
+        return self._call(self._client.generate(model, prompt, options))
+
+    def stream(
+        self, model: str, prompt: Prompt, options: Options | None = None
+    ) -> Iterator[TextDelta | Answer]:
+        """Yield text as it comes, then the ``Answer``."""
+        source = self._client.stream(model, prompt, options)
+        try:
+            while (item := self._call(_next(source))) is not None:
+                yield item
+        finally:
+            self._call(source.aclose())
+
+    def _call(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+        if self._loop is None:
+            work.close()
+            raise LocalProtocolError("use the client as a context manager: with Client(…)")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _run(self, started: "concurrent.futures.Future[None]") -> None:
+        async def live() -> None:
+            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+            async with self._client:
+                started.set_result(None)
+                await self._stop.wait()
+
+        try:
+            asyncio.run(live())
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+        finally:
+            self._loop = None
+
+
+async def _next(source: AsyncGenerator[TextDelta | Answer, None]) -> TextDelta | Answer | None:
+    return await anext(source, None)

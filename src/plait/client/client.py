@@ -1,0 +1,265 @@
+"""The asynchronous client: a view of the network, and generations over it."""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from plait.client.account import Account, open_account
+from plait.client.answer import Answer, TextDelta
+from plait.client.dialer import Dialer
+from plait.client.generation import Generation, Order, Surroundings
+from plait.client.prompt import Prompt, check_lengths, prompt_ids
+from plait.errors import ConfigError, DeadlineExceeded, LocalProtocolError, NoRoute, PlaitError
+from plait.ledger.service.remote import RemoteLedger
+from plait.model.catalog import LocalModel, load
+from plait.model.tokenizer import Tokenizer
+from plait.net.watch import NetworkWatch
+from plait.network_file import NetworkFile, load_network_file
+from plait.router.plan import Plan, plan
+from plait.router.request import RouteRequest, Sort
+from plait.router.view import View
+from plait.types import MILLION, Microcredits, PeerId, Sampling, Span
+
+T = TypeVar("T")
+
+_STREAM_QUEUE_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to generate and how to route. ``seed`` None draws a fresh one.
+
+    ``max_price`` is microcredits for the whole request; ``pin`` keeps layers on a peer.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    raw: bool = False
+    sort: Sort = "latency"
+    max_price: int | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    pin: tuple[tuple[Span, PeerId], ...] = ()
+    only: frozenset[PeerId] = frozenset()
+    ignore: frozenset[PeerId] = frozenset()
+    bundle: bool = False
+
+    def route_request(self, prompt_tokens: int) -> RouteRequest:
+        """The router's part of the options; raises ``ConfigError`` for one out of range."""
+        if self.max_tokens < 1:
+            raise ConfigError("max_tokens must be at least 1")
+        try:
+            return RouteRequest(
+                prompt_tokens=prompt_tokens,
+                max_tokens=self.max_tokens,
+                max_price=None if self.max_price is None else Microcredits(self.max_price),
+                ttft_s=self.ttft_s,
+                tpot_s=self.tpot_s,
+                sort=self.sort,
+                pin=self.pin,
+                only=self.only,
+                ignore=self.ignore,
+            )
+        except ValueError as error:
+            raise ConfigError(f"bad routing option: {error}") from error
+
+    def sampling(self, end_ids: Sequence[int]) -> Sampling:
+        """The last stage's part; raises ``ConfigError`` for a value out of range."""
+        try:
+            return Sampling(
+                temperature_micros=round(self.temperature * MILLION),
+                top_p_micros=round(self.top_p * MILLION),
+                top_k=self.top_k,
+                seed=secrets.randbits(63) if self.seed is None else self.seed,
+                end_ids=tuple(end_ids),
+            )
+        except (ValueError, OverflowError) as error:
+            raise ConfigError(f"bad sampling: {error}") from error
+
+
+@dataclass(slots=True)
+class _Stream:
+    """Tokens of one generation on their way to an async iterator."""
+
+    queue: "asyncio.Queue[tuple[int, float] | None]" = field(
+        default_factory=lambda: asyncio.Queue(_STREAM_QUEUE_MAX)
+    )
+
+    def emit(self, token_id: int, logprob: float) -> None:
+        self.queue.put_nowait((token_id, logprob))
+
+
+class AsyncClient:
+    """A client of one network; an async context manager.
+
+    ``network`` is the path of a network file; ``account`` the folder with the client's
+    keys. Needs neither torch nor libp2p: it learns offers from nodes' public ports and
+    checks every signature.
+    """
+
+    def __init__(self, network: Path | str, *, account: Path | str | None = None) -> None:
+        path = Path(network)
+        self.network: NetworkFile = load_network_file(path)
+        self._folder = Path(account) if account is not None else path.parent / "client"
+        self._models: dict[str, tuple[LocalModel, Tokenizer]] = {}
+        self._stack = AsyncExitStack()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._watch: NetworkWatch | None = None
+        self._ledger: RemoteLedger | None = None
+        self._dialer: Dialer | None = None
+        self.account: Account = open_account(self._folder)
+
+    async def __aenter__(self) -> Self:
+        if not self.network.authorities:
+            raise ConfigError("the network file names no ledger authority")
+        self._ledger = RemoteLedger(self.network.authorities[0])
+        self._stack.push_async_callback(self._ledger.close)
+        self._dialer = Dialer(self.account, self.network.network_id, _clock_ms)
+        self._stack.push_async_callback(self._dialer.close)
+        self._tasks = await self._stack.enter_async_context(asyncio.TaskGroup())
+        self._watch = await self._stack.enter_async_context(
+            NetworkWatch(self.network, self.account.peer)
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    @property
+    def ledger(self) -> RemoteLedger:
+        """The ledger's service."""
+        return _entered(self._ledger)
+
+    def view(self) -> View:
+        """The offers and links known now."""
+        return _entered(self._watch).view()
+
+    async def wait_ready(self, model: str, timeout_s: float = 30.0) -> None:
+        """Return once a complete pipeline exists; raises the ``NoRoute`` that still holds."""
+        options = Options(max_tokens=1)
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.plan(model, 1, options)
+                return
+            except NoRoute:
+                remaining_s = deadline_s - time.monotonic()
+                if remaining_s <= 0:
+                    raise
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(remaining_s, 1.0)):
+                        await _entered(self._watch).changed()
+
+    def plan(self, model: str, prompt_tokens: int, options: Options) -> Plan:
+        """The route that would be taken now; raises ``NoRoute``."""
+        local, _ = self._load(model)
+        return plan(
+            self.view(),
+            local.manifest.shape,
+            options.route_request(prompt_tokens),
+            source=self.account.peer,
+            now_ms=_clock_ms(),
+        )
+
+    async def generate(self, model: str, prompt: Prompt, options: Options | None = None) -> Answer:
+        """Answer a prompt. Raises ``PlaitError`` subclasses, ``NoRoute`` among them."""
+        return await self._generation(model, prompt, options or Options(), _discard)
+
+    async def stream(
+        self, model: str, prompt: Prompt, options: Options | None = None
+    ) -> AsyncGenerator[TextDelta | Answer, None]:
+        """Yield text as it comes, then the ``Answer``. Closing the iterator cancels the session."""
+        _, tokenizer = self._load(model)
+        stream, decoder = _Stream(), tokenizer.stream()
+        work = _entered(self._tasks).create_task(
+            self._streamed(model, prompt, options or Options(), stream), name="generation"
+        )
+        try:
+            while (item := await stream.queue.get()) is not None:
+                if text := decoder.push(item[0]):
+                    yield TextDelta(text, (item[0],))
+            if text := decoder.flush():
+                yield TextDelta(text, ())
+            outcome = await work
+            if isinstance(outcome, PlaitError):
+                raise outcome
+            yield outcome
+        finally:
+            work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+
+    async def _streamed(
+        self, model: str, prompt: Prompt, options: Options, stream: _Stream
+    ) -> Answer | PlaitError:
+        # An error is returned, not raised: the task group must outlive one failed answer.
+        try:
+            return await self._generation(model, prompt, options, stream.emit)
+        except PlaitError as error:
+            return error
+        finally:
+            await stream.queue.put(None)
+
+    async def _generation(
+        self, model: str, prompt: Prompt, options: Options, emit: Callable[[int, float], None]
+    ) -> Answer:
+        local, tokenizer = self._load(model)
+        ids = prompt_ids(tokenizer, prompt, raw=options.raw)
+        check_lengths(len(ids), options.max_tokens, local.manifest.context_length)
+        order = Order(
+            model=local.manifest.shape,
+            prompt_ids=ids,
+            sampling=options.sampling(tokenizer.end_ids),
+            route=options.route_request(len(ids)),
+            manifest=local.manifest.payload,
+            want_bundle=options.bundle,
+        )
+        await _entered(self._watch).settled()
+        watch = _entered(self._watch)
+        around = Surroundings(
+            account=self.account,
+            network=self.network,
+            dialer=_entered(self._dialer),
+            ledger=self.ledger,
+            tasks=_entered(self._tasks),
+            view=watch.view,
+            envelope_of=watch.envelope_of,
+            clock_ms=_clock_ms,
+            monotonic_s=time.monotonic,
+        )
+        return await Generation(order, around, emit).run(tokenizer.decode)
+
+    def _load(self, model: str) -> tuple[LocalModel, Tokenizer]:
+        if model not in self._models:
+            local = load(model)
+            self._models[model] = (local, Tokenizer.load(local))
+        return self._models[model]
+
+
+def _discard(token_id: int, logprob: float) -> None:
+    """Nobody listens."""
+
+
+def _clock_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _entered(value: T | None) -> T:
+    if value is None:
+        raise LocalProtocolError("use the client as a context manager: async with AsyncClient(…)")
+    return value

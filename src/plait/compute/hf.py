@@ -1,0 +1,185 @@
+"""The one place that knows transformers' insides: a llama model cut to a span.
+
+The whole model is built without memory (on the meta device), its layer list is cut and
+renumbered, and verified weights are put in. Cutting, unlike building a shorter model,
+keeps per-layer settings right. transformers' minor version is pinned for this file.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from transformers.models.llama.configuration_llama import LlamaConfig as HfConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from plait.compute.kv import KvLayout, SessionKv
+from plait.errors import LocalProtocolError
+from plait.model.config import EMBEDDING, FINAL_NORM, LlamaConfig
+from plait.model.weights import Rows, Weights
+from plait.types import Span
+
+LayerProgress = Callable[[int, int], None]
+"""Called with (layers loaded, layers to load)."""
+
+_PARTS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class SpanModel:
+    """The layers of a span, with embedding rows if first and norm and head if last."""
+
+    def __init__(
+        self, config: LlamaConfig, span: Span, base: nn.Module, rows: Rows | None, head: nn.Module
+    ) -> None:
+        self.config = config
+        self.span = span
+        self.layout = KvLayout(len(span), config.kv_heads, config.head_size)
+        self.base = base
+        """The transformers base model: embedding-less, with ``layers`` cut to the span."""
+        self._rows = rows
+        self._head = head
+
+    def embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """[1, len(ids), hidden] for ids in range. Only the first stage can."""
+        if self._rows is None:
+            raise LocalProtocolError(f"span {self.span} has no embedding")
+        return torch.from_numpy(self._rows.fp32(ids))[None]
+
+    def forward(self, hidden: torch.Tensor, first_position: int, kv: SessionKv) -> torch.Tensor:
+        """Run [1, rows, hidden] through the span; the last stage's result is normed."""
+        positions = torch.arange(first_position, first_position + hidden.shape[1])
+        output: torch.Tensor = self.base(
+            inputs_embeds=hidden,
+            position_ids=positions[None],
+            past_key_values=_PositionCache(kv, first_position),
+            use_cache=True,
+        ).last_hidden_state
+        return output
+
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """[vocabulary] for one normed row, [hidden]. Only the last stage can."""
+        result: torch.Tensor = self._head(normed[None])[0]
+        return result
+
+
+class _PositionCache:
+    """What transformers expects as ``past_key_values``, over a session's cache.
+
+    It answers the questions from which transformers builds its own causal mask, so one
+    session computes bit for bit what transformers' own generation loop computes.
+    """
+
+    def __init__(self, kv: SessionKv, first_position: int) -> None:
+        self._kv = kv
+        self._first_position = first_position
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._kv.write(layer, self._first_position, keys, values)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self._first_position
+
+    def get_query_offset(self, layer: int = 0) -> int:
+        return self._first_position
+
+    def get_mask_sizes(self, rows: int, layer: int) -> tuple[int, int]:
+        """(how many keys the rows see, position of the first key)."""
+        return self._first_position + rows, 0
+
+
+def load_span(weights: Weights, span: Span, progress: LayerProgress) -> SpanModel:
+    """Build and fill the cut model in fp32. Raises ``ModelError`` on a bad tensor."""
+    config = weights.config
+    model = _cut(config, span)
+    for done, layer in enumerate(range(span.start, span.end)):
+        tensors = {
+            _layer_name(name, span): _tensor(weights, name)
+            for name in config.layer_shapes(layer)
+        }
+        model.load_state_dict(tensors, strict=False, assign=True)
+        progress(done + 1, len(span))
+    head: nn.Module = nn.Identity()
+    if span.end == config.layers:
+        model.load_state_dict({"model.norm.weight": _tensor(weights, FINAL_NORM)}, False, True)
+        head = nn.Linear(config.hidden_size, config.vocabulary_size, bias=False, device="meta")
+        head.load_state_dict({"weight": _tensor(weights, config.head_tensor)}, assign=True)
+    rows = weights.rows(EMBEDDING) if span.start == 0 else None
+    base = model.model
+    base.embed_tokens = nn.Identity()  # stages pass inputs_embeds
+    base.requires_grad_(False).eval()
+    head.requires_grad_(False)
+    _check_filled(base)
+    return SpanModel(config, span, base, rows, head)
+
+
+def _cut(config: LlamaConfig, span: Span) -> LlamaForCausalLM:
+    hf_config = HfConfig(
+        vocab_size=config.vocabulary_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.feed_forward_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_size,
+        max_position_embeddings=config.context_length,
+        rms_norm_eps=config.norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+        tie_word_embeddings=config.tied_head,
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(hf_config)
+    base = model.model
+    base.layers = nn.ModuleList(list(base.layers)[span.start : span.end])
+    for module in base.layers.modules():
+        if getattr(module, "layer_idx", None) is not None:
+            module.layer_idx -= span.start
+    base.config.num_hidden_layers = len(span)
+    if span.end != config.layers:
+        base.norm = nn.Identity()
+    base.rotary_emb = type(base.rotary_emb)(base.config)  # its buffers were built on meta
+    return model
+
+
+def _layer_name(name: str, span: Span) -> str:
+    """``blk.<layer>.<part>.weight`` as transformers calls it in the cut model."""
+    _, layer, part, suffix = name.split(".")
+    return f"model.layers.{int(layer) - span.start}.{_PARTS[part]}.{suffix}"
+
+
+def _tensor(weights: Weights, name: str) -> torch.Tensor:
+    tensor = torch.from_numpy(weights.fp32(name))
+    if name.endswith("attn_q.weight"):
+        return _unpermute(tensor, weights.config.heads)
+    if name.endswith("attn_k.weight"):
+        return _unpermute(tensor, weights.config.kv_heads)
+    return tensor
+
+
+def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo the order of rows that GGUF gives llama's queries and keys.
+
+    GGUF interleaves the two halves of each head, as its rotary embedding rotates
+    neighbouring rows; transformers' rotates row i with row i + head size / 2.
+    """
+    rows, width = weight.shape
+    pairs = weight.view(heads, rows // heads // 2, 2, width)
+    return pairs.transpose(1, 2).reshape(rows, width)
+
+
+def _check_filled(base: nn.Module) -> None:
+    """Every parameter and buffer left must hold numbers."""
+    for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise LocalProtocolError(f"no weights were loaded for {name}")

@@ -1,0 +1,172 @@
+"""Journal entries and the balances that follow from them alone.
+
+This is all an auditor needs: every entry balances, moves credit only between the
+accounts its kind may touch, is caused once, and leaves no account but ``issuer:equity``
+below zero. A balance is credits minus debits.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from plait.envelope import decode, encode
+from plait.errors import LedgerError
+from plait.types import U64_MAX, AccountId
+from plait.v1.ledger_pb2 import JournalEntry, JournalLine
+
+EQUITY = AccountId("issuer:equity")
+"""The counterpart of all issued credit."""
+
+HOLD = "hold:"
+
+
+class EntryKind(IntEnum):
+    """Why an entry was posted; the numbers of the protocol."""
+
+    ISSUE = 1
+    RESERVE = 2
+    SETTLE = 3
+    VOID = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One side of an entry: exactly one of debit and credit is above zero."""
+
+    account: AccountId
+    debit: int = 0
+    credit: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One leaf of the log; ``cause`` is empty for a void by expiry."""
+
+    network_id: str
+    index: int
+    kind: EntryKind
+    session_id: bytes
+    cause: bytes
+    lines: tuple[Line, ...]
+    posted_ms: int
+
+    @property
+    def payload(self) -> bytes:
+        """The bytes that the log hashes."""
+        return encode(entry_message(self))
+
+
+def hold_account(session_id: bytes, epoch: int) -> AccountId:
+    """Name of the account that holds a session's credit for one epoch."""
+    return AccountId(f"{HOLD}{session_id.hex()}:{epoch}")
+
+
+def entry_message(entry: Entry) -> JournalEntry:
+    """The protocol's form of an entry."""
+    return JournalEntry(
+        network_id=entry.network_id,
+        index=entry.index,
+        kind=int(entry.kind),  # type: ignore[arg-type]
+        session_id=entry.session_id,
+        cause_digest=entry.cause,
+        lines=[
+            JournalLine(account=line.account, debit=line.debit, credit=line.credit)
+            for line in entry.lines
+        ],
+        posted_ms=entry.posted_ms,
+    )
+
+
+def entry_from_payload(payload: bytes) -> Entry:
+    """Decode a leaf; raises ``RemoteProtocolError`` or, for an unknown kind, ``LedgerError``."""
+    message = decode(payload, JournalEntry)
+    try:
+        kind = EntryKind(message.kind)
+    except ValueError as error:
+        raise LedgerError(f"entry {message.index} has the unknown kind {message.kind}") from error
+    return Entry(
+        network_id=message.network_id,
+        index=message.index,
+        kind=kind,
+        session_id=message.session_id,
+        cause=message.cause_digest,
+        lines=tuple(
+            Line(AccountId(line.account), line.debit, line.credit) for line in message.lines
+        ),
+        posted_ms=message.posted_ms,
+    )
+
+
+class Balances:
+    """Balances derived from entries alone: what an auditor recomputes from an export."""
+
+    def __init__(self, network_id: str) -> None:
+        self.network_id = network_id
+        self.size = 0
+        self._balances: dict[AccountId, int] = {}
+        self._booked: set[tuple[EntryKind, bytes]] = set()
+
+    def of(self, account: AccountId) -> int:
+        """Credits minus debits, microcredits."""
+        return self._balances.get(account, 0)
+
+    def all(self) -> dict[AccountId, int]:
+        """Every account that is not at zero."""
+        return {account: balance for account, balance in self._balances.items() if balance}
+
+    def violation(self, entry: Entry) -> str | None:
+        """Which rule of the books the next entry would break, if any."""
+        if entry.network_id != self.network_id or entry.index != self.size:
+            return "it is not the next entry of this network"
+        if any((line.debit == 0) == (line.credit == 0) for line in entry.lines):
+            return "a line is not exactly one of debit and credit"
+        if sum(line.debit for line in entry.lines) != sum(line.credit for line in entry.lines):
+            return "debits and credits differ"
+        if not _has_shape(entry):
+            return f"its accounts do not fit the kind {entry.kind.name}"
+        once = entry.kind in (EntryKind.ISSUE, EntryKind.RESERVE)
+        if once and (len(entry.cause) != 32 or (entry.kind, entry.cause) in self._booked):
+            return "its cause is missing or booked twice"
+        for account, balance in self._after(entry).items():
+            low = -U64_MAX if account == EQUITY else 0
+            if not low <= balance <= U64_MAX:
+                return f"{account} would stand at {balance}"
+        return None
+
+    def post(self, entry: Entry) -> None:
+        """Add an entry; raises ``LedgerError`` if it breaks a rule."""
+        reason = self.violation(entry)
+        if reason is not None:
+            raise LedgerError(f"entry {entry.index} is not valid: {reason}")
+        for account, balance in self._after(entry).items():
+            if balance or not account.startswith(HOLD):
+                self._balances[account] = balance
+            else:  # a closed hold never moves again
+                self._balances.pop(account, None)
+        self._booked.add((entry.kind, entry.cause))
+        self.size += 1
+
+    def _after(self, entry: Entry) -> dict[AccountId, int]:
+        changed: dict[AccountId, int] = {}
+        for line in entry.lines:
+            before = changed.get(line.account, self.of(line.account))
+            changed[line.account] = before + line.credit - line.debit
+        return changed
+
+
+def _has_shape(entry: Entry) -> bool:
+    """Whether the accounts of an entry's debits and credits are those its kind moves between."""
+    hold = f"{HOLD}{entry.session_id.hex()}:"
+    debits = [line.account for line in entry.lines if line.debit]
+    credits = [line.account for line in entry.lines if line.credit]
+    match entry.kind:
+        case EntryKind.ISSUE:
+            return debits == [EQUITY] and len(credits) == 1 and ":" not in credits[0]
+        case EntryKind.RESERVE:
+            one_each = len(debits) == len(credits) == 1
+            return one_each and ":" not in debits[0] and credits[0].startswith(hold)
+        case EntryKind.SETTLE:
+            paid = all(account.startswith(hold) for account in debits)
+            return paid and bool(credits) and not any(":" in account for account in credits)
+        case EntryKind.VOID:
+            one_each = len(debits) == len(credits) == 1
+            return one_each and debits[0].startswith(hold) and ":" not in credits[0]

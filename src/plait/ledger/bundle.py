@@ -1,0 +1,319 @@
+"""Bundles: everything that proves one generation, as canonical JSON under the client's seal.
+
+A bundle brings no trust anchor of its own: who may grant credit and sign checkpoints is
+in the network file. All members are mandatory; optional evidence (the manifest, the
+journal's entries, the checkpoint) is null or empty where it is missing.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from plait.envelope import seal
+from plait.errors import LocalProtocolError
+from plait.identity import SigningKey
+from plait.ledger.bundle_fields import (
+    U32_MAX,
+    read_base64,
+    read_envelope,
+    read_envelopes,
+    read_flag,
+    read_hex,
+    read_ids,
+    read_integer,
+    read_items,
+    read_members,
+    read_prices,
+    read_text,
+    write_base64,
+    write_envelope,
+    write_integer,
+    write_prices,
+)
+from plait.ledger.canonical import JsonValue, decode_canonical, encode_canonical
+from plait.ledger.terms import SessionTerms, StageTerms
+from plait.types import Digest, PeerId, SessionId, Span
+from plait.v1.bundle_pb2 import BundleSeal
+from plait.v1.identity_pb2 import SignedEnvelope
+
+BUNDLE_FORMAT = "plait.bundle.v1"
+BUNDLE_BYTES_MAX = 64 * 2**20
+
+Frame = tuple[int, int, int, bool, bool]
+"""Traversal, first position, rows, sample, close_chunk."""
+
+InclusionProof = tuple[int, tuple[bytes, ...]]
+"""Leaf index and the hashes of the audit path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleParts:
+    """The evidence of one generation.
+
+    ``token_ids`` are all ids drawn, an end id included; ``offers`` and ``stage_certs``
+    are in stage order, ``receipts`` in chunk then stage order; ``manifest`` is the
+    serialized ModelManifest; ``entries`` are serialized JournalEntry messages, each with
+    its proof in ``proofs``, all against ``checkpoint``.
+    """
+
+    network_id: str
+    terms: SessionTerms
+    session_open: SignedEnvelope
+    client_cert: SignedEnvelope
+    stage_certs: tuple[SignedEnvelope, ...]
+    offers: tuple[SignedEnvelope, ...]
+    manifest: bytes | None
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+    frames: tuple[Frame, ...]
+    reservation: SignedEnvelope
+    grant: SignedEnvelope
+    receipts: tuple[SignedEnvelope, ...]
+    voucher: SignedEnvelope
+    entries: tuple[bytes, ...] = ()
+    proofs: tuple[InclusionProof, ...] = ()
+    checkpoint: str | None = None
+    sealed_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SealedBundle:
+    """A bundle as it was read: its parts, and the seal with what it must cover."""
+
+    parts: BundleParts
+    seal: SignedEnvelope = field(repr=False)
+    body_digest: Digest
+
+
+def build_bundle(parts: BundleParts, peer_key: SigningKey) -> bytes:
+    """Write a bundle, sealed with the client's peer key.
+
+    Raises ``LocalProtocolError`` if the key or the network is not the session's, and
+    ``ValueError`` if a text cannot be written as UTF-8.
+    """
+    if peer_key.peer_id != parts.terms.client or parts.network_id != parts.terms.network_id:
+        raise LocalProtocolError("a bundle is sealed by its client, for its network")
+    members = _write_parts(parts)
+    statement = BundleSeal(
+        network_id=parts.network_id,
+        session_id=parts.terms.session_id,
+        sha256=hashlib.sha256(encode_canonical(members)).digest(),
+        sealed_ms=parts.sealed_ms,
+    )
+    return encode_canonical({**members, "seal": write_envelope(seal(peer_key, statement))})
+
+
+def read_bundle(data: bytes) -> SealedBundle:
+    """Read a bundle strictly, without checking any signature; raises ``ValueError``."""
+    if len(data) > BUNDLE_BYTES_MAX:
+        raise ValueError(f"a bundle is at most {BUNDLE_BYTES_MAX} bytes")
+    members = read_members(decode_canonical(data), "the bundle", _MEMBERS)
+    if members["format"] != BUNDLE_FORMAT:
+        raise ValueError(f"the format is not {BUNDLE_FORMAT}")
+    body = encode_canonical({name: members[name] for name in _MEMBERS if name != "seal"})
+    return SealedBundle(
+        parts=_read_parts(members),
+        seal=read_envelope(members["seal"], "seal"),
+        body_digest=Digest(hashlib.sha256(body).digest()),
+    )
+
+
+_MEMBERS = (
+    "checkpoint",
+    "client_cert",
+    "entries",
+    "finish_reason",
+    "format",
+    "frames",
+    "grant",
+    "manifest",
+    "network",
+    "offers",
+    "prompt_ids",
+    "proofs",
+    "receipts",
+    "reservation",
+    "seal",
+    "sealed_ms",
+    "session_open",
+    "stage_certs",
+    "terms",
+    "text",
+    "token_ids",
+    "voucher",
+)
+
+_TERMS_MEMBERS = (
+    "chunk_tokens",
+    "client",
+    "client_ledger_key",
+    "epoch",
+    "handoff_salt",
+    "max_tokens",
+    "model_digest",
+    "prefill_chunk_tokens",
+    "prompt_tokens",
+    "session_id",
+    "stages",
+)
+
+_STAGE_MEMBERS = (
+    "end",
+    "ledger_key",
+    "numeric_class",
+    "offer_digest",
+    "peer",
+    "priced_layers",
+    "prices",
+    "start",
+)
+
+
+def _write_parts(parts: BundleParts) -> dict[str, JsonValue]:
+    return {
+        "checkpoint": parts.checkpoint,
+        "client_cert": write_envelope(parts.client_cert),
+        "entries": [write_base64(entry) for entry in parts.entries],
+        "finish_reason": parts.finish_reason,
+        "format": BUNDLE_FORMAT,
+        "frames": [[write_integer(frame[0]), *frame[1:]] for frame in parts.frames],
+        "grant": write_envelope(parts.grant),
+        "manifest": None if parts.manifest is None else write_base64(parts.manifest),
+        "network": parts.network_id,
+        "offers": [write_envelope(offer) for offer in parts.offers],
+        "prompt_ids": parts.prompt_ids,
+        "proofs": [
+            {"hashes": [write_base64(item) for item in hashes], "index": write_integer(index)}
+            for index, hashes in parts.proofs
+        ],
+        "receipts": [write_envelope(receipt) for receipt in parts.receipts],
+        "reservation": write_envelope(parts.reservation),
+        "sealed_ms": write_integer(parts.sealed_ms),
+        "session_open": write_envelope(parts.session_open),
+        "stage_certs": [write_envelope(cert) for cert in parts.stage_certs],
+        "terms": _write_terms(parts.terms),
+        "text": parts.text,
+        "token_ids": parts.token_ids,
+        "voucher": write_envelope(parts.voucher),
+    }
+
+
+def _read_parts(members: Mapping[str, JsonValue]) -> BundleParts:
+    manifest, checkpoint = members["manifest"], members["checkpoint"]
+    network_id = read_text(members["network"], "network")
+    return BundleParts(
+        network_id=network_id,
+        terms=_read_terms(members["terms"], network_id),
+        session_open=read_envelope(members["session_open"], "session_open"),
+        client_cert=read_envelope(members["client_cert"], "client_cert"),
+        stage_certs=read_envelopes(members["stage_certs"], "stage_certs"),
+        offers=read_envelopes(members["offers"], "offers"),
+        manifest=None if manifest is None else read_base64(manifest, "manifest"),
+        prompt_ids=read_ids(members["prompt_ids"], "prompt_ids"),
+        token_ids=read_ids(members["token_ids"], "token_ids"),
+        text=read_text(members["text"], "text"),
+        finish_reason=read_text(members["finish_reason"], "finish_reason"),
+        frames=tuple(_read_frame(item) for item in read_items(members["frames"], "frames")),
+        reservation=read_envelope(members["reservation"], "reservation"),
+        grant=read_envelope(members["grant"], "grant"),
+        receipts=read_envelopes(members["receipts"], "receipts"),
+        voucher=read_envelope(members["voucher"], "voucher"),
+        entries=tuple(
+            read_base64(item, "entries") for item in read_items(members["entries"], "entries")
+        ),
+        proofs=tuple(_read_proof(item) for item in read_items(members["proofs"], "proofs")),
+        checkpoint=None if checkpoint is None else read_text(checkpoint, "checkpoint"),
+        sealed_ms=read_integer(members["sealed_ms"], "sealed_ms"),
+    )
+
+
+def _write_terms(terms: SessionTerms) -> JsonValue:
+    return {
+        "chunk_tokens": terms.chunk_tokens,
+        "client": terms.client,
+        "client_ledger_key": terms.client_ledger_key.hex(),
+        "epoch": terms.epoch,
+        "handoff_salt": terms.handoff_salt.hex(),
+        "max_tokens": terms.max_tokens,
+        "model_digest": terms.model_digest.hex(),
+        "prefill_chunk_tokens": terms.prefill_chunk_tokens,
+        "prompt_tokens": terms.prompt_tokens,
+        "session_id": terms.session_id.hex(),
+        "stages": [_write_stage(stage) for stage in terms.stages],
+    }
+
+
+def _read_terms(value: JsonValue, network_id: str) -> SessionTerms:
+    members = read_members(value, "terms", _TERMS_MEMBERS)
+    numbers = {
+        name: read_integer(members[name], f"terms: {name}", U32_MAX)
+        for name in (
+            "epoch",
+            "prompt_tokens",
+            "max_tokens",
+            "chunk_tokens",
+            "prefill_chunk_tokens",
+        )
+    }
+    return SessionTerms(
+        network_id=network_id,
+        session_id=SessionId(read_hex(members["session_id"], "terms: session_id", 16)),
+        client=PeerId(read_text(members["client"], "terms: client")),
+        client_ledger_key=read_hex(members["client_ledger_key"], "terms: client_ledger_key", 32),
+        model_digest=Digest(read_hex(members["model_digest"], "terms: model_digest", 32)),
+        stages=tuple(_read_stage(item) for item in read_items(members["stages"], "terms: stages")),
+        handoff_salt=read_hex(members["handoff_salt"], "terms: handoff_salt", 32),
+        **numbers,
+    )
+
+
+def _write_stage(stage: StageTerms) -> JsonValue:
+    return {
+        "end": stage.span.end,
+        "ledger_key": stage.ledger_key.hex(),
+        "numeric_class": stage.numeric_class,
+        "offer_digest": stage.offer_digest.hex(),
+        "peer": stage.peer,
+        "priced_layers": stage.priced_layers,
+        "prices": write_prices(stage.prices),
+        "start": stage.span.start,
+    }
+
+
+def _read_stage(value: JsonValue) -> StageTerms:
+    members = read_members(value, "stage", _STAGE_MEMBERS)
+    start, end, priced_layers = (
+        read_integer(members[name], f"stage: {name}", U32_MAX)
+        for name in ("start", "end", "priced_layers")
+    )
+    return StageTerms(
+        peer=PeerId(read_text(members["peer"], "stage: peer")),
+        ledger_key=read_hex(members["ledger_key"], "stage: ledger_key", 32),
+        span=Span(start, end),
+        priced_layers=priced_layers,
+        prices=read_prices(members["prices"], "stage: prices"),
+        numeric_class=read_text(members["numeric_class"], "stage: numeric_class"),
+        offer_digest=Digest(read_hex(members["offer_digest"], "stage: offer_digest", 32)),
+    )
+
+
+def _read_frame(value: JsonValue) -> Frame:
+    items = read_items(value, "frame")
+    if len(items) != 5:
+        raise ValueError("a frame has five items")
+    return (
+        read_integer(items[0], "frame: traversal"),
+        read_integer(items[1], "frame: first position", U32_MAX),
+        read_integer(items[2], "frame: rows", U32_MAX),
+        read_flag(items[3], "frame: sample"),
+        read_flag(items[4], "frame: close_chunk"),
+    )
+
+
+def _read_proof(value: JsonValue) -> InclusionProof:
+    members = read_members(value, "proof", ("hashes", "index"))
+    hashes = read_items(members["hashes"], "proof: hashes")
+    index = read_integer(members["index"], "proof: index")
+    return index, tuple(read_base64(item, "proof: hashes") for item in hashes)

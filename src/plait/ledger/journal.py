@@ -1,0 +1,450 @@
+"""The books: double entry as a pure state machine.
+
+``Books.apply(command, now_ms)`` answers a command with the entries it posts or with a
+refusal; the same command again gives the earlier answer. A balance is credits minus
+debits; only ``issuer:equity``, the counterpart of all issued credit, may be below zero.
+What a session sets aside stands in one hold account per epoch, is paid out to the
+cumulative amounts of the client's vouchers, each payee up to its cap, and the remainder
+goes back once every payee has released it or its expiry and the grace time have passed.
+``post``, ``mark_released`` and ``freeze`` rebuild the same state from what was stored.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from plait.errors import LedgerError
+from plait.identity import peer_id_of, public_key_of
+from plait.ledger.balances import EQUITY, HOLD, Balances, Entry, EntryKind, Line, hold_account
+from plait.types import U64_MAX, AccountId, Digest, SessionId
+from plait.v1.ledger_pb2 import BudgetReservation, IssueOrder, SessionVoucher, SettlementRequest
+
+GRACE_MS = 60_000
+"""How long payees may still settle after a reservation's expiry."""
+FRESHNESS_MS = 120_000
+RESERVATION_TTL_MAX_MS = 24 * 3_600_000
+PAYEES_MAX = 64
+FIRST_SEQUENCE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """Credit from nothing to an account, by the network's issuer."""
+
+    order: IssueOrder
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Credit from an account to a session's hold."""
+
+    reservation: BudgetReservation
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """A payee shows a voucher: all payees in it are paid up to it."""
+
+    voucher: SessionVoucher
+    voucher_digest: Digest
+    request: SettlementRequest
+    request_digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """Void every hold whose grace time is over."""
+
+
+Command = Issue | Reserve | Settle | Expire
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A payee wants nothing more from one hold."""
+
+    session_id: SessionId
+    epoch: int
+    payee: AccountId
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a command did. ``value`` is the entry index of an issue or a reservation (also
+    when it was booked earlier), or what the settling payee has been paid in the session."""
+
+    entries: tuple[Entry, ...]
+    releases: tuple[Release, ...]
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a command did nothing: a stable code and a sentence."""
+
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Two different reservations signed under one number; freezes the account."""
+
+    account: AccountId
+    first: Digest
+    second: Digest
+
+
+Outcome = Accepted | Refusal | Fork
+Cause = IssueOrder | BudgetReservation | None
+
+
+@dataclass(slots=True)
+class Hold:
+    """Credit set aside for one epoch of a session."""
+
+    account: AccountId
+    reservation: Digest
+    granted_ms: int
+    expires_ms: int
+    caps: Mapping[AccountId, int]
+    paid: dict[AccountId, int] = field(default_factory=dict)
+    released: set[AccountId] = field(default_factory=set)
+
+    def room(self, payee: AccountId) -> int:
+        """What the payee's cap leaves."""
+        return self.caps.get(payee, 0) - self.paid.get(payee, 0)
+
+
+class Books:
+    """Balances, holds, reservation numbers and frozen accounts of one network."""
+
+    def __init__(self, network_id: str) -> None:
+        self.network_id = network_id
+        self.balances = Balances(network_id)
+        self.frozen: set[AccountId] = set()
+        self._sessions: dict[SessionId, dict[int, Hold]] = {}
+        self._open: dict[tuple[SessionId, int], Hold] = {}
+        self._orders: dict[bytes, tuple[str, int, int]] = {}
+        self._reservations: dict[Digest, int] = {}
+        self._lanes: dict[tuple[str, int], list[Digest]] = {}
+        self._history: dict[str, list[int]] = {}
+
+    # What may be asked.
+
+    def available(self, account: AccountId) -> int:
+        """Credit that a reservation may take, microcredits."""
+        return self.balances.of(account)
+
+    def pending(self, account: AccountId) -> int:
+        """Credit of the account that stands in holds, microcredits."""
+        return sum(
+            self.balances.of(hold_account(*key))
+            for key, hold in self._open.items()
+            if hold.account == account
+        )
+
+    def next_sequence(self, account: AccountId, lane: int) -> int:
+        """The number the next reservation of this lane must carry."""
+        return FIRST_SEQUENCE + len(self._lanes.get((account, lane), ()))
+
+    def paid(self, session_id: SessionId, payee: AccountId) -> int:
+        """What the payee has been paid in a session, all epochs together."""
+        return sum(hold.paid.get(payee, 0) for hold in self._holds(session_id).values())
+
+    def holds(self, session_id: SessionId) -> Mapping[int, Hold]:
+        """A session's holds by epoch; empty for an unknown session."""
+        return self._holds(session_id)
+
+    def settled(self, session_id: SessionId) -> bool:
+        """Whether the session is known and every hold of it is closed."""
+        holds = self._holds(session_id)
+        return bool(holds) and not any((session_id, epoch) in self._open for epoch in holds)
+
+    def history(self, account: str) -> tuple[int, ...]:
+        """Indexes of the entries that touch an account, its holds, or a session (in hex)."""
+        return tuple(self._history.get(account, ()))
+
+    # What changes the books.
+
+    def apply(self, command: Command, now_ms: int) -> Outcome:
+        """Carry out a command or refuse it. Entries are numbered on from ``balances.size``."""
+        match command:
+            case Issue():
+                return self._issue(command, now_ms)
+            case Reserve():
+                return self._reserve(command, now_ms)
+            case Settle():
+                return self._settle(command, now_ms)
+            case Expire():
+                return self._expire(now_ms)
+
+    def post(self, entry: Entry, cause: Cause) -> None:
+        """Add a stored entry with the order or reservation that caused it.
+
+        Raises ``LedgerError`` if the entry is not valid or the cause is another's.
+        """
+        self.balances.post(entry)
+        match entry.kind, cause:
+            case EntryKind.ISSUE, IssueOrder():
+                self._orders[cause.order_id] = (cause.account, cause.amount, entry.index)
+            case EntryKind.RESERVE, BudgetReservation():
+                self._open_hold(entry, cause)
+            case EntryKind.SETTLE, None:
+                self._pay(entry)
+            case EntryKind.VOID, None:
+                pass
+            case _:
+                raise LedgerError(f"entry {entry.index} lacks the object that caused it")
+        self._index(entry)
+
+    def mark_released(self, release: Release) -> None:
+        """Note that a payee wants nothing more from a hold."""
+        self._sessions[release.session_id][release.epoch].released.add(release.payee)
+
+    def freeze(self, account: AccountId) -> None:
+        """Refuse all further reservations of an account."""
+        self.frozen.add(account)
+
+    # Decisions.
+
+    def _issue(self, command: Issue, now_ms: int) -> Accepted | Refusal:
+        order = command.order
+        earlier = self._orders.get(order.order_id)
+        if earlier is not None:
+            if earlier[:2] == (order.account, order.amount):
+                return Accepted((), (), earlier[2])
+            return Refusal("order-id", "the order id is booked with another account or amount")
+        if order.network_id != self.network_id:
+            return Refusal("network", "the order is for another network")
+        if not _is_peer(order.account) or not 1 <= len(order.order_id) <= 64:
+            return Refusal("malformed", "the account is no peer id or the order id is no id")
+        if order.amount == 0 or order.amount - self.balances.of(EQUITY) > U64_MAX:
+            return Refusal("amount", "the amount is zero or more credit than can exist")
+        if abs(order.issued_ms - now_ms) > FRESHNESS_MS:
+            return _stale("order")
+        lines = Line(EQUITY, debit=order.amount), Line(AccountId(order.account), 0, order.amount)
+        entry = self._entry(EntryKind.ISSUE, b"", command.digest, lines, now_ms)
+        self.post(entry, order)
+        return Accepted((entry,), (), entry.index)
+
+    def _reserve(self, command: Reserve, now_ms: int) -> Outcome:
+        reservation, digest = command.reservation, command.digest
+        if digest in self._reservations:
+            return Accepted((), (), self._reservations[digest])
+        refusal = self._reservation_malformed(reservation)
+        if refusal is not None:
+            return refusal
+        account = AccountId(reservation.account)
+        granted = self._lanes.get((account, reservation.lane), [])
+        position = reservation.sequence - FIRST_SEQUENCE
+        if 0 <= position < len(granted):
+            self.freeze(account)
+            return Fork(account, granted[position], digest)
+        refusal = self._reservation_refused(reservation, account, now_ms)
+        if refusal is not None:
+            return refusal
+        hold = hold_account(reservation.session_id, reservation.epoch)
+        lines = Line(account, debit=reservation.amount), Line(hold, credit=reservation.amount)
+        entry = self._entry(EntryKind.RESERVE, reservation.session_id, digest, lines, now_ms)
+        self.post(entry, reservation)
+        return Accepted((entry,), (), entry.index)
+
+    def _reservation_malformed(self, reservation: BudgetReservation) -> Refusal | None:
+        caps = reservation.caps
+        if reservation.network_id != self.network_id:
+            return Refusal("network", "the reservation is for another network")
+        if len(reservation.session_id) != 16 or not _is_peer(reservation.account):
+            return Refusal("malformed", "the session id or the account is not one")
+        payees = {cap.payee for cap in caps}
+        if not 1 <= len(caps) <= PAYEES_MAX or len(payees) != len(caps):
+            return Refusal("malformed", f"it needs 1 to {PAYEES_MAX} payees, each once")
+        if not all(map(_is_peer, payees)):
+            return Refusal("malformed", "a payee is no peer id")
+        if reservation.amount == 0 or sum(cap.microcredits for cap in caps) > reservation.amount:
+            return Refusal("amount", "the amount is zero or less than the caps together")
+        return None
+
+    def _reservation_refused(
+        self, reservation: BudgetReservation, account: AccountId, now_ms: int
+    ) -> Refusal | None:
+        if account in self.frozen:
+            return Refusal("frozen", "the account signed two reservations under one number")
+        expected = self.next_sequence(account, reservation.lane)
+        if reservation.sequence != expected:
+            return Refusal("sequence", f"the next number of this lane is {expected}")
+        if abs(reservation.issued_ms - now_ms) > FRESHNESS_MS:
+            return _stale("reservation")
+        if not now_ms < reservation.expires_ms <= now_ms + RESERVATION_TTL_MAX_MS:
+            return Refusal("expiry", "the reservation has expired or is too long")
+        holds = self._holds(SessionId(reservation.session_id))
+        if reservation.epoch in holds or any(hold.account != account for hold in holds.values()):
+            return Refusal("session", "the session's epoch is reserved already, or not by you")
+        if self.available(account) < reservation.amount:
+            return Refusal(
+                "credit", f"{reservation.amount} asked, {self.available(account)} available"
+            )
+        return None
+
+    def _settle(self, command: Settle, now_ms: int) -> Accepted | Refusal:
+        voucher, request = command.voucher, command.request
+        refusal = self._settlement_refused(command)
+        if refusal is not None:
+            return refusal
+        session_id, payee = SessionId(voucher.session_id), AccountId(request.payee)
+        entries: list[Entry] = []
+        lines = self._payment_lines(voucher)
+        if lines:
+            entry = self._entry(EntryKind.SETTLE, session_id, command.voucher_digest, lines, now_ms)
+            self.post(entry, None)
+            entries.append(entry)
+        releases = self._release(session_id, payee, request.issued_ms) if request.release else ()
+        for release in releases:
+            hold = self._sessions[session_id][release.epoch]
+            if hold.released >= hold.caps.keys():
+                entries += self._void(session_id, release.epoch, command.request_digest, now_ms)
+        paid = self.paid(session_id, payee)
+        promised = max((a.microcredits for a in voucher.amounts if a.payee == payee), default=0)
+        if promised > paid and not entries and not releases:
+            return Refusal("cap", f"{paid} paid, and nothing more is reserved for this payee")
+        return Accepted(tuple(entries), releases, paid)
+
+    def _settlement_refused(self, command: Settle) -> Refusal | None:
+        # An old request is as good as a new one: a stage may have waited out an outage.
+        voucher, request = command.voucher, command.request
+        if not voucher.network_id == request.network_id == self.network_id:
+            return Refusal("network", "the settlement is for another network")
+        if request.session_id != voucher.session_id or (
+            request.voucher_digest != command.voucher_digest
+        ):
+            return Refusal("malformed", "the request names another voucher or session")
+        payees = [amount.payee for amount in voucher.amounts]
+        if len(payees) > PAYEES_MAX or len(set(payees)) != len(payees):
+            return Refusal("malformed", "the voucher names too many payees, or one twice")
+        holds = self._holds(SessionId(voucher.session_id))
+        if not holds or any(hold.account != voucher.account for hold in holds.values()):
+            return Refusal("session", "the voucher's account has no reservation in this session")
+        if not any(request.payee in hold.caps for hold in holds.values()):
+            return Refusal("payee", "nothing is reserved for this payee")
+        return None
+
+    def _payment_lines(self, voucher: SessionVoucher) -> tuple[Line, ...]:
+        """Per hold one debit and its credits, oldest epoch first.
+
+        What is promised beyond a cap is not paid, and is no reason to leave the other
+        payees unpaid: a client cannot spoil their vouchers by overbidding one of them.
+        """
+        session_id = SessionId(voucher.session_id)
+        owed = {
+            AccountId(amount.payee): amount.microcredits
+            - self.paid(session_id, AccountId(amount.payee))
+            for amount in voucher.amounts
+        }
+        lines: list[Line] = []
+        for epoch, hold in sorted(self._holds(session_id).items()):
+            if (session_id, epoch) not in self._open:
+                continue
+            takes = {payee: min(sum_owed, hold.room(payee)) for payee, sum_owed in owed.items()}
+            credits = [Line(payee, credit=take) for payee, take in takes.items() if take > 0]
+            if credits:
+                total = sum(line.credit for line in credits)
+                lines += [Line(hold_account(session_id, epoch), debit=total), *credits]
+            for line in credits:
+                owed[line.account] -= line.credit
+        return tuple(lines)
+
+    def _release(
+        self, session_id: SessionId, payee: AccountId, issued_ms: int
+    ) -> tuple[Release, ...]:
+        # An old request must not be replayed against a hold that was opened after it.
+        releases = tuple(
+            Release(session_id, epoch, payee)
+            for epoch, hold in sorted(self._holds(session_id).items())
+            if (session_id, epoch) in self._open
+            and payee in hold.caps
+            and payee not in hold.released
+            and issued_ms >= hold.granted_ms - FRESHNESS_MS
+        )
+        for release in releases:
+            self.mark_released(release)
+        return releases
+
+    def _expire(self, now_ms: int) -> Accepted:
+        due = [key for key, hold in self._open.items() if hold.expires_ms + GRACE_MS <= now_ms]
+        entries = [entry for key in due for entry in self._void(*key, b"", now_ms)]
+        return Accepted(tuple(entries), (), len(entries))
+
+    def _void(self, session_id: SessionId, epoch: int, cause: bytes, now_ms: int) -> list[Entry]:
+        account = hold_account(session_id, epoch)
+        remainder = self.balances.of(account)
+        if remainder == 0:
+            return []
+        owner = self._sessions[session_id][epoch].account
+        lines = Line(account, debit=remainder), Line(owner, credit=remainder)
+        entry = self._entry(EntryKind.VOID, session_id, cause, lines, now_ms)
+        self.post(entry, None)
+        return [entry]
+
+    # State.
+
+    def _holds(self, session_id: SessionId) -> dict[int, Hold]:
+        return self._sessions.get(session_id, {})
+
+    def _entry(
+        self, kind: EntryKind, session_id: bytes, cause: bytes, lines: Iterable[Line], now_ms: int
+    ) -> Entry:
+        return Entry(
+            self.network_id, self.balances.size, kind, session_id, cause, tuple(lines), now_ms
+        )
+
+    def _open_hold(self, entry: Entry, reservation: BudgetReservation) -> None:
+        session_id = SessionId(reservation.session_id)
+        hold = Hold(
+            account=AccountId(reservation.account),
+            reservation=Digest(entry.cause),
+            granted_ms=entry.posted_ms,
+            expires_ms=reservation.expires_ms,
+            caps={AccountId(cap.payee): cap.microcredits for cap in reservation.caps},
+        )
+        self._sessions.setdefault(session_id, {})[reservation.epoch] = hold
+        self._open[session_id, reservation.epoch] = hold
+        self._reservations[hold.reservation] = entry.index
+        self._lanes.setdefault((hold.account, reservation.lane), []).append(hold.reservation)
+
+    def _pay(self, entry: Entry) -> None:
+        hold = None
+        for line in entry.lines:
+            if line.debit:
+                hold = self._hold_named(line.account)
+            elif hold is not None:
+                hold.paid[line.account] = hold.paid.get(line.account, 0) + line.credit
+
+    def _hold_named(self, account: AccountId) -> Hold:
+        _, session_hex, epoch = account.split(":")
+        return self._sessions[SessionId(bytes.fromhex(session_hex))][int(epoch)]
+
+    def _index(self, entry: Entry) -> None:
+        touched = {entry.session_id.hex()} if entry.session_id else set()
+        for line in entry.lines:
+            if line.account.startswith(HOLD):
+                touched.add(self._hold_named(line.account).account)
+            else:
+                touched.add(line.account)
+        for account in touched:
+            self._history.setdefault(account, []).append(entry.index)
+        for line in entry.lines:
+            if line.account.startswith(HOLD) and self.balances.of(line.account) == 0:
+                _, session_hex, epoch = line.account.split(":")
+                self._open.pop((SessionId(bytes.fromhex(session_hex)), int(epoch)), None)
+
+
+def _is_peer(account: str) -> bool:
+    try:
+        return peer_id_of(public_key_of(account)) == account
+    except ValueError:
+        return False
+
+
+def _stale(what: str) -> Refusal:
+    return Refusal("stale", f"the {what} was not signed within two minutes of the ledger's clock")

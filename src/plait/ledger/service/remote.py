@@ -1,0 +1,209 @@
+"""A client of a ledger authority, pinned to its certificate.
+
+Whatever the authority signs is checked by the caller against the network file
+(``reserve.check_grant``, ``checkpoint.open_checkpoint``); this module only carries.
+"""
+
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from plait.errors import (
+    DeadlineExceeded,
+    LedgerError,
+    PeerUnreachable,
+    PlaitError,
+    RemoteProtocolError,
+)
+from plait.network_file import Authority
+from plait.types import Digest, SessionId
+from plait.v1 import ledger_pb2 as pb
+from plait.v1.identity_pb2 import SignedEnvelope
+from plait.v1.ledger_pb2_grpc import LedgerServiceStub
+
+TLS_NAME = "plait"
+"""The DNS name in every certificate of a network; who it is, is decided by pinning."""
+
+DEADLINE_S = 5.0
+EXPORT_DEADLINE_S = 300.0
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+
+_REFUSED = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+Response = TypeVar("Response", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class AccountState:
+    """An account's balances in microcredits; the next reservation number of lane 0."""
+
+    available: int
+    pending: int
+    next_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A session's entries as leaf bytes, with a proof (index, hashes) of each in the checkpoint.
+
+    ``settled`` is true when nothing of the session is held any more.
+    """
+
+    entries: tuple[bytes, ...]
+    proofs: tuple[tuple[int, tuple[Digest, ...]], ...]
+    checkpoint: str
+    settled: bool
+
+
+class RemoteLedger:
+    """One authority. Every call has a deadline of 5 s (``export`` 300 s) and raises
+    ``LedgerError`` when the ledger refuses, ``PeerUnreachable`` or ``DeadlineExceeded``
+    when there is no answer, ``RemoteProtocolError`` for anything else."""
+
+    def __init__(self, authority: Authority, *, deadline_s: float = DEADLINE_S) -> None:
+        self._authority = authority
+        self._deadline_s = deadline_s
+        root = ssl.DER_cert_to_PEM_cert(authority.certificate).encode()
+        self._channel = grpc.aio.secure_channel(
+            authority.address,
+            grpc.ssl_channel_credentials(root_certificates=root),
+            options=[
+                ("grpc.ssl_target_name_override", TLS_NAME),
+                ("grpc.enable_http_proxy", 0),
+                ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+                ("grpc.initial_reconnect_backoff_ms", 200),
+                ("grpc.max_reconnect_backoff_ms", 1_000),
+                ("grpc.keepalive_time_ms", 1_000),
+                ("grpc.keepalive_timeout_ms", 500),
+            ],
+        )
+        self._stub = LedgerServiceStub(self._channel)
+
+    async def reserve(self, reservation: SignedEnvelope, cert: SignedEnvelope) -> SignedEnvelope:
+        """Ask for a reservation; returns the grant's envelope."""
+        request = pb.ReserveRequest(reservation=reservation, account_cert=cert)
+        response = await self._call(self._stub.Reserve, request, pb.ReserveResponse)
+        return response.grant
+
+    async def settle(
+        self, request: SignedEnvelope, cert: SignedEnvelope, voucher: SignedEnvelope
+    ) -> int:
+        """Present a voucher; returns what the payee has been paid in the session so far."""
+        message = pb.SettleRequest(request=request, payee_cert=cert, voucher=voucher)
+        response = await self._call(self._stub.Settle, message, pb.SettleResponse)
+        return response.paid_microcredits
+
+    async def issue(self, order: SignedEnvelope) -> int:
+        """Book an issuer's order; returns the entry's index."""
+        response = await self._call(
+            self._stub.Issue, pb.IssueRequest(order=order), pb.IssueResponse
+        )
+        return response.entry_index
+
+    async def account(
+        self, query: SignedEnvelope, cert: SignedEnvelope | None = None
+    ) -> AccountState:
+        """Balances of the account in a fresh query; the issuer needs no certificate."""
+        request = pb.GetAccountRequest(query=query, account_cert=cert)
+        response = await self._call(self._stub.GetAccount, request, pb.GetAccountResponse)
+        return AccountState(
+            response.available_microcredits, response.pending_microcredits, response.next_sequence
+        )
+
+    async def history(
+        self, query: SignedEnvelope, cert: SignedEnvelope | None = None, limit: int = 50
+    ) -> list[pb.JournalEntry]:
+        """The newest entries of an account, newest first."""
+        request = pb.GetHistoryRequest(query=query, account_cert=cert, limit=limit)
+        response = await self._call(self._stub.GetHistory, request, pb.GetHistoryResponse)
+        return list(response.entries)
+
+    async def evidence(self, session_id: SessionId) -> Evidence:
+        """What the log says about a session, with proofs."""
+        request = pb.GetEvidenceRequest(session_id=session_id)
+        response = await self._call(self._stub.GetEvidence, request, pb.GetEvidenceResponse)
+        if len(response.proofs) != len(response.entries):
+            raise self._broken("it gave another number of proofs than of entries")
+        return Evidence(
+            entries=tuple(response.entries),
+            proofs=tuple(
+                (proof.leaf_index, tuple(map(Digest, proof.hashes))) for proof in response.proofs
+            ),
+            checkpoint=response.checkpoint,
+            settled=response.settled,
+        )
+
+    async def checkpoint(self) -> str:
+        """The last signed checkpoint."""
+        request = pb.GetCheckpointRequest()
+        response = await self._call(self._stub.GetCheckpoint, request, pb.GetCheckpointResponse)
+        return response.checkpoint
+
+    async def consistency(self, first_size: int, second_size: int) -> list[Digest]:
+        """Proof that the log of the first size is a prefix of that of the second."""
+        request = pb.GetConsistencyRequest(first_size=first_size, second_size=second_size)
+        response = await self._call(self._stub.GetConsistency, request, pb.GetConsistencyResponse)
+        return [Digest(item) for item in response.hashes]
+
+    async def export(self, first_index: int = 0) -> AsyncIterator[bytes]:
+        """The journal's leaves from an index on."""
+        request = pb.ExportRequest(first_index=first_index)
+        try:
+            async for page in self._stub.Export(request, timeout=EXPORT_DEADLINE_S):
+                for payload in page.entries:
+                    yield payload
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._channel.close()
+
+    async def _call(
+        self,
+        method: Callable[..., Awaitable[object]],
+        request: Message,
+        response_class: type[Response],
+    ) -> Response:
+        try:
+            response = await method(request, timeout=self._deadline_s)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        if not isinstance(response, response_class):
+            raise self._broken("it answered with another message")
+        return response
+
+    def _error(self, error: grpc.aio.AioRpcError) -> PlaitError:
+        code, details = error.code(), error.details() or ""
+        address = self._authority.address
+        if code in _REFUSED:
+            return LedgerError(f"the ledger refuses: {details}", remedy=_remedy(details))
+        if code is grpc.StatusCode.UNAVAILABLE:
+            return PeerUnreachable(f"the ledger at {address} does not answer: {details}")
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(f"the ledger at {address} did not answer in time")
+        return self._broken(f"{code.name}: {details}")
+
+    def _broken(self, reason: str) -> RemoteProtocolError:
+        return RemoteProtocolError(reason, peer=self._authority.peer)
+
+
+def _remedy(details: str) -> str:
+    match details.partition(":")[0]:
+        case "credit":
+            return "ask the network's issuer for credit (plait ledger balance shows yours)"
+        case "stale":
+            return "set this machine's clock"
+        case _:
+            return ""

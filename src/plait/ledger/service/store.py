@@ -1,0 +1,271 @@
+"""The ledger's disk: append-only tables of entries and of the signed objects behind them.
+
+SQLite through apsw, WAL, ``synchronous=FULL``. One ``Store`` owns a file (a lock file
+keeps a second process out) and ``commit`` is called by one thread only. After any error
+of a commit its outcome is unknown: the store refuses to go on and must be opened again.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import apsw
+
+from plait.envelope import digest
+from plait.errors import LedgerError
+from plait.types import AccountId, Digest, PeerId, SessionId
+from plait.v1.identity_pb2 import SignedEnvelope
+
+SQLITE_VERSION_MIN = (3, 51, 3)
+"""Older versions can lose committed data when the WAL is reset."""
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE network (id TEXT NOT NULL) STRICT;
+CREATE TABLE entries (position INTEGER PRIMARY KEY, payload BLOB NOT NULL,
+                      leaf_hash BLOB NOT NULL) STRICT;
+CREATE TABLE objects (digest BLOB PRIMARY KEY, envelope BLOB NOT NULL) STRICT;
+CREATE TABLE releases (session_id BLOB NOT NULL, epoch INTEGER NOT NULL, payee TEXT NOT NULL,
+                       request BLOB NOT NULL, PRIMARY KEY (session_id, epoch, payee)) STRICT;
+CREATE TABLE forks (account TEXT NOT NULL, first BLOB NOT NULL, second BLOB NOT NULL,
+                    PRIMARY KEY (first, second)) STRICT;
+CREATE TABLE certs (peer TEXT PRIMARY KEY, serial TEXT NOT NULL, envelope BLOB NOT NULL) STRICT;
+CREATE TABLE checkpoints (size INTEGER PRIMARY KEY, note TEXT NOT NULL) STRICT;
+CREATE TRIGGER entries_stay BEFORE UPDATE ON entries
+    BEGIN SELECT RAISE(ABORT, 'entries are append-only'); END;
+CREATE TRIGGER entries_remain BEFORE DELETE ON entries
+    BEGIN SELECT RAISE(ABORT, 'entries are append-only'); END;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEntry:
+    """A leaf as it stands on disk."""
+
+    index: int
+    payload: bytes
+    leaf_hash: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRelease:
+    """That a payee released a hold, and the digest of the request that says so."""
+
+    session_id: SessionId
+    epoch: int
+    payee: AccountId
+    request: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFork:
+    """Digests of two reservations that one account signed under one number."""
+
+    account: AccountId
+    first: Digest
+    second: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCert:
+    """The newest key certificate of a peer."""
+
+    peer: PeerId
+    serial: int
+    envelope: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one command adds. Objects are serialized envelopes, kept by payload digest."""
+
+    entries: tuple[StoredEntry, ...] = ()
+    objects: tuple[SignedEnvelope, ...] = ()
+    releases: tuple[StoredRelease, ...] = ()
+    forks: tuple[StoredFork, ...] = ()
+    certs: tuple[StoredCert, ...] = ()
+    checkpoint: tuple[int, str] | None = None
+    """Size and signed note."""
+
+
+class Store:
+    """One ledger file. Open it with ``open_store``."""
+
+    def __init__(self, writer: apsw.Connection, reader: apsw.Connection, lock: IO[str]) -> None:
+        self._writer = writer
+        self._reader = reader
+        self._lock = lock
+        self._failed = False
+
+    def commit(self, changes: Sequence[Change]) -> None:
+        """Make changes durable in one transaction.
+
+        Raises ``LedgerError`` when the disk fails; from then on always.
+        """
+        if self._failed:
+            raise LedgerError("the ledger's store has failed before and must be opened again")
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            for change in changes:
+                self._add(change)
+            self._writer.execute("COMMIT")
+        except apsw.Error as error:
+            self._failed = True
+            raise _store_error(error) from error
+
+    def entries(self, first: int = 0, limit: int = -1) -> Iterator[StoredEntry]:
+        """Committed entries from index ``first`` on, in order; ``limit`` -1 is all."""
+        rows = self._reader.execute(
+            "SELECT position, payload, leaf_hash FROM entries WHERE position >= ?"
+            " ORDER BY position LIMIT ?",
+            (first, limit),
+        )
+        for position, payload, leaf_hash in rows:
+            yield StoredEntry(position, payload, Digest(leaf_hash))
+
+    def object(self, object_digest: bytes) -> SignedEnvelope | None:
+        """A committed signed object by the digest of its payload."""
+        row = self._reader.execute(
+            "SELECT envelope FROM objects WHERE digest = ?", (object_digest,)
+        ).fetchone()
+        return SignedEnvelope.FromString(row[0]) if row else None
+
+    def releases(self) -> list[StoredRelease]:
+        """All releases."""
+        rows = self._reader.execute("SELECT session_id, epoch, payee, request FROM releases")
+        return [
+            StoredRelease(SessionId(session_id), epoch, AccountId(payee), Digest(request))
+            for session_id, epoch, payee, request in rows
+        ]
+
+    def forks(self) -> list[StoredFork]:
+        """All double signatures seen."""
+        rows = self._reader.execute("SELECT account, first, second FROM forks")
+        return [StoredFork(AccountId(row[0]), Digest(row[1]), Digest(row[2])) for row in rows]
+
+    def certs(self) -> list[StoredCert]:
+        """The newest certificate of each peer."""
+        rows = self._reader.execute("SELECT peer, serial, envelope FROM certs")
+        return [StoredCert(PeerId(peer), int(serial), envelope) for peer, serial, envelope in rows]
+
+    def checkpoint(self) -> tuple[int, str] | None:
+        """The last signed checkpoint: its size and note."""
+        row = self._reader.execute(
+            "SELECT size, note FROM checkpoints ORDER BY size DESC LIMIT 1"
+        ).fetchone()
+        return (row[0], row[1]) if row else None
+
+    def close(self) -> None:
+        """Close the file; after a failure without touching it."""
+        if self._failed:
+            self._writer.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            self._reader.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        self._reader.close()
+        self._writer.close()
+        self._lock.close()
+
+    def _add(self, change: Change) -> None:
+        write = self._writer
+        write.executemany(
+            "INSERT INTO entries VALUES (?, ?, ?)",
+            [(entry.index, entry.payload, entry.leaf_hash) for entry in change.entries],
+        )
+        write.executemany(
+            "INSERT OR IGNORE INTO objects VALUES (?, ?)",
+            [(digest(item.payload), item.SerializeToString()) for item in change.objects],
+        )
+        write.executemany(
+            "INSERT OR IGNORE INTO releases VALUES (?, ?, ?, ?)",
+            [(item.session_id, item.epoch, item.payee, item.request) for item in change.releases],
+        )
+        write.executemany(
+            "INSERT OR IGNORE INTO forks VALUES (?, ?, ?)",
+            [(item.account, item.first, item.second) for item in change.forks],
+        )
+        write.executemany(
+            "INSERT OR REPLACE INTO certs VALUES (?, ?, ?)",
+            # A serial is an unsigned 64-bit number, SQLite's integers are signed.
+            [(item.peer, str(item.serial), item.envelope) for item in change.certs],
+        )
+        if change.checkpoint is not None:
+            write.execute("INSERT OR IGNORE INTO checkpoints VALUES (?, ?)", change.checkpoint)
+
+
+def open_store(
+    path: Path,
+    network_id: str,
+    *,
+    vfs: str | None = None,
+    sqlite_version: str | None = None,
+) -> Store:
+    """Open or create a network's ledger file.
+
+    ``vfs`` names another SQLite file system, for fault injection. Raises ``LedgerError``
+    if SQLite is too old, the file is in use, damaged, unwritable or another network's.
+    """
+    version = sqlite_version or apsw.sqlite_lib_version()
+    if tuple(int(part) for part in version.split(".")) < SQLITE_VERSION_MIN:
+        raise LedgerError(
+            f"SQLite {version} can lose committed entries",
+            remedy="install a newer apsw: pip install -U apsw",
+        )
+    lock = _lock(path)
+    try:
+        writer = apsw.Connection(str(path), vfs=vfs)
+        _prepare(writer, network_id)
+        reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY, vfs=vfs)
+    except apsw.Error as error:
+        lock.close()
+        raise _store_error(error) from error
+    except LedgerError:
+        lock.close()
+        raise
+    return Store(writer, reader, lock)
+
+
+def _lock(path: Path) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = path.with_name(path.name + ".lock").open("w")
+    except OSError as error:
+        raise LedgerError(f"cannot open the ledger {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise LedgerError(f"the ledger {path} is in use by another process") from error
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _prepare(writer: apsw.Connection, network_id: str) -> None:
+    mode = writer.execute("PRAGMA journal_mode=WAL").fetchone()
+    if mode != ("wal",):
+        raise LedgerError(f"the ledger's file system cannot do WAL: {mode}")
+    writer.execute("PRAGMA synchronous=FULL")
+    version = writer.execute("PRAGMA user_version").fetchone()
+    if version == (0,):
+        with writer:
+            writer.execute(_SCHEMA)
+            writer.execute("INSERT INTO network VALUES (?)", (network_id,))
+            writer.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+    elif version != (SCHEMA_VERSION,):
+        raise LedgerError(f"the ledger's file has the unknown version {version}")
+    stored = writer.execute("SELECT id FROM network").fetchone()
+    if stored != (network_id,):
+        raise LedgerError(f"the ledger's file is another network's: {stored}")
+
+
+def _store_error(error: apsw.Error) -> LedgerError:
+    if isinstance(error, apsw.FullError):
+        return LedgerError(
+            "the ledger's disk is full", remedy="free some space and start the ledger again"
+        )
+    return LedgerError(
+        f"the ledger's disk failed: {error}", remedy="check the disk and start the ledger again"
+    )

@@ -1,0 +1,210 @@
+"""Claims about who took part, on which terms, and which tokens went through."""
+
+from plait.envelope import decode, digest, open_envelope
+from plait.errors import BadProof, BadSignature
+from plait.identity import public_key_of
+from plait.ledger.blame import about
+from plait.ledger.bundle import BundleParts, Frame, SealedBundle
+from plait.ledger.certs import CLOCK_SKEW_MS_MAX, check_key_cert
+from plait.ledger.opening import prices_from_message, terms_from_message
+from plait.ledger.receipt import ChunkClose
+from plait.ledger.report import Absent
+from plait.ledger.terms import SessionTerms, StageTerms
+from plait.network_file import NetworkFile
+from plait.types import ModelShape, Sampling, Span
+from plait.v1.bundle_pb2 import BundleSeal, ModelManifest
+from plait.v1.identity_pb2 import SignedEnvelope
+from plait.v1.offer_pb2 import OFFER_STATE_READY, Offer
+from plait.v1.session_pb2 import SessionOpen
+
+
+def check_seal(bundle: SealedBundle) -> None:
+    """The client's peer key signed exactly these contents."""
+    parts = bundle.parts
+    seal = open_envelope(bundle.seal, BundleSeal, signer=public_key_of(parts.terms.client))
+    if seal.sha256 != bundle.body_digest:
+        raise BadProof("the contents are not those that were sealed")
+    stated = (seal.network_id, seal.session_id, seal.sealed_ms)
+    if stated != (parts.network_id, parts.terms.session_id, parts.sealed_ms):
+        raise BadProof("the seal is for another network, session or time")
+
+
+def check_network(parts: BundleParts, network: NetworkFile) -> None:
+    """The bundle is of the network whose file we trust, and its peers are admitted."""
+    if parts.network_id != network.network_id:
+        raise BadProof(f"the bundle is of {parts.network_id!r}, we trust {network.network_id!r}")
+    if network.admission == "allowlist":
+        for peer in (parts.terms.client, *(stage.peer for stage in parts.terms.stages)):
+            if not network.admits(peer):
+                raise BadSignature(f"{peer} is not on the network's list")
+
+
+def check_terms(parts: BundleParts) -> tuple[Sampling, int]:
+    """The client signed these terms; returns how tokens are drawn and when it opened."""
+    terms = parts.terms
+    message = open_envelope(parts.session_open, SessionOpen, signer=terms.client_ledger_key)
+    classes = [stage.numeric_class for stage in terms.stages]
+    keys = [stage.ledger_key for stage in terms.stages]
+    signed, sampling = terms_from_message(message, terms.client_ledger_key, classes, keys)
+    if signed != terms:
+        raise BadProof(f"the signed opening has a different {_difference(signed, terms)}")
+    return sampling, message.issued_ms
+
+
+def check_client_cert(parts: BundleParts, opened_ms: int) -> None:
+    """The client's peer key delegated to the ledger key that pays."""
+    terms = parts.terms
+    _, key = check_key_cert(parts.client_cert, parts.network_id, opened_ms, terms.client)
+    if key != terms.client_ledger_key:
+        raise BadSignature("the certificate names another ledger key")
+
+
+def check_stage_certs(parts: BundleParts, opened_ms: int) -> None:
+    """Each stage's peer key delegated to the ledger key that signs its receipts."""
+    stages = parts.terms.stages
+    _one_each(parts.stage_certs, stages, "certificates")
+    for index, (envelope, stage) in enumerate(zip(parts.stage_certs, stages, strict=True)):
+        with about(f"stage {index}"):
+            _, key = check_key_cert(envelope, parts.network_id, opened_ms, stage.peer)
+            if key != stage.ledger_key:
+                raise BadSignature("the certificate names another ledger key")
+
+
+def check_offers(parts: BundleParts, opened_ms: int) -> None:
+    """Each stage had offered this span at these prices in this numeric class."""
+    stages = parts.terms.stages
+    _one_each(parts.offers, stages, "offers")
+    for index, (envelope, stage) in enumerate(zip(parts.offers, stages, strict=True)):
+        with about(f"offer of stage {index}"):
+            _check_offer(envelope, stage, parts.terms, opened_ms)
+
+
+def check_manifest(parts: BundleParts) -> ModelManifest:
+    """The manifest is the one whose digest names the model."""
+    if parts.manifest is None:
+        raise Absent("the bundle has no manifest, so the number of layers is unknown")
+    if digest(parts.manifest) != parts.terms.model_digest:
+        raise BadProof("the manifest's digest is not the model's")
+    return decode(parts.manifest, ModelManifest)
+
+
+def check_route(parts: BundleParts, manifest: ModelManifest | None) -> None:
+    """The spans cover every layer once, in order, and are priced as the manifest says."""
+    terms = parts.terms
+    position = 0
+    for index, stage in enumerate(terms.stages):
+        if stage.span.start != position:
+            raise BadProof(f"stage {index} starts at layer {stage.span.start}, not {position}")
+        position = stage.span.end
+    if manifest is None:
+        return
+    if position != manifest.layers:
+        raise BadProof(f"the route ends at layer {position}, the model has {manifest.layers}")
+    shape = ModelShape(
+        name=manifest.name,
+        digest=terms.model_digest,
+        layers=manifest.layers,
+        embedding_cost_layers=manifest.embedding_cost_layers,
+        head_cost_layers=manifest.head_cost_layers,
+    )
+    for index, stage in enumerate(terms.stages):
+        if stage.priced_layers != shape.priced_layers(stage.span):
+            raise BadProof(f"stage {index} is paid for {stage.priced_layers} layers")
+
+
+def check_frames(parts: BundleParts) -> tuple[ChunkClose, ...]:
+    """Every position went through once, in order; returns where each chunk ended."""
+    terms = parts.terms
+    if len(parts.prompt_ids) != terms.prompt_tokens:
+        raise BadProof(f"{len(parts.prompt_ids)} prompt ids, {terms.prompt_tokens} were agreed")
+    if not parts.frames or not parts.frames[-1][4]:
+        raise BadProof("the last frame does not close a chunk")
+    position = draws = 0
+    closes: list[ChunkClose] = []
+    for index, frame in enumerate(parts.frames):
+        traversal, first_position, rows, sample, close_chunk = frame
+        with about(f"frame {index}"):
+            if traversal != parts.frames[0][0] + index or first_position != position:
+                raise BadProof("it does not follow the one before")
+            counts = terms.counts_after(first_position, rows, sample)
+            draws += sample
+            _check_shape(frame, terms, is_last=index == len(parts.frames) - 1)
+            if counts.output != draws:
+                raise BadProof(f"{counts.output} draws are counted, {draws} were asked for")
+            if draws - (closes[-1].counts.output if closes else 0) > terms.chunk_tokens:
+                raise BadProof(f"a chunk has more than {terms.chunk_tokens} draws")
+        position += rows
+        if close_chunk:
+            closes.append(ChunkClose(len(closes), traversal, counts))
+    if draws == 0 or draws != len(parts.token_ids):
+        raise BadProof(f"{len(parts.token_ids)} token ids, but {draws} draws")
+    return tuple(closes)
+
+
+def check_answer(
+    parts: BundleParts, sampling: Sampling | None, manifest: ModelManifest | None
+) -> None:
+    """The ids are of the vocabulary, and the answer ended as it says."""
+    if manifest is not None:
+        for token in (*parts.prompt_ids, *parts.token_ids):
+            if token >= manifest.vocabulary_size:
+                raise BadProof(f"token id {token} is not in the vocabulary")
+    if parts.finish_reason not in ("stop", "length"):
+        raise BadProof(f"unknown finish reason {parts.finish_reason!r}")
+    full = len(parts.token_ids) == parts.terms.max_tokens
+    if parts.finish_reason == "length" and not full:
+        raise BadProof("it claims to have reached the limit, but is shorter")
+    if sampling is None:
+        return
+    end_ids = set(sampling.end_ids)
+    if end_ids.intersection(parts.token_ids[:-1]):
+        raise BadProof("the answer goes on after an end id")
+    if parts.finish_reason == "length" and parts.token_ids[-1] in end_ids:
+        raise BadProof("it ended with an end id, not by length")
+
+
+def _check_offer(
+    envelope: SignedEnvelope, stage: StageTerms, terms: SessionTerms, opened_ms: int
+) -> None:
+    offer = open_envelope(envelope, Offer, signer=public_key_of(stage.peer))
+    if digest(envelope.payload) != stage.offer_digest:
+        raise BadProof("it is not the one that the route names")
+    if (offer.network_id, offer.model_digest) != (terms.network_id, terms.model_digest):
+        raise BadProof("it is for another network or model")
+    if not Span(offer.start_layer, offer.end_layer).contains(stage.span):
+        raise BadProof(f"it does not hold layers {stage.span}")
+    if prices_from_message(offer.prices) != stage.prices:
+        raise BadProof("its prices are not those of the route")
+    if offer.numeric_class != stage.numeric_class:
+        raise BadProof("its numeric class is another")
+    if offer.state != OFFER_STATE_READY:
+        raise BadProof("its peer was not ready")
+    early, late = offer.issued_ms - CLOCK_SKEW_MS_MAX, offer.expires_ms + CLOCK_SKEW_MS_MAX
+    if not early <= opened_ms <= late:
+        raise BadProof("it was not valid when the session opened")
+
+
+def _check_shape(frame: Frame, terms: SessionTerms, *, is_last: bool) -> None:
+    _, first_position, rows, _, close_chunk = frame
+    if rows == 0:
+        if not (is_last and close_chunk):
+            raise BadProof("it has no rows, but does not end the answer")
+    elif first_position >= terms.prompt_tokens:
+        if rows != 1:
+            raise BadProof("a decode step has one row")
+    elif rows > terms.prefill_chunk_tokens or not close_chunk:
+        raise BadProof("a frame of the prompt is a chunk of its own, of limited size")
+
+
+def _one_each(
+    evidence: tuple[SignedEnvelope, ...], stages: tuple[StageTerms, ...], what: str
+) -> None:
+    if len(evidence) != len(stages):
+        raise BadProof(f"{len(evidence)} {what} for {len(stages)} stages")
+
+
+def _difference(signed: SessionTerms, stated: SessionTerms) -> str:
+    for name in SessionTerms.__dataclass_fields__:
+        if getattr(signed, name) != getattr(stated, name):
+            return name
+    raise AssertionError("the terms are equal")

@@ -1,0 +1,108 @@
+"""A tiny llama with random weights: for tests, and for a network without a download.
+
+Its text is noise, but everything else is real: a GGUF file with packed weights, a
+byte-level BPE tokenizer and a chat template. The bytes come from SHAKE-256 of a fixed
+seed, so the same file arises everywhere.
+"""
+
+import hashlib
+import struct
+from pathlib import Path
+
+from plait.model.byte_level import ALPHABET
+from plait.model.gguf_types import BY_NAME
+from plait.model.gguf_writer import StoredTensor, Value, write_gguf
+
+LAYERS, HIDDEN, FEED_FORWARD, HEADS, KV_HEADS = 8, 64, 128, 4, 2
+HEAD_SIZE = HIDDEN // HEADS
+CONTEXT = 2_048
+SEED = b"plait tiny model 1"
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MERGES = (
+    ("Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "a t", "e n", "o r", "e s")
+    + ("i s", "i t", "a n", "Ġ s", "Ġ w", "Ġ o", "Ġ c", "o u", "n d", "a l", "l l", "Ġ b")
+    + ("Ġ f", "in g", "Ġ p", "e d", "Ġt o", "Ġa nd", "Ġ m", "Ġo f", "Ġ in", "l e", "o m")
+    + ("Ġ d", "Ġ h", "Ġ n", "s t", "e l", "v e")
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write_tiny(path: Path) -> None:
+    """Write the model's GGUF file, always the same bytes. Raises ``OSError``."""
+    vocabulary = [*SPECIAL, *ALPHABET, *(merge.replace(" ", "") for merge in MERGES)]
+    write_gguf(path, _metadata(vocabulary), _tensors(len(vocabulary)))
+
+
+def _metadata(vocabulary: list[str]) -> dict[str, Value]:
+    return {
+        "general.architecture": "llama",
+        "general.name": "tiny random (for tests)",
+        "llama.block_count": LAYERS,
+        "llama.context_length": CONTEXT,
+        "llama.embedding_length": HIDDEN,
+        "llama.feed_forward_length": FEED_FORWARD,
+        "llama.attention.head_count": HEADS,
+        "llama.attention.head_count_kv": KV_HEADS,
+        "llama.rope.freq_base": 10_000.0,
+        "llama.rope.dimension_count": HEAD_SIZE,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.tokens": vocabulary,
+        "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * (len(vocabulary) - len(SPECIAL)),
+        "tokenizer.ggml.merges": list(MERGES),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+
+
+def _tensors(vocabulary_size: int) -> list[StoredTensor]:
+    queries, keys = (HEADS * HEAD_SIZE, HIDDEN), (KV_HEADS * HEAD_SIZE, HIDDEN)
+    tensors = [
+        _packed("token_embd.weight", "Q8_0", (vocabulary_size, HIDDEN), 0.3),
+        _norm("output_norm.weight"),
+    ]
+    for layer in range(LAYERS):
+        prefix = f"blk.{layer}."
+        tensors += [
+            _norm(prefix + "attn_norm.weight"),
+            _packed(prefix + "attn_q.weight", "Q4_1", queries, 0.3),
+            _packed(prefix + "attn_k.weight", "Q4_1", keys, 0.3),
+            _packed(prefix + "attn_v.weight", "Q8_0", keys, 0.3),
+            _packed(prefix + "attn_output.weight", "Q4_1", (HIDDEN, HIDDEN), 0.3),
+            _norm(prefix + "ffn_norm.weight"),
+            _packed(prefix + "ffn_gate.weight", "Q4_1", (FEED_FORWARD, HIDDEN), 0.2),
+            _packed(prefix + "ffn_up.weight", "Q4_0", (FEED_FORWARD, HIDDEN), 0.2),
+            _packed(prefix + "ffn_down.weight", "Q4_1", (HIDDEN, FEED_FORWARD), 0.2),
+        ]
+    return tensors
+
+
+def _norm(name: str) -> StoredTensor:
+    """Norm weights between 0.5 and 1.5, in fp32."""
+    noise = hashlib.shake_256(SEED + name.encode()).digest(HIDDEN)
+    weights = [0.5 + byte / 255 for byte in noise]
+    return StoredTensor(name, BY_NAME["F32"], (HIDDEN,), struct.pack(f"<{HIDDEN}f", *weights))
+
+
+def _packed(name: str, kind: str, shape: tuple[int, int], deviation: float) -> StoredTensor:
+    """Uniform random weights of about the given standard deviation."""
+    # The standard deviation of a uniform integer: 16 values 4.61, 256 values 73.9.
+    scale = deviation / (73.9 if kind == "Q8_0" else 4.61)
+    head = struct.pack("<e", scale)
+    if kind == "Q4_1":
+        head += struct.pack("<e", -7.5 * scale)
+    storage = BY_NAME[kind]
+    groups = shape[0] * shape[1] // storage.group
+    count = storage.group_bytes - len(head)
+    noise = hashlib.shake_256(SEED + name.encode()).digest(groups * count)
+    raw = b"".join(head + noise[i * count : (i + 1) * count] for i in range(groups))
+    return StoredTensor(name, storage, shape, raw)

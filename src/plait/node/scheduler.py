@@ -1,0 +1,60 @@
+"""Which queued frames a stage computes together. Pure.
+
+A batch takes the oldest frame of each session, up to ``rows_max`` rows, in arrival order.
+Frames of one session stay in order because a later one depends on the cache of the earlier.
+"""
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from plait.errors import CapacityError
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Scheduler(Generic[T]):
+    """A bounded queue of work, ``key`` naming the session and ``rows`` the size of an item."""
+
+    key: Callable[[T], Hashable]
+    rows: Callable[[T], int]
+    rows_max: int = 512
+    items_max: int = 1024
+    _queue: deque[T] = field(default_factory=deque)
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def add(self, item: T) -> None:
+        """Queue an item; raises ``CapacityError`` when the queue is full."""
+        if len(self._queue) >= self.items_max:
+            raise CapacityError("the stage has too many frames queued")
+        self._queue.append(item)
+
+    def take(self) -> list[T]:
+        """Remove and return the next batch; empty only when nothing is queued."""
+        batch: list[T] = []
+        later: deque[T] = deque()
+        seen: set[Hashable] = set()
+        total = 0
+        while self._queue:
+            item = self._queue.popleft()
+            key, rows = self.key(item), self.rows(item)
+            if key in seen or (batch and total + rows > self.rows_max):
+                later.append(item)
+            else:
+                batch.append(item)
+                total += rows
+            seen.add(key)
+        self._queue = later
+        return batch
+
+    def drop(self, key: Hashable) -> None:
+        """Forget what is queued for a session that ended."""
+        self._queue = deque(_without(self._queue, self.key, key))
+
+
+def _without(items: Iterable[T], key_of: Callable[[T], Hashable], key: Hashable) -> Iterable[T]:
+    return (item for item in items if key_of(item) != key)

@@ -1,0 +1,106 @@
+"""The peer port: gRPC calls in, ``Stage`` methods out. Who calls is read from the TLS session."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+
+from plait.errors import PlaitError
+from plait.net.tls import caller_certificate
+from plait.node.stage import ResponseOutbox, Stage
+from plait.types import PeerId
+from plait.v1 import session_pb2, stage_pb2, stage_pb2_grpc
+
+log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class StageServicer(stage_pb2_grpc.StageServiceServicer):
+    """``peer_of`` maps a caller's DER certificate to its peer id, None when unknown."""
+
+    def __init__(self, stage: Stage, peer_of: Callable[[bytes], PeerId | None]) -> None:
+        self._stage = stage
+        self._peer_of = peer_of
+
+    async def Open(  # noqa: N802 (gRPC's name)
+        self, request: session_pb2.OpenRequest, context: Context
+    ) -> session_pb2.OpenResponse:
+        """Hold a session."""
+        caller = await self._caller(context)
+        try:
+            return self._stage.open(request, caller)
+        except PlaitError as error:
+            await _abort(context, error)
+
+    async def Confirm(  # noqa: N802
+        self, request: session_pb2.ConfirmRequest, context: Context
+    ) -> session_pb2.ConfirmResponse:
+        """Make it live."""
+        caller = await self._caller(context)
+        try:
+            return await self._stage.confirm(request, caller)
+        except PlaitError as error:
+            await _abort(context, error)
+
+    async def Close(  # noqa: N802
+        self, request: session_pb2.CloseRequest, context: Context
+    ) -> session_pb2.CloseResponse:
+        """End it."""
+        caller = await self._caller(context)
+        try:
+            return await self._stage.close(request, caller)
+        except PlaitError as error:
+            await _abort(context, error)
+
+    async def Link(  # noqa: N802
+        self,
+        request_iterator: object,
+        context: Context,
+    ) -> None:
+        """Carry frames down and results back until either side ends."""
+        caller = await self._caller(context)
+        await context.send_initial_metadata(())
+        outbox = self._stage.attach(caller)
+        log.info("link attached", peer=caller)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                writer = tasks.create_task(_write(context, outbox))
+                while (message := await context.read()) is not grpc.aio.EOF:
+                    self._dispatch(message, caller, outbox)
+                writer.cancel()
+        except* (grpc.aio.AbortError, grpc.RpcError, asyncio.InvalidStateError) as group:
+            log.debug("link broke", peer=caller, reason=repr(group.exceptions[0]))
+        finally:
+            self._stage.detach(caller, outbox)
+            log.info("link detached", peer=caller)
+
+    def _dispatch(
+        self, message: stage_pb2.LinkRequest, caller: PeerId, outbox: ResponseOutbox
+    ) -> None:
+        match message.WhichOneof("kind"):
+            case "frame":
+                self._stage.on_frame(message.frame, caller, outbox)
+            case "fault":
+                self._stage.on_upstream_fault(message.fault, caller)
+
+    async def _caller(self, context: Context) -> PeerId:
+        certificate = caller_certificate(context)
+        peer = self._peer_of(certificate) if certificate else None
+        if peer is None:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "say Hello first")
+            raise AssertionError("abort raises")
+        return peer
+
+
+async def _write(context: Context, outbox: ResponseOutbox) -> None:
+    async for message in outbox.drain():
+        await context.write(message)
+
+
+async def _abort(context: Context, error: PlaitError) -> NoReturn:
+    log.info("call refused", reason=str(error))
+    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{error.code}: {error}")
+    raise AssertionError("abort raises")

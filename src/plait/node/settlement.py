@@ -1,0 +1,98 @@
+"""Presenting vouchers to the ledger. A voucher is on disk before it is sent.
+
+A settlement that the ledger did not acknowledge is tried again every few seconds, and
+after a restart: settling twice pays once.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from plait.errors import LedgerError, PlaitError
+from plait.identity import SigningKey
+from plait.ledger.service.remote import RemoteLedger
+from plait.node.sessions import StageSession
+from plait.v1.identity_pb2 import SignedEnvelope
+from plait.v1.ledger_pb2 import SettleRequest
+
+log = structlog.get_logger(__name__)
+
+RETRY_S = 5.0
+
+
+class Settler:
+    """One stage's side of settlement. ``cert`` is its NodeKeyCert, ``key`` its ledger key."""
+
+    def __init__(
+        self,
+        *,
+        key: SigningKey,
+        cert: SignedEnvelope,
+        ledger: RemoteLedger,
+        spool_dir: Path,
+        clock_ms: Callable[[], int],
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self.key = key
+        self.cert = cert
+        self._ledger = ledger
+        self._spool_dir = spool_dir
+        self._clock_ms = clock_ms
+        self._tasks = tasks
+        spool_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    async def settle(self, session: StageSession) -> bool:
+        """Present the session's best voucher; True once the ledger has posted it."""
+        spooled = self._spool(session)
+        return spooled is not None and await self._present(spooled)
+
+    def settle_later(self, session: StageSession) -> None:
+        """The same, without waiting."""
+        spooled = self._spool(session)
+        if spooled is not None:
+            self._tasks.create_task(self._present_quietly(spooled), name="settlement")
+
+    def _spool(self, session: StageSession) -> Path | None:
+        if session.books is None:
+            return None
+        request = session.books.settlement(self._clock_ms(), True)
+        if request is None or session.books.voucher is None:
+            return None
+        message = SettleRequest(
+            request=request, payee_cert=self.cert, voucher=session.books.voucher
+        )
+        path = self._spool_dir / f"{session.id.hex()}-{session.terms.epoch}"
+        part = path.with_suffix(".part")
+        part.write_bytes(message.SerializeToString())
+        part.replace(path)
+        return path
+
+    async def _present(self, path: Path) -> bool:
+        message = SettleRequest.FromString(path.read_bytes())
+        try:
+            paid = await self._ledger.settle(message.request, message.payee_cert, message.voucher)
+        except LedgerError as error:
+            log.warning("settlement refused", session=path.name, reason=str(error))
+            path.replace(path.with_suffix(".refused"))
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        log.info("settled", session=path.name, paid_microcredits=paid)
+        return True
+
+    async def _present_quietly(self, path: Path) -> None:
+        try:
+            await self._present(path)
+        except PlaitError as error:
+            log.info("settlement waits", session=path.name, reason=str(error))
+
+    async def retry_forever(self) -> None:
+        """Present again what the ledger has not acknowledged."""
+        while True:
+            for path in sorted(self._spool_dir.iterdir()):
+                if not path.suffix:
+                    await self._present_quietly(path)
+            await asyncio.sleep(RETRY_S)

@@ -1,0 +1,236 @@
+"""Exact search for the best route: label setting with resource bounds.
+
+Labels are beginnings of routes at a state (boundary, last peer), expanded best first by a
+lower bound on the complete score, so the first complete label taken is the best. A label is
+dropped when its bound breaks a limit, or when another at its state is no worse in every
+measure in use. Each layer boundary is a possible cut: cuts only where some span starts or
+ends would not do, since a limit, a price rounded up per stage, or a stage of one layer that
+saves a slow hop can make an inner cut the best.
+
+A peer serves at most one stage. That is enforced by relaxation: the search first forbids
+only to stay on a peer under another name, and where the best route visits a peer twice,
+that peer's visits become part of the labels (dominance then compares them) and the search
+is repeated. A relaxed optimum that visits no peer twice is the true optimum, and the set of
+watched peers only grows, so this ends. (Boland et al. 2006; Righini and Salani 2008.)
+"""
+
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+import numpy as np
+
+from plait.errors import RouteError
+from plait.router.bounds import DRIVER, UNREACHABLE, Graph, Measure, Table
+from plait.router.cost import Totals
+from plait.router.request import RouteRequest
+from plait.router.view import Integers
+from plait.types import Span
+
+LABELS_MAX = 200_000
+"""Beyond this a search is given up: hostile offers must not hold a driver."""
+
+PRICE = Measure(price=1)
+TTFT = Measure(ttft=1)
+TPOT = Measure(tpot=1)
+_NANO = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What to minimise, in order of importance, and (measure, greatest value) limits."""
+
+    score: tuple[Measure, ...]
+    limits: tuple[tuple[Measure, int], ...] = ()
+
+    def scores(self, totals: Totals) -> tuple[int, ...]:
+        """The score of a complete route: smaller is better."""
+        return tuple(measure.of(totals) for measure in self.score)
+
+    def allows(self, totals: Totals) -> bool:
+        """Whether a complete route keeps every limit."""
+        return all(measure.of(totals) <= limit for measure, limit in self.limits)
+
+
+def goal_of(request: RouteRequest) -> Goal:
+    """The goal a request's ``sort`` and bounds stand for."""
+    whole = Measure(ttft=1, tpot=request.max_tokens - 1)
+    weight = request.latency_weight
+    score = {
+        "latency": (whole,),
+        "throughput": (TPOT, TTFT),
+        "price": (PRICE, whole),
+        "weighted": (Measure(_NANO, weight, weight * whole.tpot),) if weight else (PRICE, whole),
+    }[request.sort]
+    limits: list[tuple[Measure, int]] = []
+    if request.max_price is not None:
+        limits.append((PRICE, request.max_price))
+    if request.ttft_s is not None:
+        limits.append((TTFT, int(request.ttft_s * _NANO)))
+    if request.tpot_s is not None:
+        limits.append((TPOT, int(request.tpot_s * _NANO)))
+    return Goal(score, tuple(limits))
+
+
+Route = tuple[tuple[int, Span], ...]
+"""(peer index, sub-span) per stage."""
+
+
+@dataclass(slots=True)
+class _Label:
+    peer: int
+    span: Span | None
+    totals: Totals
+    parent: "_Label | None"
+    watched: int = 0
+    """Bit set of the watched peers visited."""
+
+    def route(self) -> Route:
+        stages: list[tuple[int, Span]] = []
+        label: _Label | None = self
+        while label is not None and label.span is not None:
+            stages.append((label.peer, label.span))
+            label = label.parent
+        return tuple(reversed(stages))
+
+
+@dataclass(slots=True)
+class _Cursor:
+    """A label's possible next stages in order of promise; taken one by one."""
+
+    label: _Label
+    boundary: int
+    bounds: list[Integers]
+    peer: Integers
+    end: Integers
+    position: int = 0
+
+    def entry(self, serial: int) -> "tuple[tuple[int, ...], int, int, _Cursor]":
+        at = self.position
+        return tuple(int(b[at]) for b in self.bounds), -int(self.end[at]), serial, self
+
+
+@dataclass(slots=True)
+class _Frontier:
+    """Vectors of the labels kept at each state."""
+
+    kept: dict[tuple[int, int], list[tuple[tuple[int, ...], int]]] = field(default_factory=dict)
+
+    def admit(self, state: tuple[int, int], vector: tuple[int, ...], watched: int) -> bool:
+        """Keep the vector unless a kept one dominates it."""
+        others = self.kept.setdefault(state, [])
+        for other, other_watched in others:
+            if not other_watched & ~watched and all(
+                a <= b for a, b in zip(other, vector, strict=True)
+            ):
+                return False
+        others.append((vector, watched))
+        return True
+
+
+def best_route(graph: Graph, goal: Goal, *, without: frozenset[int] = frozenset()) -> Route | None:
+    """The best complete route on the graph, or None.
+
+    ``without`` names peers (indices) not to use. Ties go to the route whose stages are
+    longer, then to the lower peer ids. Raises ``RouteError`` if the search would take more
+    than LABELS_MAX labels.
+    """
+    watched: frozenset[int] = frozenset()
+    while True:
+        route = _Search(graph, goal, without, watched).run()
+        if route is None:
+            return None
+        peers = [peer for peer, _ in route]
+        repeated = frozenset(peer for peer in peers if peers.count(peer) > 1)
+        if not repeated:
+            return route
+        watched |= repeated
+
+
+class _Search:
+    def __init__(
+        self, graph: Graph, goal: Goal, without: frozenset[int], watched: frozenset[int]
+    ) -> None:
+        self._graph, self._goal, self._without = graph, goal, without
+        self._bit = {peer: 1 << position for position, peer in enumerate(sorted(watched))}
+        self._score = [graph.table(measure) for measure in goal.score]
+        self._limits = [(graph.table(m), m, limit) for m, limit in goal.limits]
+        limited = [m for m, _ in goal.limits if m not in goal.score]
+        self._vector = (*goal.score, *limited)
+        self._frontier = _Frontier()
+        self._heap: list[tuple[tuple[int, ...], int, int, _Cursor | _Label]] = []
+        self._serial = 0
+
+    def run(self) -> Route | None:
+        self._expand(_Label(DRIVER, None, Totals(), None), 0)
+        while self._heap:
+            *_, item = heappop(self._heap)
+            if isinstance(item, _Label):
+                return item.route()
+            self._take(item)
+        return None
+
+    def _push(self, cursor: _Cursor) -> None:
+        self._serial += 1
+        heappush(self._heap, cursor.entry(self._serial))
+
+    def _take(self, cursor: _Cursor) -> None:
+        """Turn the cursor's next choice into a label, and move the cursor on."""
+        parent, at = cursor.label, cursor.position
+        peer, end = int(cursor.peer[at]), int(cursor.end[at])
+        cursor.position += 1
+        if cursor.position < len(cursor.peer):
+            self._push(cursor)
+        span = Span(cursor.boundary, end)
+        totals = parent.totals + self._graph.step(parent.peer, peer, span)
+        watched = parent.watched | self._bit.get(peer, 0)
+        label = _Label(peer, span, totals, parent, watched)
+        if end == self._graph.layers:
+            self._complete(label)
+            return
+        vector = tuple(measure.of(totals) for measure in self._vector)
+        if self._frontier.admit((end, peer), vector, watched):
+            self._expand(label, end)
+
+    def _complete(self, label: _Label) -> None:
+        label.totals += self._graph.back(label.peer)
+        if self._goal.allows(label.totals):
+            self._serial += 1
+            score = self._goal.scores(label.totals)
+            entry = (score, -self._graph.layers - 1, self._serial, label)
+            heappush(self._heap, entry)
+
+    def _expand(self, label: _Label, boundary: int) -> None:
+        if self._serial > LABELS_MAX:
+            raise RouteError(
+                "too many comparable routes under these bounds",
+                remedy="loosen a bound, or restrict the peers with --only",
+            )
+        choices = self._graph.choices(boundary)
+        allowed = choices.peer != label.peer
+        barred = [peer for peer, bit in self._bit.items() if label.watched & bit]
+        for peer in (*self._without, *barred):
+            allowed &= choices.peer != peer
+        for table, measure, limit in self._limits:
+            bound = self._bound(table, measure, label, boundary, choices.peer)
+            allowed &= bound <= min(limit, UNREACHABLE - 1)
+        scores = [
+            self._bound(table, measure, label, boundary, choices.peer)
+            for table, measure in zip(self._score, self._goal.score, strict=True)
+        ]
+        for score in scores:
+            allowed &= score < UNREACHABLE
+        kept = np.flatnonzero(allowed)
+        if not len(kept):
+            return
+        keys = (choices.peer[kept], -choices.end[kept], *(s[kept] for s in reversed(scores)))
+        kept = kept[np.lexsort(keys)]
+        ordered = [score[kept] for score in scores]
+        self._push(_Cursor(label, boundary, ordered, choices.peer[kept], choices.end[kept]))
+
+    def _bound(
+        self, table: Table, measure: Measure, label: _Label, boundary: int, peers: Integers
+    ) -> Integers:
+        """A lower bound on the complete route's measure for each choice at the boundary."""
+        # Three terms of at most 2**61 and 2**62 stay in 64 bits.
+        spent = min(measure.of(label.totals), UNREACHABLE // 4)
+        return spent + table.hop(label.peer)[peers] + table.rest(boundary)

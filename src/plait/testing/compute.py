@@ -1,0 +1,145 @@
+"""A stage that computes by hashing: deterministic, instant, without torch or weights.
+
+Each layer keeps, per position, the hash of its previous position's hash and the incoming
+row. So outputs depend on every earlier position and layer, as in a transformer, splitting
+the model changes nothing, and rewriting a position changes all that follows.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+
+from plait.compute.admission import check_work
+from plait.compute.port import Done, Drawn, Hidden, Work
+from plait.errors import CapacityError, LocalProtocolError, PlaitError
+from plait.types import Digest, ModelShape, Sampling, SessionId, Span
+
+WIDTH = 16
+VOCABULARY_SIZE = 256
+
+FAKE_SHAPE = ModelShape(
+    name="fake", digest=Digest(bytes(32)), layers=4, head_cost_layers=1, bytes_per_row=4 * WIDTH
+)
+
+
+class _Session:
+    def __init__(self, layers: int, tokens: int, sampling: Sampling) -> None:
+        self.tokens = tokens
+        self.sampling = sampling
+        self.hashes: list[list[bytes]] = [[] for _ in range(layers)]
+
+
+class FakeStage:
+    """``StageCompute`` for tests.
+
+    ``draws`` forces the token at a position (an end token, say); otherwise it is a hash
+    of all before it and, unless greedy, of the seed. Faults are injected with ``fail_next``.
+    """
+
+    def __init__(
+        self,
+        span: Span,
+        shape: ModelShape = FAKE_SHAPE,
+        *,
+        kv_tokens_total: int = 4096,
+        draws: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        self.span = span
+        self.shape = shape
+        self.width = WIDTH
+        self.kv_tokens_total = kv_tokens_total
+        self.batches: list[int] = []
+        """Sizes of the batches stepped so far."""
+        self._draws = draws
+        self._sessions: dict[SessionId, _Session] = {}
+        self._faults: dict[SessionId, Exception] = {}
+
+    @property
+    def kv_tokens_free(self) -> int:
+        """Tokens not reserved."""
+        return self.kv_tokens_total - sum(held.tokens for held in self._sessions.values())
+
+    def reserve(self, session: SessionId, tokens: int, sampling: Sampling) -> None:
+        """Hold ``tokens`` positions. Raises ``CapacityError``."""
+        earlier = self._sessions.get(session)
+        if tokens > self.kv_tokens_free + (earlier.tokens if earlier else 0):
+            raise CapacityError(f"{tokens} tokens asked for, {self.kv_tokens_free} free")
+        if earlier is None:
+            self._sessions[session] = _Session(len(self.span), tokens, sampling)
+        else:
+            earlier.tokens, earlier.sampling = max(tokens, earlier.tokens), sampling
+
+    def free(self, session: SessionId) -> None:
+        """Forget a session; nothing happens if it is unknown."""
+        self._sessions.pop(session, None)
+
+    def fail_next(self, session: SessionId, error: Exception) -> None:
+        """Make the session's next step end in ``error``."""
+        self._faults[session] = error
+
+    def step(self, batch: Sequence[Work]) -> list[Done]:
+        """Compute each item; a fault stays with its item."""
+        self.batches.append(len(batch))
+        return [self._outcome(work) for work in batch]
+
+    def numeric_class(self) -> str:
+        """Always the same: hashes are exact."""
+        return f"{self.shape.digest.hex()[:16]}/fake"
+
+    def measure(self) -> tuple[int, int]:
+        """Invented times: 100 µs a decode step, 10 µs a prompt token."""
+        return 100, 10
+
+    def _outcome(self, work: Work) -> Done:
+        fault = self._faults.pop(work.session, None)
+        if fault is not None:
+            return Done(error=fault)
+        try:
+            return self._compute(work)
+        except PlaitError as error:
+            return Done(error=error)
+
+    def _compute(self, work: Work) -> Done:
+        session = self._sessions.get(work.session)
+        if session is None:
+            raise LocalProtocolError(f"session {work.session.hex()} holds no KV pages")
+        check_work(
+            work,
+            first_stage=self.span.start == 0,
+            width=WIDTH,
+            vocabulary_size=VOCABULARY_SIZE,
+            cached=len(session.hashes[0]),
+            reserved=session.tokens,
+        )
+        rows = _rows(work)
+        for index, hashes in enumerate(session.hashes):
+            del hashes[work.first_position :]
+            for row in rows:
+                previous = hashes[-1] if hashes else b""
+                label = (self.span.start + index).to_bytes(4, "big")
+                hashes.append(hashlib.sha256(label + previous + row).digest())
+            rows = hashes[work.first_position :]
+        if self.span.end < self.shape.layers:
+            return Done(hidden=_hidden(rows))
+        if not work.sample:
+            return Done()
+        return Done(drawn=self._drawn(rows[-1], session.sampling, work.first_position + work.rows))
+
+    def _drawn(self, row: bytes, sampling: Sampling, position: int) -> Drawn:
+        seed = b"" if sampling.greedy else sampling.seed.to_bytes(8, "big")
+        token = self._draws.get(position, hashlib.sha256(row + seed).digest()[0])
+        return Drawn((token,), (-1.0,))
+
+
+def _rows(work: Work) -> list[bytes]:
+    if work.ids is not None:
+        return [token.to_bytes(4, "big") for token in work.ids]
+    assert work.hidden is not None  # check_work saw to it
+    return [row.tobytes() for row in work.hidden.clip(0, 65535).astype("<u2")]
+
+
+def _hidden(rows: Sequence[bytes]) -> Hidden:
+    """Each 32-byte hash as 16 floats that hold 16-bit integers."""
+    return np.frombuffer(b"".join(rows), "<u2").reshape(-1, WIDTH).astype(np.float32)

@@ -1,0 +1,173 @@
+"""Oracles for computing: the unsplit transformers model, and stages run in one process.
+
+The reference is put together on its own: a whole ``LlamaForCausalLM`` with transformers'
+own cache, masks, generation loop and permutation of GGUF's queries and keys. Only the
+expansion of packed weights is shared, which has its own tests.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+
+from plait.compute.port import Hidden, StageCompute, Work
+from plait.model.catalog import LocalModel
+from plait.model.gguf_reader import GgufFile
+from plait.types import Sampling, SessionId, Span
+
+SESSION = SessionId(bytes(range(16)))
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def reference_model(local: LocalModel) -> LlamaForCausalLM:
+    """The whole model in fp32, without any of ``plait.compute``."""
+    with GgufFile.open(local.weights_path) as gguf:
+        heads = gguf.integer("llama.attention.head_count")
+        kv_heads = gguf.integer("llama.attention.head_count_kv")
+        config = LlamaConfig(
+            vocab_size=gguf.tensors["token_embd.weight"].shape[0],
+            hidden_size=gguf.integer("llama.embedding_length"),
+            intermediate_size=gguf.integer("llama.feed_forward_length"),
+            num_hidden_layers=gguf.integer("llama.block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=gguf.integer("llama.context_length"),
+            rms_norm_eps=gguf.number("llama.attention.layer_norm_rms_epsilon"),
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": gguf.number("llama.rope.freq_base"),
+            },
+            tie_word_embeddings="output.weight" not in gguf.tensors,
+        )
+        undo = LlamaTensorProcessor({"num_attention_heads": heads, "num_key_value_heads": kv_heads})
+        tensors = {}
+        for entry in gguf.tensors.values():
+            weight = entry.type.to_fp32(gguf.read(entry.name), entry.shape)
+            weight = undo.process(weight, name=entry.name).weights
+            tensors[_name(entry.name)] = torch.from_numpy(np.ascontiguousarray(weight))
+    model = LlamaForCausalLM(config)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
+    return model.eval()
+
+
+def _name(name: str) -> str:
+    parts = name.split(".")
+    if parts[0] == "blk":
+        return f"model.layers.{parts[1]}.{_NAMES[parts[2]]}.{parts[3]}"
+    return f"{_NAMES[parts[0]]}.{parts[1]}"
+
+
+@torch.inference_mode()
+def reference_tokens(model: LlamaForCausalLM, prompt_ids: Sequence[int], count: int) -> list[int]:
+    """``count`` greedy tokens by transformers' ``generate``, never ending early."""
+    output = model.generate(
+        torch.tensor([list(prompt_ids)]),
+        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return [int(token) for token in output[0, len(prompt_ids) :]]
+
+
+@dataclass(slots=True)
+class PipelineRun:
+    """What came out: drawn tokens, and per traversal the hidden rows of each boundary."""
+
+    tokens: list[int] = field(default_factory=list)
+    boundaries: list[list[Hidden]] = field(default_factory=list)
+
+
+def run_pipeline(
+    stages: Sequence[StageCompute],
+    prompt_ids: Sequence[int],
+    count: int,
+    sampling: Sampling | None = None,
+    *,
+    teacher: Sequence[int] = (),
+) -> PipelineRun:
+    """Generate ``count`` tokens through stages of this process, in order of their spans.
+
+    The prompt is one prefill. With ``teacher`` tokens, those are fed instead of the drawn
+    ones. Raises a stage's error.
+    """
+    run = PipelineRun()
+    for stage in stages:
+        stage.reserve(SESSION, len(prompt_ids) + count, sampling or Sampling())
+    ids, position = tuple(prompt_ids), 0
+    while len(run.tokens) < count:
+        run.tokens.append(_traverse(stages, ids, position, run))
+        position += len(ids)
+        drawn = len(run.tokens) - 1
+        ids = (teacher[drawn] if teacher else run.tokens[drawn],)
+    for stage in stages:
+        stage.free(SESSION)
+    return run
+
+
+def _traverse(
+    stages: Sequence[StageCompute], ids: tuple[int, ...], position: int, run: PipelineRun
+) -> int:
+    work = Work(SESSION, position, ids, None, sample=True)
+    run.boundaries.append([])
+    for stage in stages:
+        (done,) = stage.step([work])
+        if done.error is not None:
+            raise done.error
+        if done.hidden is not None:
+            run.boundaries[-1].append(done.hidden)
+            work = Work(SESSION, position, None, done.hidden, sample=True)
+    assert done.drawn is not None
+    return done.drawn.ids[0]
+
+
+@torch.inference_mode()
+def reference_hidden(
+    model: LlamaForCausalLM, prompt_ids: Sequence[int], fed: Sequence[int]
+) -> list[list[torch.Tensor]]:
+    """Hidden rows after each layer but the last, per traversal: first the prompt, then the
+    ``fed`` tokens one by one, by the unsplit model with transformers' own cache."""
+    cache = DynamicCache(config=model.config)
+    found = []
+    for ids in [list(prompt_ids), *([token] for token in fed)]:
+        output = model.model(
+            torch.tensor([ids]), past_key_values=cache, use_cache=True, output_hidden_states=True
+        )
+        found.append([hidden[0] for hidden in output.hidden_states[1:-1]])
+    return found
+
+
+def unequal_boundaries(
+    run: PipelineRun, spans: Sequence[Span], reference: Sequence[Sequence[torch.Tensor]]
+) -> int:
+    """How many activation payloads of a run differ by even one bit from the reference."""
+    return sum(
+        not torch.equal(torch.from_numpy(hidden), wanted[span.end - 1])
+        for payloads, wanted in zip(run.boundaries, reference, strict=True)
+        for hidden, span in zip(payloads, spans[:-1], strict=True)
+    )
+
+
+def equal_spans(layers: int, count: int) -> list[Span]:
+    """``count`` spans over all layers, the earlier ones longer by one if need be."""
+    bounds = [-(-layers * stage // count) for stage in range(count + 1)]
+    return [Span(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
