@@ -6,7 +6,7 @@ boundary with transformers' own hidden states. Prints one JSON object.
 
     python benchmarks/oracle.py [--model NAME] [--tokens N] [--prompts N] [--from-pretrained]
 
-``--from-pretrained`` (needs the ``gguf`` package, 20 s, 1.2 GB) also compares every weight
+``--from-pretrained`` (needs the packages ``gguf`` and ``accelerate``, 20 s, 1.2 GB) also compares every weight
 with transformers' own GGUF loader.
 """
 
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from plait.compute.load import load_stage
 from plait.model import catalog
 from plait.model.catalog import LocalModel
+from plait.model.tokenizer import Tokenizer
 from plait.testing.reference import (
     equal_spans,
     reference_hidden,
@@ -58,7 +59,7 @@ def main() -> int:
     torch.set_num_threads(1)
     local = catalog.pull(options.model)
     reference = reference_model(local)
-    tokenizer = local.tokenizer()
+    tokenizer = Tokenizer.load(local)
     prompts = [
         tokenizer.chat([{"role": "user", "content": text}]) for text in PROMPTS[: options.prompts]
     ]
@@ -69,9 +70,9 @@ def main() -> int:
         "tokens": options.tokens,
         "torch": torch.__version__,
     }
-    report |= compare_stages(local, reference, prompts, options.tokens)
     if options.from_pretrained:
         report["weights"] = compare_weights(local, reference)
+    report |= compare_stages(local, reference, prompts, options.tokens)
     print(json.dumps(report, indent=2))
     return 0 if passed(report) else 1
 

@@ -25,7 +25,7 @@ FUNCTION_LINES_MAX = 70
 
 CORE = {"types", "errors", "identity", "envelope", "network_file", "v1"}
 CORES = CORE | {"router", "ledger"}
-ENGINES = CORES | {"model", "compute", "net", "ledger.service"}
+ENGINES = CORES | {"task_scope", "model", "compute", "net", "ledger.service"}
 EVERYTHING = ENGINES | {"node", "client", "locate", "testnet", "cli"}
 
 # What each package may import of plait, besides itself.
@@ -36,15 +36,16 @@ ALLOWED = {
     "envelope": {"types", "errors", "identity", "v1"},
     "network_file": {"types", "errors", "identity", "envelope", "v1"},
     "locate": CORE,
+    "task_scope": set[str](),
     "router": CORE,
     "ledger": CORE,
     "model": CORES,
     "compute": CORES | {"model"},
-    "net": CORES,
-    "ledger.service": CORES | {"net"},
+    "net": CORES | {"task_scope"},
+    "ledger.service": CORES | {"net", "task_scope"},
     "node": ENGINES,
     "client": ENGINES,
-    "testing": ENGINES,
+    "testing": ENGINES | {"node", "client", "testnet"},
     "testnet": ENGINES | {"node", "client"},
     "cli": EVERYTHING | {""},
     "__main__": {"cli"},

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait import identity
@@ -177,6 +177,7 @@ def _passes_the_strict_check(public: bytes, signature: bytes) -> bool:
     return canonical and int.from_bytes(signature[32:], "little") < L
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.binary(min_size=32, max_size=32))
 def test_a_peer_id_is_its_key(public: bytes) -> None:
     peer = peer_id_of(public)

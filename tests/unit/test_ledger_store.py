@@ -223,6 +223,35 @@ async def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
         pass
 
 
+async def test_an_old_backup_is_refused(tmp_path: Path) -> None:
+    """Otherwise the log would sign a second history over the one already published."""
+    path = tmp_path / "journal.db"
+    with recording(path) as recorder:
+        await recorder.apply(*issue(1))
+        await recorder.checkpoint(covering=1)
+    backup = path.read_bytes()
+    with recording(path) as recorder:
+        await recorder.apply(*issue(2))
+        await recorder.checkpoint(covering=2)
+    path.write_bytes(backup)
+    with pytest.raises(LedgerError, match="contradicts"), recording(path):
+        pass
+    path.with_name("journal.db.head").write_text("damaged")
+    with pytest.raises(LedgerError, match="damaged"), recording(path):
+        pass
+
+
+async def test_another_log_key_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    with recording(path) as recorder:
+        await recorder.checkpoint()
+    with (
+        pytest.raises(LedgerError, match="not its own"),
+        recording(path, identity=LogIdentity("x", PAYEE)),
+    ):
+        pass
+
+
 class FaultyFile(apsw.VFSFile):
     """A file whose writes and syncs do what the file system says."""
 

@@ -83,9 +83,9 @@ def test_a_missing_file_is_named(tmp_path: Path, path: Path) -> None:
 )
 def test_a_bad_file_is_refused(old: str, new: str) -> None:
     text = NETWORK.to_toml()
-    if old in text:
-        with pytest.raises(ConfigError, match="not valid"):
-            parse_network_file(text.replace(old, new).encode())
+    assert old in text
+    with pytest.raises(ConfigError, match="not valid"):
+        parse_network_file(text.replace(old, new).encode())
 
 
 def test_bytes_that_are_no_text_are_refused() -> None:

@@ -200,6 +200,24 @@ def check_no_route(view: View, request: RouteRequest, error: NoRoute) -> None:
 
 
 @pytest.mark.slow
+@settings(max_examples=100, deadline=None)
+@given(swarms(), requests(), st.sampled_from([(0, 10**6, 0), (0, 0, 10**6)]))
+def test_tighter_bounds_stay_exact(
+    view: View, request: RouteRequest, labels: tuple[int, int, int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_LABELS_BY_LEVEL", labels)
+        best = brute_force(view, request)
+        try:
+            planned = plan(view, MODEL, request, source=DRIVER, now_ms=NOW_MS, alternates=0)
+        except NoRoute:
+            assert best is None
+            return
+    total = check_route(view, request, [(s.offer, s.span) for s in planned.stages])
+    assert goal_of(request).scores(total) == best
+
+
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(swarms(), requests(), st.randoms(use_true_random=False))
 def test_the_plan_does_not_depend_on_the_order_of_mappings(
@@ -370,7 +388,7 @@ def test_sorts_choose_differently() -> None:
 
 
 def test_a_search_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "LABELS_MAX", 0)
+    monkeypatch.setattr(search, "_LABELS_BY_LEVEL", (0, 0, 0))
     with pytest.raises(RouteError, match="too many"):
         make_plan(make_view(make_offer(P, 0, 6), make_offer(Q, 3, 6)))
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,7 @@ from plait.testnet.layout import place
 
 pytestmark = pytest.mark.slow
 
-# A node that is ready at once and ends at SIGTERM, unless a file in its folder says otherwise.
-FAKE = """
-import signal, sys
-from pathlib import Path
-from plait.testnet import control, supervisor
-
-supervisor.STOP_GRACE_S = 0.3
-
-def run_node(config):
-    if (config.data_dir / "crash").exists():
-        raise RuntimeError("no luck today")
-    if (config.data_dir / "deaf").exists():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    print(config.name, "serves", config.span, flush=True)
-    (config.data_dir / "state").write_text("ready")
-    while True:
-        signal.pause()
-
-if len(sys.argv) > 2:
-    supervisor.die_with_parent(int(sys.argv[3]), signal.SIGTERM)
-supervisor.supervise(Path(sys.argv[1]), run_node)
-"""
+STANDIN = (sys.executable, "-P", "-m", "plait.testing.standin")
 
 
 class Testnet:
@@ -51,13 +28,13 @@ class Testnet:
 
     __test__ = False
 
-    def __init__(self, directory: Path, script: Path) -> None:
+    def __init__(self, directory: Path, command: Sequence[str] = STANDIN) -> None:
         self.directory = directory
         self.process = launch.start(
             directory,
             place(30, nodes=4),
             model="tiny",
-            command=(sys.executable, "-P", str(script)),
+            command=command,
         )
 
     def wait_until_ready(self) -> None:
@@ -73,21 +50,14 @@ class Testnet:
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Path:
-    path = tmp_path / "fake_supervisor.py"
-    path.write_text(FAKE)
-    return path
-
-
-@pytest.fixture
 def deep(tmp_path: Path) -> Path:
     """A folder whose path does not fit the address of a Unix socket."""
     return tmp_path / ("d" * 100) / "net"
 
 
 @pytest.fixture
-def testnet(deep: Path, script: Path) -> Iterator[Testnet]:
-    testnet = Testnet(deep, script)
+def testnet(deep: Path) -> Iterator[Testnet]:
+    testnet = Testnet(deep)
     try:
         testnet.wait_until_ready()
         yield testnet
@@ -185,10 +155,10 @@ def test_no_node_outlives_a_killed_supervisor(testnet: Testnet) -> None:
     control.wait_until_gone(testnet.directory, 5)
 
 
-def test_a_live_folder_is_not_used_again(testnet: Testnet, script: Path) -> None:
+def test_a_live_folder_is_not_used_again(testnet: Testnet) -> None:
     before = (testnet.directory / "testnet.json").read_bytes()
     with pytest.raises(ConfigError, match="already running"):
-        Testnet(testnet.directory, script)
+        Testnet(testnet.directory)
     assert (testnet.directory / "testnet.json").read_bytes() == before
 
 
@@ -210,12 +180,11 @@ def test_a_wrong_command_is_refused(testnet: Testnet, message: Any, error: str) 
     assert testnet.nodes()["node-1"]["state"] == "ready"
 
 
-def test_a_node_that_ends_at_the_start_is_named_with_its_log(deep: Path, tmp_path: Path) -> None:
-    script = tmp_path / "crashing.py"
-    script.write_text(
-        FAKE.replace('(config.data_dir / "crash").exists()', 'config.name == "node-3"')
-    )
-    testnet = Testnet(deep, script)
+def test_a_node_that_ends_at_the_start_is_named_with_its_log(
+    deep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLAIT_STANDIN_CRASH", "node-3")
+    testnet = Testnet(deep)
     try:
         with pytest.raises(NodeFailed, match=r"node-3 ended while starting(.|\n)*no luck today"):
             testnet.wait_until_ready()
@@ -224,17 +193,14 @@ def test_a_node_that_ends_at_the_start_is_named_with_its_log(deep: Path, tmp_pat
     assert not is_live(deep)
 
 
-def test_a_supervisor_that_cannot_start_is_reported(deep: Path, tmp_path: Path) -> None:
-    script = tmp_path / "broken.py"
-    script.write_text("raise SystemExit('nothing works')")
-    testnet = Testnet(deep, script)
+def test_a_supervisor_that_cannot_start_is_reported(deep: Path) -> None:
+    testnet = Testnet(deep, (sys.executable, "-c", "raise SystemExit('nothing works')"))
     with pytest.raises(NodeFailed, match="nothing works"):
         testnet.wait_until_ready()
     testnet.end()
 
 
-def test_the_testnet_of_a_terminal_ends_with_it(deep: Path, script: Path, tmp_path: Path) -> None:
-    command = (sys.executable, "-P", str(script))
+def test_the_testnet_of_a_terminal_ends_with_it(deep: Path, tmp_path: Path) -> None:
     starter = tmp_path / "starter.py"
     starter.write_text(
         "import signal\n"
@@ -242,7 +208,7 @@ def test_the_testnet_of_a_terminal_ends_with_it(deep: Path, script: Path, tmp_pa
         "from plait.testnet import launch\n"
         "from plait.testnet.layout import place\n"
         f"launch.start(Path({str(deep)!r}), place(30, nodes=2), model='tiny',\n"
-        f"             with_parent=True, command={command!r})\n"
+        f"             with_parent=True, command={STANDIN!r})\n"
         "signal.pause()\n"
     )
     with subprocess.Popen([sys.executable, str(starter)]) as terminal:

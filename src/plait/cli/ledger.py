@@ -141,14 +141,22 @@ def settle(
     from plait.cli.output import emit_json
     from plait.v1.ledger_pb2 import SettleRequest
 
-    paid = {}
     try:
-        for path in sorted(folder.iterdir()):
-            if path.suffix in ("", ".refused"):
-                message = SettleRequest.FromString(path.read_bytes())
-                paid[path.name] = _ask(network, lambda ledger, m=message: _present(ledger, m))
+        messages = {
+            path.name: SettleRequest.FromString(path.read_bytes())
+            for path in sorted(folder.iterdir())
+            if path.suffix in ("", ".refused")
+        }
     except (OSError, DecodeError) as error:
         raise ConfigError(f"cannot read the vouchers in {folder}: {error}") from error
+
+    async def present(ledger: "RemoteLedger") -> dict[str, int]:
+        return {
+            name: await ledger.settle(message.request, message.payee_cert, message.voucher)
+            for name, message in messages.items()
+        }
+
+    paid = _ask(network, present)
     if json_output:
         emit_json({"paid_microcredits": paid})
     for name, amount in () if json_output else paid.items():
@@ -222,9 +230,10 @@ def export(
 
     async def write(ledger: "RemoteLedger") -> None:
         with _output(output) as file:
-            row = _json_row if json_output or format == "jsonl" else _csv_row(file)
+            as_json = json_output or format == "jsonl"
+            write_entry = _json_writer(file) if as_json else _csv_writer(file)
             async for payload in ledger.export():
-                row(file, entry_from_payload(payload))
+                write_entry(entry_from_payload(payload))
 
     _ask(network, write)
 
@@ -282,10 +291,6 @@ async def _connection(authority: "Authority") -> "AsyncIterator[RemoteLedger]":
         yield ledger
     finally:
         await ledger.close()
-
-
-async def _present(ledger: "RemoteLedger", message: Any) -> int:
-    return await ledger.settle(message.request, message.payee_cert, message.voucher)
 
 
 def _network_file(network: Path | None) -> "NetworkFile":
@@ -360,23 +365,26 @@ def _output(path: Path | None) -> Iterator[TextIO]:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _json_row(file: TextIO, entry: "Entry") -> None:
+def _json_writer(file: TextIO) -> "Callable[[Entry], None]":
     import json
 
-    file.write(json.dumps({**_plain(entry), "payload": entry.payload.hex()}) + "\n")
+    def write(entry: "Entry") -> None:
+        # The leaf's bytes too: whoever holds the file can recompute the root.
+        file.write(json.dumps({**_plain(entry), "payload": entry.payload.hex()}) + "\n")
+
+    return write
 
 
-def _csv_row(file: TextIO) -> "Callable[[TextIO, Entry], None]":
+def _csv_writer(file: TextIO) -> "Callable[[Entry], None]":
     import csv
 
+    columns = ["index", "kind", "posted_ms", "session_id", "cause_digest"]
     writer = csv.writer(file)
-    writer.writerow(
-        ["index", "kind", "posted_ms", "session_id", "cause_digest", "account", "debit", "credit"]
-    )
+    writer.writerow([*columns, "account", "debit", "credit"])
 
-    def write(_file: TextIO, entry: "Entry") -> None:
-        head = entry.index, entry.kind.name.lower(), entry.posted_ms
-        head += entry.session_id.hex(), entry.cause.hex()
+    def write(entry: "Entry") -> None:
+        plain = _plain(entry)
+        head = [plain[column] for column in columns]
         for line in entry.lines:
             writer.writerow([*head, line.account, line.debit, line.credit])
 

@@ -10,7 +10,8 @@ from plait.errors import ConfigError
 from plait.types import Span
 
 if TYPE_CHECKING:
-    from plait.model.catalog import CatalogEntry, LocalModel
+    from plait.model.catalog import CatalogEntry
+    from plait.model.local import LocalModel
     from plait.model.manifest import TensorDigest
 
 app = typer.Typer(help="Catalogue and weights.", no_args_is_help=True)

@@ -1,17 +1,16 @@
 """``plait peers``, ``plait route`` and ``plait quote``: what the router sees and chooses."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from plait.errors import NoRoute
 from plait.cli.run import Ignore, MaxPrice, Network, Only, Pin, Sort, _client, _options, _peers
 
-if TYPE_CHECKING:
-    from plait.client import Client
-
 Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
-Tokens = Annotated[int, typer.Option(min=1)]
+
+_REASONS = ("alternates", "rejected", "eligible")
+"""What --explain adds to a route."""
 
 
 def peers(network: Network = None, json_output: Json = False) -> None:
@@ -19,7 +18,7 @@ def peers(network: Network = None, json_output: Json = False) -> None:
     from plait.cli.output import emit_json, table
 
     with _client(network) as client:
-        _settle(client)
+        client.wait_settled()
         view = client.view()
     rows = [
         {
@@ -66,20 +65,23 @@ def route(
 ) -> None:
     """Show the route that a request would take now."""
     from plait.cli.output import emit_json
-    from plait.router.explain import explain_plan, lines
+    from plait.router.explain import explain_lines
 
     options = _options(
         max_tokens=output_tokens, max_price=max_price, sort=sort, **_peers(pin, only, ignore)
     )
     with _client(network) as client:
-        _settle(client)
-        chosen = client.plan(model, prompt_tokens, options)
-    report = explain_plan(chosen)
+        client.wait_settled()
+        account = client.explain(model, prompt_tokens, options)
+    if not explain:
+        account = {key: value for key, value in account.items() if key not in _REASONS}
     if json_output:
-        emit_json(report)
-        return
-    for line in lines(report, explain=explain):
-        print(line)
+        emit_json(account)
+    else:
+        for line in explain_lines(account | {key: [] for key in _REASONS if key not in account}):
+            print(line)
+    if "error" in account:
+        raise typer.Exit(NoRoute.exit_code)
 
 
 def quote(
@@ -95,7 +97,7 @@ def quote(
 
     options = _options(max_tokens=output_tokens, sort=sort)
     with _client(network) as client:
-        _settle(client)
+        client.wait_settled()
         predicted = client.plan(model, prompt_tokens, options).predicted
     if json_output:
         emit_json(
@@ -110,7 +112,3 @@ def quote(
         f"{predicted.price_microcredits} microcredits at most, first token after "
         f"{predicted.ttft_s:.2f} s, then {predicted.tpot_s * 1000:.1f} ms per token"
     )
-
-
-def _settle(client: "Client") -> None:
-    client.wait_settled()

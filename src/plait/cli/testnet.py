@@ -149,8 +149,8 @@ def _show(directory: Path, as_json: bool) -> None:
 
 
 def _stay(process: subprocess.Popen[bytes]) -> None:
-    status("press Ctrl-C to end the testnet")
     with suppress(KeyboardInterrupt):
+        status("press Ctrl-C to end the testnet")
         process.wait()
 
 

@@ -22,8 +22,8 @@ def verify(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a bundle offline. Exit code 0: verified, 1: false, 2: incomplete."""
-    from plait.locate import network_path
     from plait.ledger.verify import verify_bundle
+    from plait.locate import network_path
     from plait.network_file import load_network_file
 
     trusted = load_network_file(network_path(network))

@@ -59,6 +59,16 @@ class Client:
         """The route that would be taken now; raises ``NoRoute``."""
         return self._client.plan(model, prompt_tokens, options or Options())
 
+    def explain(
+        self, model: str, prompt_tokens: int, options: Options | None = None
+    ) -> dict[str, Any]:
+        """The route that would be taken now, or why there is none; JSON-ready."""
+        return self._client.explain(model, prompt_tokens, options or Options())
+
+    def wait_settled(self) -> None:
+        """Return once the first offers are in and their links are measured, or after 3 s."""
+        self._call(self._client.wait_settled())
+
     def generate(self, model: str, prompt: Prompt, options: Options | None = None) -> Answer:
         """Answer a prompt. Ctrl-C cancels the session."""
         return self._call(self._client.generate(model, prompt, options))

@@ -9,22 +9,24 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from plait.client.account import Account, open_account
 from plait.client.answer import Answer, TextDelta
 from plait.client.dialer import Dialer
 from plait.client.generation import Generation, Order, Surroundings
 from plait.client.prompt import Prompt, check_lengths, prompt_ids
-from plait.errors import ConfigError, DeadlineExceeded, LocalProtocolError, NoRoute, PlaitError
+from plait.errors import ConfigError, LocalProtocolError, NoRoute, PlaitError
 from plait.ledger.service.remote import RemoteLedger
 from plait.model.catalog import LocalModel, load
 from plait.model.tokenizer import Tokenizer
 from plait.net.watch import NetworkWatch
 from plait.network_file import NetworkFile, load_network_file
+from plait.router.explain import explain, explain_failure
 from plait.router.plan import Plan, plan
 from plait.router.request import RouteRequest, Sort
 from plait.router.view import View
+from plait.task_scope import TaskScope
 from plait.types import MILLION, Microcredits, PeerId, Sampling, Span
 
 T = TypeVar("T")
@@ -113,7 +115,7 @@ class AsyncClient:
         self._folder = Path(account) if account is not None else path.parent / "client"
         self._models: dict[str, tuple[LocalModel, Tokenizer]] = {}
         self._stack = AsyncExitStack()
-        self._tasks: asyncio.TaskGroup | None = None
+        self._tasks: TaskScope | None = None
         self._watch: NetworkWatch | None = None
         self._ledger: RemoteLedger | None = None
         self._dialer: Dialer | None = None
@@ -126,7 +128,7 @@ class AsyncClient:
         self._stack.push_async_callback(self._ledger.close)
         self._dialer = Dialer(self.account, self.network.network_id, _clock_ms)
         self._stack.push_async_callback(self._dialer.close)
-        self._tasks = await self._stack.enter_async_context(asyncio.TaskGroup())
+        self._tasks = await self._stack.enter_async_context(TaskScope())
         self._watch = await self._stack.enter_async_context(
             NetworkWatch(self.network, self.account.peer)
         )
@@ -175,6 +177,20 @@ class AsyncClient:
             source=self.account.peer,
             now_ms=_clock_ms(),
         )
+
+    def explain(self, model: str, prompt_tokens: int, options: Options) -> dict[str, Any]:
+        """The route that would be taken now, or why there is none; JSON-ready."""
+        local, _ = self._load(model)
+        try:
+            return explain(self.plan(model, prompt_tokens, options))
+        except NoRoute as error:
+            request = options.route_request(prompt_tokens)
+            shape = local.manifest.shape
+            return explain_failure(error, self.view(), shape, request, _clock_ms())
+
+    async def wait_settled(self) -> None:
+        """Return once the first offers are in and their links are measured, or after 3 s."""
+        await _entered(self._watch).settled()
 
     async def generate(self, model: str, prompt: Prompt, options: Options | None = None) -> Answer:
         """Answer a prompt. Raises ``PlaitError`` subclasses, ``NoRoute`` among them."""

@@ -16,7 +16,7 @@ from plait.client.answer import Answer, RouteStep
 from plait.client.dialer import Dialer
 from plait.client.driver import Accounting, Deliver, Driver, Finish, FinishReason, SendFrame
 from plait.client.pipeline import Pipeline, StageRefused, StageUnreachable
-from plait.envelope import open_envelope, seal
+from plait.envelope import seal
 from plait.errors import (
     CapacityError,
     LedgerError,
@@ -36,8 +36,9 @@ from plait.ledger.terms import SessionTerms, StageTerms
 from plait.network_file import NetworkFile
 from plait.router.plan import Plan, PlannedStage, plan
 from plait.router.request import RouteRequest
-from plait.router.view import View
-from plait.types import ModelShape, PeerId, Sampling, SessionId
+from plait.router.view import Offer, View
+from plait.task_scope import TaskScope
+from plait.types import ModelShape, Sampling, SessionId
 from plait.v1.identity_pb2 import SignedEnvelope
 
 log = structlog.get_logger(__name__)
@@ -58,9 +59,9 @@ class Surroundings:
     network: NetworkFile
     dialer: Dialer
     ledger: RemoteLedger
-    tasks: asyncio.TaskGroup
+    tasks: TaskScope
     view: Callable[[], View]
-    envelope_of: Callable[[PeerId], SignedEnvelope | None]
+    envelope_of: Callable[[Offer], SignedEnvelope | None]
     clock_ms: Callable[[], int]
     monotonic_s: Callable[[], float]
 
@@ -184,7 +185,7 @@ class Generation:
             max_tokens=self._order.route.max_tokens,
             handoff_salt=secrets.token_bytes(32),
         )
-        envelopes = [around.envelope_of(stage.offer.peer) for stage in chosen.stages]
+        envelopes = [around.envelope_of(stage.offer) for stage in chosen.stages]
         opening = opening_to_message(
             terms, self._order.sampling, now_ms, now_ms + RESERVATION_TTL_MS
         )

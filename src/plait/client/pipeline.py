@@ -21,6 +21,7 @@ from plait.errors import (
 from plait.ledger.terms import SessionTerms
 from plait.net.link_stream import OutgoingLink
 from plait.router.view import Offer
+from plait.task_scope import TaskScope
 from plait.types import PeerId
 from plait.v1 import session_pb2, stage_pb2, stage_pb2_grpc
 from plait.v1.identity_pb2 import SignedEnvelope
@@ -54,7 +55,7 @@ class Pipeline:
     """A route opened for one session's epoch. Use ``close`` in every case."""
 
     def __init__(
-        self, terms: SessionTerms, offers: Sequence[Offer], dialer: Dialer, tasks: asyncio.TaskGroup
+        self, terms: SessionTerms, offers: Sequence[Offer], dialer: Dialer, tasks: TaskScope
     ) -> None:
         self.terms = terms
         self.stage_certs: list[SignedEnvelope] = []

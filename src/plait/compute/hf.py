@@ -5,6 +5,7 @@ renumbered, and verified weights are put in. Cutting, unlike building a shorter 
 keeps per-layer settings right. transformers' minor version is pinned for this file.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -42,11 +43,12 @@ class SpanModel:
     ) -> None:
         self.config = config
         self.span = span
-        self.layout = KvLayout(len(span), config.kv_heads, config.head_size)
+        self.layout = KvLayout(span, config.kv_heads, config.head_size)
         self.base = base
         """The transformers base model: embedding-less, with ``layers`` cut to the span."""
         self._rows = rows
         self._head = head
+        self._parts = {span: base}
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """[1, len(ids), hidden] for ids in range. Only the first stage can."""
@@ -54,10 +56,16 @@ class SpanModel:
             raise LocalProtocolError(f"span {self.span} has no embedding")
         return torch.from_numpy(self._rows.fp32(ids))[None]
 
+    def part(self, span: Span) -> nn.Module:
+        """The base model of a part of the span; it shares every weight."""
+        if span not in self._parts:
+            self._parts[span] = _part(self.base, self.span, span)
+        return self._parts[span]
+
     def forward(self, hidden: torch.Tensor, first_position: int, kv: SessionKv) -> torch.Tensor:
-        """Run [1, rows, hidden] through the span; the last stage's result is normed."""
+        """Run [1, rows, hidden] through the session's layers; after the last one it is normed."""
         positions = torch.arange(first_position, first_position + hidden.shape[1])
-        output: torch.Tensor = self.base(
+        output: torch.Tensor = self.part(kv.span)(
             inputs_embeds=hidden,
             position_ids=positions[None],
             past_key_values=_PositionCache(kv, first_position),
@@ -104,8 +112,7 @@ def load_span(weights: Weights, span: Span, progress: LayerProgress) -> SpanMode
     model = _cut(config, span)
     for done, layer in enumerate(range(span.start, span.end)):
         tensors = {
-            _layer_name(name, span): _tensor(weights, name)
-            for name in config.layer_shapes(layer)
+            _layer_name(name, span): _tensor(weights, name) for name in config.layer_shapes(layer)
         }
         model.load_state_dict(tensors, strict=False, assign=True)
         progress(done + 1, len(span))
@@ -136,8 +143,8 @@ def _cut(config: LlamaConfig, span: Span) -> LlamaForCausalLM:
         rms_norm_eps=config.norm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
         tie_word_embeddings=config.tied_head,
-        attn_implementation="sdpa",
     )
+    hf_config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = LlamaForCausalLM(hf_config)
     base = model.model
@@ -150,6 +157,19 @@ def _cut(config: LlamaConfig, span: Span) -> LlamaForCausalLM:
         base.norm = nn.Identity()
     base.rotary_emb = type(base.rotary_emb)(base.config)  # its buffers were built on meta
     return model
+
+
+def _part(base: nn.Module, whole: Span, span: Span) -> nn.Module:
+    """A shallow copy of ``base`` that runs only the layers of ``span``."""
+    part = copy.copy(base)
+    part._modules = dict(base._modules)
+    layers = list(base.layers)[span.start - whole.start : span.end - whole.start]
+    part.layers = nn.ModuleList(layers)
+    if span.end != whole.end:
+        part.norm = nn.Identity()
+    part.config = copy.copy(base.config)
+    part.config.num_hidden_layers = len(span)
+    return part
 
 
 def _layer_name(name: str, span: Span) -> str:

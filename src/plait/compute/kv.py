@@ -9,31 +9,35 @@ from dataclasses import dataclass
 
 import torch
 
-from plait.errors import CapacityError
-from plait.types import Sampling, SessionId
+from plait.errors import CapacityError, LocalProtocolError
+from plait.types import Sampling, SessionId, Span
 
 PAGE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """What one position holds: ``layers`` times ``heads`` times ``head_size``, twice."""
+    """What one position holds: each layer of ``span`` times ``heads`` times ``head_size``, twice."""
 
-    layers: int
+    span: Span
     heads: int
     head_size: int
 
 
 class SessionKv:
-    """Keys and values of one session; the first ``length`` positions are valid."""
+    """Keys and values of one session; the first ``length`` positions are valid.
 
-    def __init__(self, layout: KvLayout, tokens: int, sampling: Sampling) -> None:
+    ``span`` is the part of the stage's layers that the session runs.
+    """
+
+    def __init__(self, layout: KvLayout, tokens: int, sampling: Sampling, span: Span) -> None:
+        self.span = span
         self.tokens = tokens
         self.pages = pages_for(tokens)
         self.length = 0
         self.sampling = sampling
         room = self.pages * PAGE_TOKENS
-        self._data = torch.empty(2, layout.layers, 1, layout.heads, room, layout.head_size)
+        self._data = torch.empty(2, len(layout.span), 1, layout.heads, room, layout.head_size)
 
     def write(
         self, layer: int, first_position: int, keys: torch.Tensor, values: torch.Tensor
@@ -72,12 +76,17 @@ class KvCache:
         """Positions that can still be reserved."""
         return (self._pages_total - self._pages_used) * PAGE_TOKENS
 
-    def reserve(self, session: SessionId, tokens: int, sampling: Sampling) -> None:
+    def reserve(
+        self, session: SessionId, tokens: int, sampling: Sampling, span: Span | None = None
+    ) -> None:
         """Grant room for ``tokens`` positions; a known session keeps what it has cached.
 
         Raises ``CapacityError`` when not enough pages are free.
         """
+        span = span or self._layout.span
         earlier = self._sessions.get(session)
+        if earlier is not None and earlier.span != span:
+            raise LocalProtocolError("a session cannot change its layers")
         if earlier is not None and tokens <= earlier.tokens:
             earlier.sampling = sampling
             return
@@ -86,7 +95,7 @@ class KvCache:
             raise CapacityError(
                 f"{tokens} tokens of KV cache were asked for, {self.tokens_free} are free"
             )
-        granted = SessionKv(self._layout, tokens, sampling)
+        granted = SessionKv(self._layout, tokens, sampling, span)
         if earlier is not None:
             granted.take_over(earlier)
         self._sessions[session] = granted

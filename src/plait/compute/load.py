@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from plait.errors import ConfigError
-from plait.model.catalog import LocalModel
 from plait.model.gguf_reader import GgufFile
+from plait.model.local import LocalModel
 from plait.model.weights import Weights
 from plait.types import Span
 

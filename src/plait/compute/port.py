@@ -78,9 +78,14 @@ class StageCompute(Protocol):
     def kv_tokens_free(self) -> int:
         """What is not reserved of it."""
 
-    def reserve(self, session: SessionId, tokens: int, sampling: Sampling) -> None:
+    def reserve(
+        self, session: SessionId, tokens: int, sampling: Sampling, span: Span | None = None
+    ) -> None:
         """Hold KV pages for ``tokens`` positions. Doing it again for the same session keeps
         what is cached, takes the new sampling and grows the room if needed.
+
+        ``span`` is the part of this stage's layers that the session runs; None is all.
+        It takes ids if it starts at layer 0 and draws tokens if it ends at the last layer.
 
         Raises ``CapacityError`` when the pages are not free, ``RemoteProtocolError`` when
         the session is longer than the model's context.

@@ -33,9 +33,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 
-def draw(
-    logits: npt.NDArray[np.float32], sampling: Sampling, position: int
-) -> tuple[int, float]:
+def draw(logits: npt.NDArray[np.float32], sampling: Sampling, position: int) -> tuple[int, float]:
     """Draw the token at ``position``; returns its id and log-probability.
 
     Raises ``RemoteProtocolError`` if a logit is not finite: activations overflowed.
@@ -86,7 +84,10 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
     """Philox-4x32-10: [4, n] counters of 32-bit words and a key to [4, n] random words."""
     a, b, c, d = counter
     for turn in range(10):
-        keys = [np.uint64((word + turn * step) & 0xFFFFFFFF) for word, step in zip(key, _WEYL, strict=True)]
+        keys = [
+            np.uint64((word + turn * step) & 0xFFFFFFFF)
+            for word, step in zip(key, _WEYL, strict=True)
+        ]
         first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
         a, b, c, d = (
             (second >> _SHIFT) ^ b ^ keys[0],

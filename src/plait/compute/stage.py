@@ -29,8 +29,6 @@ class TorchStage:
         self._shape = shape
         self._threads = threads
         self._kv = KvCache(model.layout, kv_tokens_max)
-        self._first = model.span.start == 0
-        self._last = model.span.end == shape.layers
 
     @property
     def span(self) -> Span:
@@ -57,12 +55,16 @@ class TorchStage:
         """Tokens not reserved."""
         return self._kv.tokens_free
 
-    def reserve(self, session: SessionId, tokens: int, sampling: Sampling) -> None:
+    def reserve(
+        self, session: SessionId, tokens: int, sampling: Sampling, span: Span | None = None
+    ) -> None:
         """Hold room for ``tokens`` positions; see ``StageCompute.reserve``."""
+        if span is not None and not self.span.contains(span):
+            raise LocalProtocolError(f"layers {span} are not among {self.span}")
         context = self._model.config.context_length
         if not 0 < tokens <= context:
             raise RemoteProtocolError(f"a session of {tokens} tokens; the model takes {context}")
-        self._kv.reserve(session, tokens, sampling)
+        self._kv.reserve(session, tokens, sampling, span)
 
     def free(self, session: SessionId) -> None:
         """Forget a session; nothing happens if it is unknown."""
@@ -92,8 +94,9 @@ class TorchStage:
         return max(1, round(decode_us)), max(1, round(prefill_us / _MEASURE_PREFILL_ROWS))
 
     def _timed_us(self, position: int, rows: int) -> float:
-        ids = (0,) * rows if self._first else None
-        hidden = None if self._first else torch.zeros(rows, self.width).numpy()
+        first = self.span.start == 0
+        ids = (0,) * rows if first else None
+        hidden = None if first else torch.zeros(rows, self.width).numpy()
         started = time.perf_counter()
         done = self._outcome(Work(_MEASURE_SESSION, position, ids, hidden, sample=True))
         if done.error is not None:
@@ -113,7 +116,7 @@ class TorchStage:
             raise LocalProtocolError(f"session {work.session.hex()} holds no KV pages")
         check_work(
             work,
-            first_stage=self._first,
+            first_stage=kv.span.start == 0,
             width=self.width,
             vocabulary_size=self._model.config.vocabulary_size,
             cached=kv.length,
@@ -131,7 +134,7 @@ class TorchStage:
         return torch.tensor(work.hidden)[None]
 
     def _result(self, work: Work, output: torch.Tensor, kv: SessionKv) -> Done:
-        if not self._last:
+        if kv.span.end != self._shape.layers:
             return Done(hidden=output.contiguous().numpy())
         if not work.sample:
             return Done()

@@ -20,9 +20,9 @@ import platformdirs
 from plait.errors import ModelError, RemoteProtocolError
 from plait.model.download import Progress, file_sha256, free_space_check, silent, weights_of_package
 from plait.model.gguf_reader import GgufFile
-from plait.model.manifest import Manifest, build_manifest
+from plait.model.local import LocalModel as LocalModel
+from plait.model.manifest import build_manifest
 from plait.model.tiny import write_tiny
-from plait.model.tokenizer import Tokenizer
 from plait.model.wire import manifest_from_payload
 from plait.types import Digest
 
@@ -45,19 +45,6 @@ class CatalogEntry:
     manifest_digest: str
     requirement: str = ""
     hidden: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class LocalModel:
-    """A model whose weights are on this machine."""
-
-    name: str
-    manifest: Manifest
-    weights_path: Path
-
-    def tokenizer(self) -> Tokenizer:
-        """Build its tokenizer. Raises ``ModelError`` if it is not the manifest's."""
-        return Tokenizer.load(self.weights_path, self.manifest.tokenizer_sha256)
 
 
 _ENTRIES = (
@@ -158,9 +145,7 @@ def pull(
     return load(name)
 
 
-def _install(
-    wanted: CatalogEntry, folder: Path, progress: Progress, source: Path | None
-) -> None:
+def _install(wanted: CatalogEntry, folder: Path, progress: Progress, source: Path | None) -> None:
     for abandoned in folder.glob(".pull-*"):  # of a pull that was killed; we hold the lock
         rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=folder) as name:

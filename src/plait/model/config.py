@@ -79,7 +79,7 @@ class LlamaConfig:
     def span_shapes(self, span: Span) -> dict[str, tuple[int, ...]]:
         """Every tensor the host of ``span`` needs, with its shape."""
         table = (self.vocabulary_size, self.hidden_size)
-        shapes = {EMBEDDING: table} if span.start == 0 else {}
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table} if span.start == 0 else {}
         for layer in range(span.start, span.end):
             shapes |= self.layer_shapes(layer)
         if span.end == self.layers:

@@ -188,7 +188,7 @@ class GgufFile:
         if tensor is None:
             raise ModelError(f"{self.path} has no tensor {name}")
         data = np.empty(tensor.size, np.uint8)
-        view, done = memoryview(data), 0
+        view, done = data.data, 0
         while done < tensor.size:
             try:
                 count = os.preadv(self._descriptor, [view[done:]], tensor.offset + done)

@@ -8,7 +8,6 @@ one rounded fp32 operation, in ggml's order, so results are reproducible to the 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -46,11 +45,11 @@ def _half(raw: Raw, start: int) -> F32:
 
 
 def _f32(raw: Raw) -> F32:
-    return cast(F32, raw.view(np.float32).copy())
+    return raw.view(np.float32).copy()
 
 
 def _f16(raw: Raw) -> F32:
-    return cast(F32, raw.view(np.float16).astype(np.float32))
+    return raw.view(np.float16).astype(np.float32)
 
 
 def _nibbles(packed: Raw) -> F32:
@@ -107,9 +106,8 @@ def _q6_k(raw: Raw) -> F32:
         nibbles = low[:, :, (part % 2) * 32 :][:, :, :32] >> (4 * (part // 2)) & 15
         weights[:, :, part] = nibbles | (high >> (2 * part) & 3) << 4
     weights -= np.float32(32)
-    weights = weights.reshape(len(raw), 16, 16)
-    weights *= scale[:, :, None]
-    return weights.reshape(len(raw), 256)
+    scaled = weights.reshape(len(raw), 16, 16) * scale[:, :, None]
+    return scaled.reshape(len(raw), 256)
 
 
 TYPES = (

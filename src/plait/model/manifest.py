@@ -85,7 +85,7 @@ def build_manifest(name: str, gguf: GgufFile) -> Manifest:
             entry.name,
             entry.type.name,
             entry.shape,
-            Digest(hashlib.sha256(gguf.read(entry.name)).digest()),
+            Digest(hashlib.sha256(gguf.read(entry.name).data).digest()),
         )
         for entry in sorted(gguf.tensors.values(), key=lambda entry: entry.name)
     )

@@ -19,12 +19,11 @@ CONTEXT = 2_048
 SEED = b"plait tiny model 1"
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MERGES = (
-    ("Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "a t", "e n", "o r", "e s")
-    + ("i s", "i t", "a n", "Ġ s", "Ġ w", "Ġ o", "Ġ c", "o u", "n d", "a l", "l l", "Ġ b")
-    + ("Ġ f", "in g", "Ġ p", "e d", "Ġt o", "Ġa nd", "Ġ m", "Ġo f", "Ġ in", "l e", "o m")
-    + ("Ġ d", "Ġ h", "Ġ n", "s t", "e l", "v e")
+_MERGES = (
+    "Ġ_t Ġ_a h_e i_n r_e o_n Ġt_he e_r a_t e_n o_r e_s i_s i_t a_n Ġ_s Ġ_w Ġ_o Ġ_c o_u n_d "
+    "a_l l_l Ġ_b Ġ_f in_g Ġ_p e_d Ġt_o Ġa_nd Ġ_m Ġo_f Ġ_in l_e o_m Ġ_d Ġ_h Ġ_n s_t e_l v_e"
 )
+MERGES = tuple(merge.replace("_", " ") for merge in _MERGES.split(" "))
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -9,7 +9,6 @@ import codecs
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import tokenizers
@@ -18,6 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from plait.errors import ConfigError, ModelError
 from plait.model.byte_level import to_bytes
 from plait.model.gguf_reader import GgufFile
+from plait.model.local import LocalModel
 from plait.model.manifest import tokenizer_digest
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -50,14 +50,15 @@ class Tokenizer:
         self._added: dict[int, Any] = backend.get_added_tokens_decoder()
 
     @classmethod
-    def load(cls, path: Path, metadata_sha256: bytes) -> Self:
-        """Build from a weights file whose tokenizer has this digest in its manifest.
-
-        Raises ``ModelError`` if it is another, or of a kind not known.
-        """
-        with GgufFile.open(path) as gguf:
-            if tokenizer_digest(gguf) != metadata_sha256:
-                raise ModelError(f"the tokenizer in {path} is not the manifest's")
+    def load(cls, local: LocalModel) -> Self:
+        """The tokenizer of a model. Raises ``ModelError`` if the weights file has another
+        than the manifest promises, or one of a kind not known."""
+        with GgufFile.open(local.weights_path) as gguf:
+            if tokenizer_digest(gguf) != local.manifest.tokenizer_sha256:
+                raise ModelError(
+                    f"the tokenizer in {local.weights_path} is not the manifest's",
+                    remedy=f"plait models pull {local.name} --force",
+                )
             return cls.from_gguf(gguf)
 
     @classmethod
@@ -149,7 +150,7 @@ def _build(gguf: GgufFile) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in gguf.texts("tokenizer.ggml.merges")]
     try:
         model = models.BPE({name: index for index, name in enumerate(names)}, merges)  # type: ignore[arg-type]
-    except Exception as error:  # noqa: BLE001  the library raises bare Exception on bad merges
+    except Exception as error:  # the library raises bare Exception on bad merges
         raise ModelError(f"{gguf.path} has a broken vocabulary: {error}") from error
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = _pre_tokenizer(gguf)

@@ -52,7 +52,7 @@ class Weights:
         if entry is None or (entry.type.name, entry.shape) != (expected.dtype, expected.shape):
             raise self._corrupt(name)
         raw = self._gguf.read(name)
-        if hashlib.sha256(raw).digest() != expected.sha256:
+        if hashlib.sha256(raw.data).digest() != expected.sha256:
             raise self._corrupt(name)
         return raw
 

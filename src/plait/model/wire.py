@@ -1,5 +1,7 @@
 """Manifests to and from protobuf. What arrives is checked before anything uses it."""
 
+from itertools import pairwise
+
 from google.protobuf.message import DecodeError
 
 from plait.errors import RemoteProtocolError
@@ -73,7 +75,7 @@ def _check(manifest: Manifest) -> None:
     if not manifest.name or not manifest.architecture or not all(sizes) or not manifest.tensors:
         raise RemoteProtocolError("a manifest with empty fields")
     names = [tensor.name for tensor in manifest.tensors]
-    if any(earlier >= later for earlier, later in zip(names, names[1:], strict=False)):
+    if any(earlier >= later for earlier, later in pairwise(names)):
         raise RemoteProtocolError("a manifest whose tensors are not in order of name")
     leaves = [merkle.leaf_hash(tensor_to_payload(tensor)) for tensor in manifest.tensors]
     if merkle.root_of(leaves) != manifest.tensor_root:
@@ -89,9 +91,7 @@ def _tensor_to_message(tensor: TensorDigest) -> pb.TensorDigest:
 def _tensor_from_message(message: pb.TensorDigest) -> TensorDigest:
     if message.dtype not in BY_NAME:
         raise RemoteProtocolError(f"a tensor of unknown type {message.dtype!r}")
-    return TensorDigest(
-        message.name, message.dtype, tuple(message.shape), _digest(message.sha256)
-    )
+    return TensorDigest(message.name, message.dtype, tuple(message.shape), _digest(message.sha256))
 
 
 def _digest(value: bytes) -> Digest:

@@ -192,6 +192,7 @@ class _Links(INotifee):
         self._changed(conn.muxed_conn.peer_id)
 
     async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        _close_socket(conn)
         self._changed(conn.muxed_conn.peer_id)
 
     async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
@@ -204,7 +205,9 @@ class _Links(INotifee):
 
 
 def _close_socket(connection: INetConn) -> None:
-    """Close what a polite close leaves open on a link that takes no more bytes."""
+    """Close what libp2p leaves open when the other end closed, or takes no more bytes."""
+    if getattr(connection, "_shared_muxed_conn", False):  # a second wrapper of a live one
+        return
     layer: Any = getattr(connection.muxed_conn, "secured_conn", None)
     for name in ("conn", "conn", "stream", "stream"):
         layer = getattr(layer, name, None)

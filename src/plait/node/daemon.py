@@ -4,7 +4,6 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 import structlog
@@ -64,7 +63,7 @@ async def _run_node(config: NodeConfig) -> int:
     state.write("starting")
     try:
         async with AsyncExitStack() as stack:
-            await _start_roles(config, network, stack, state, stop)
+            await _start_roles(config, network, stack)
             state.write("ready")
             log.info("ready", name=config.name)
             await stop.wait()
@@ -77,20 +76,14 @@ async def _run_node(config: NodeConfig) -> int:
     return 0
 
 
-async def _start_roles(
-    config: NodeConfig,
-    network: NetworkFile,
-    stack: AsyncExitStack,
-    state: StateFile,
-    stop: asyncio.Event,
-) -> None:
+async def _start_roles(config: NodeConfig, network: NetworkFile, stack: AsyncExitStack) -> None:
     if "ledger" in config.roles:
         await _start_ledger(config, network, stack)
     if "stage" in config.roles:
         # Torch and libp2p are imported only where they are needed.
         from plait.node.stage_node import start_stage
 
-        await start_stage(config, network, stack, stop, _clock_ms)
+        await start_stage(config, network, stack, _clock_ms)
 
 
 async def _start_ledger(config: NodeConfig, network: NetworkFile, stack: AsyncExitStack) -> None:
@@ -136,6 +129,3 @@ def _first(group: BaseExceptionGroup[PlaitError]) -> PlaitError:
 
 def _clock_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-Clock = Callable[[], int]

@@ -1,6 +1,5 @@
 """Outgoing links to the stages downstream, one per peer, made on first need."""
 
-import asyncio
 from collections.abc import Callable
 
 import grpc
@@ -8,6 +7,7 @@ import structlog
 
 from plait.errors import PeerUnreachable
 from plait.net.link_stream import OutgoingLink
+from plait.task_scope import TaskScope
 from plait.types import PeerId
 from plait.v1 import stage_pb2
 
@@ -25,9 +25,7 @@ def _ignore_break(peer: PeerId, reason: str) -> None:
 class Neighbours:
     """Links by peer. ``dial`` opens a pinned channel or raises ``PeerUnreachable``."""
 
-    def __init__(
-        self, tasks: asyncio.TaskGroup, dial: Callable[[PeerId], grpc.aio.Channel]
-    ) -> None:
+    def __init__(self, tasks: TaskScope, dial: Callable[[PeerId], grpc.aio.Channel]) -> None:
         self.on_response: Callable[[PeerId, stage_pb2.LinkResponse], None] = _ignore_response
         self.on_broken: Callable[[PeerId, str], None] = _ignore_break
         self._tasks = tasks

@@ -25,7 +25,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         self._stage = stage
         self._peer_of = peer_of
 
-    async def Open(  # noqa: N802 (gRPC's name)
+    async def Open(
         self, request: session_pb2.OpenRequest, context: Context
     ) -> session_pb2.OpenResponse:
         """Hold a session."""
@@ -35,7 +35,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         except PlaitError as error:
             await _abort(context, error)
 
-    async def Confirm(  # noqa: N802
+    async def Confirm(
         self, request: session_pb2.ConfirmRequest, context: Context
     ) -> session_pb2.ConfirmResponse:
         """Make it live."""
@@ -45,7 +45,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         except PlaitError as error:
             await _abort(context, error)
 
-    async def Close(  # noqa: N802
+    async def Close(
         self, request: session_pb2.CloseRequest, context: Context
     ) -> session_pb2.CloseResponse:
         """End it."""
@@ -55,7 +55,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         except PlaitError as error:
             await _abort(context, error)
 
-    async def Link(  # noqa: N802
+    async def Link(
         self,
         request_iterator: object,
         context: Context,

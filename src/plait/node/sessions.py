@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from plait.errors import CapacityError, RemoteProtocolError
 from plait.ledger.stage_books import StageBooks
 from plait.ledger.terms import SessionTerms
-from plait.types import PeerId, Sampling, SessionId, TokenCounts
+from plait.types import PeerId, Sampling, SessionId, Span, TokenCounts
 from plait.v1.identity_pb2 import SignedEnvelope
 
 HOLD_MS = 2_000
@@ -35,6 +35,11 @@ class StageSession:
     def id(self) -> SessionId:
         """The session's id."""
         return self.terms.session_id
+
+    @property
+    def span(self) -> Span:
+        """The layers that this session runs here: a part of those loaded."""
+        return self.terms.stages[self.stage_index].span
 
     @property
     def is_last(self) -> bool:
@@ -102,7 +107,7 @@ class SessionTable:
         return iter(tuple(self._sessions.values()))
 
     def hold(self, session: StageSession) -> None:
-        """Add a held session; raises ``CapacityError`` when full, ``RemoteProtocolError`` if known."""
+        """Add a held session; raises ``CapacityError``, or ``RemoteProtocolError`` if known."""
         if session.id in self._sessions:
             raise RemoteProtocolError("this session is open already")
         if len(self._sessions) >= self._sessions_max:

@@ -15,6 +15,7 @@ from plait.errors import LedgerError, PlaitError
 from plait.identity import SigningKey
 from plait.ledger.service.remote import RemoteLedger
 from plait.node.sessions import StageSession
+from plait.task_scope import TaskScope
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import SettleRequest
 
@@ -34,7 +35,7 @@ class Settler:
         ledger: RemoteLedger,
         spool_dir: Path,
         clock_ms: Callable[[], int],
-        tasks: asyncio.TaskGroup,
+        tasks: TaskScope,
     ) -> None:
         self.key = key
         self.cert = cert
@@ -42,6 +43,7 @@ class Settler:
         self._spool_dir = spool_dir
         self._clock_ms = clock_ms
         self._tasks = tasks
+        self._running: set[asyncio.Task[None]] = set()
         spool_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     async def settle(self, session: StageSession) -> bool:
@@ -53,7 +55,14 @@ class Settler:
         """The same, without waiting."""
         spooled = self._spool(session)
         if spooled is not None:
-            self._tasks.create_task(self._present_quietly(spooled), name="settlement")
+            task = self._tasks.create_task(self._present_quietly(spooled), name="settlement")
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    async def idle(self, timeout_s: float) -> None:
+        """Wait for settlements under way; what is not done stays on disk."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=timeout_s)
 
     def _spool(self, session: StageSession) -> Path | None:
         if session.books is None:

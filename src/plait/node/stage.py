@@ -85,6 +85,11 @@ class Stage:
         neighbours.on_response = self.on_response
         neighbours.on_broken = self.on_peer_lost
 
+    @property
+    def frames_queued(self) -> int:
+        """Frames that wait for the compute thread."""
+        return len(self._scheduler)
+
     # Opening and closing ------------------------------------------------------------
 
     def open(self, request: session_pb2.OpenRequest, caller: PeerId) -> session_pb2.OpenResponse:
@@ -93,7 +98,9 @@ class Stage:
             session = examine(request, caller, self._identify(), self._view(), self._clock_ms())
             self.sessions.hold(session)
             try:
-                self._compute.reserve(session.id, session.tokens_max, session.sampling)
+                self._compute.reserve(
+                    session.id, session.tokens_max, session.sampling, session.span
+                )
             except CapacityError:
                 self.sessions.remove(session.id)
                 raise

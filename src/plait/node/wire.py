@@ -101,7 +101,8 @@ def decode_activations(message: stage_pb2.Activations, width: int) -> Activation
         raise RemoteProtocolError("activations have the wrong dtype")
     if message.width != width or not 0 < message.rows <= FRAME_ROWS_MAX:
         raise RemoteProtocolError(
-            f"activations have shape [{message.rows}, {message.width}], not [1..{FRAME_ROWS_MAX}, {width}]"
+            f"activations have shape [{message.rows}, {message.width}], "
+            f"not [1 to {FRAME_ROWS_MAX}, {width}]"
         )
     if len(message.data) != message.rows * width * _BYTES_PER_VALUE:
         raise RemoteProtocolError("activations and their shape differ in size")

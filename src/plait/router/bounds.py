@@ -75,31 +75,37 @@ class Graph:
         self.run_end = self._run_ends()
         self._choices: dict[int, Choices] = {}
         self._tables: dict[Measure, Table] = {}
+        self._hops: dict[tuple[int, int], Totals] = {}
 
     def _run_ends(self) -> Integers:
-        """[layers + 1, peers]: how far a stage that starts at a boundary can go; 0: nowhere."""
+        """[layers, peers]: how far a stage that starts at a boundary can go; 0: nowhere."""
         starts = np.array([offer.span.start for offer in self.offers], dtype=np.int64)
         ends = np.array([offer.span.end for offer in self.offers], dtype=np.int64)
+        boundaries = np.arange(self.layers)[:, None]
+        hosts = (starts <= boundaries) & (boundaries < ends)
+        if not self.request.pin:
+            return np.where(hosts, ends, 0)
+        for span, peer in self.request.pin:
+            hosts[span.start : span.end] &= np.arange(self.size) == self.index.get(peer, DRIVER)
         run_end = np.zeros((self.layers + 1, self.size), dtype=np.int64)
         for b in range(self.layers - 1, -1, -1):
-            hosts = (starts <= b) & (b < ends)
-            for span, peer in self.request.pin:
-                if span.start <= b < span.end:
-                    hosts &= np.arange(self.size) == self.index.get(peer, DRIVER)
-            run_end[b] = np.where(hosts, np.maximum(run_end[b + 1], b + 1), 0)
-        return run_end
+            run_end[b] = np.where(hosts[b], np.maximum(run_end[b + 1], b + 1), 0)
+        return run_end[:-1]
 
     @cached_property
     def links(self) -> "Links":
         """The measured links among the eligible peers."""
         return Links(self)
 
+    @cached_property
+    def speeds(self) -> "Speeds":
+        """What the peers can do."""
+        return Speeds(self)
+
     def missing(self) -> tuple[tuple[int, int], ...]:
         """Layers without an eligible host, as half-open ranges."""
         ranges: list[tuple[int, int]] = []
-        for b in range(self.layers):
-            if self.run_end[b].any():
-                continue
+        for b in np.flatnonzero(~self.run_end.any(axis=1)).tolist():
             if ranges and ranges[-1][1] == b:
                 ranges[-1] = (ranges[-1][0], b + 1)
             else:
@@ -107,16 +113,14 @@ class Graph:
         return tuple(ranges)
 
     def choices(self, boundary: int) -> Choices:
-        """All stages that can start at ``boundary``."""
+        """All stages that can start at ``boundary``, the longest first, then by peer."""
         known = self._choices.get(boundary)
         if known is None:
             run_end = self.run_end[boundary]
-            hosts = np.flatnonzero(run_end)
-            lengths = run_end[hosts] - boundary
-            offsets = np.repeat(np.cumsum(lengths) - lengths, lengths)
-            end = boundary + 1 + np.arange(len(offsets)) - offsets
-            layers = self.prefix[end] - self.prefix[boundary]
-            known = self._choices[boundary] = Choices(np.repeat(hosts, lengths), end, layers)
+            ends = np.arange(self.layers, boundary, -1)
+            at, peer = np.nonzero(run_end >= ends[:, None])
+            layers = self.prefix[ends[at]] - self.prefix[boundary]
+            known = self._choices[boundary] = Choices(peer, ends[at], layers)
         return known
 
     def table(self, measure: Measure) -> "Table":
@@ -130,13 +134,22 @@ class Graph:
 
     def step(self, before: int, peer: int, span: Span) -> Totals:
         """Exact cost of the hop from ``before`` (an index or DRIVER) and of the stage."""
-        offer, source = self.offers[peer], self.source
+        hop = self._hops.get((before, peer))
+        if hop is None:
+            hop = self._hops[before, peer] = self._hop(before, peer)
+        layers, speeds = int(self.prefix[span.end] - self.prefix[span.start]), self.speeds
+        return Totals(
+            hop.ttft_ns + layers * speeds.prefill_ns[peer],
+            hop.tpot_ns + layers * speeds.decode_ns[peer],
+            -(-layers * speeds.price_millionths[peer] // MILLION),
+        )
+
+    def _hop(self, before: int, peer: int) -> Totals:
+        offer = self.offers[peer]
         if before == DRIVER:
-            hop = cost.hop_out(cost.link(self.view, source, offer.peer), self.request)
-        else:
-            link = cost.link(self.view, self.offers[before].peer, offer.peer)
-            hop = cost.hop_between(link, self.model, self.request)
-        return hop + cost.stage(offer, span, self.model, self.request)
+            return cost.hop_out(cost.link(self.view, self.source, offer.peer), self.request)
+        link = cost.link(self.view, self.offers[before].peer, offer.peer)
+        return cost.hop_between(link, self.model, self.request)
 
     def back(self, peer: int) -> Totals:
         """Exact cost of the hop from the last stage to the driver."""
@@ -144,32 +157,44 @@ class Graph:
         return cost.hop_back(link, self.request)
 
 
-class Links:
-    """Links of a graph: to and from the driver by peer, and measured edges between peers.
+class Speeds:
+    """Per peer and cost layer: what decoding, the whole prompt and the whole request take."""
 
-    ``starts`` are the offsets of each run of edges with the same source, ``sources`` those
-    sources; what is not measured is ``unknown``.
+    def __init__(self, graph: Graph) -> None:
+        offers, model, request = graph.offers, graph.model, graph.request
+        prompt = request.prompt_tokens
+        self.decode_ns = [cost.decode_ns_per_layer(offer, model) for offer in offers]
+        self.prefill_ns = [cost.prefill_ns_per_layer(offer, model) * prompt for offer in offers]
+        self.price_millionths = [
+            cost.price_per_layer_millionths(offer, request) for offer in offers
+        ]
+
+
+class Links:
+    """Links of a graph as arrays: of the driver by peer, and measured edges between peers.
+
+    ``source`` and ``target`` are the edges' ends, ``sources`` the peers that have any and
+    ``starts`` the offsets of their runs; a link without an edge is ``unknown``. ``*_ns`` are
+    half a round trip, one token id, one row of activations.
     """
 
     def __init__(self, graph: Graph) -> None:
-        peers = [offer.peer for offer in graph.offers]
-        self.out = [cost.link(graph.view, graph.source, peer) for peer in peers]
-        self.back = [cost.link(graph.view, peer, graph.source) for peer in peers]
+        driver = [cost.link(graph.view, graph.source, offer.peer) for offer in graph.offers]
+        self.driver_half_ns = np.array([link.half_rtt_ns for link in driver], dtype=np.int64)
+        ids_ns = [link.transfer_ns(cost.ID_BYTES) for link in driver]
+        self.driver_id_ns = np.array(ids_ns, dtype=np.int64)
         self.unknown = Link(cost.UNKNOWN_RTT_US * 500, cost.UNKNOWN_LINK_BANDWIDTH)
         table = graph.view.link_table()
-        renumber = np.full(len(table.peers), -1, dtype=np.int64)
-        for peer, number in table.peers.items():
-            renumber[number] = graph.index.get(peer, -1)
+        renumber = np.array([graph.index.get(peer, -1) for peer in table.peers], dtype=np.int64)
         source, target = renumber[table.source], renumber[table.target]
         kept = np.flatnonzero((source >= 0) & (target >= 0))
         # Renumbering may reorder sources: the edges must stay grouped by source.
         kept = kept[np.argsort(source[kept], kind="stable")]
         self.source, self.target = source[kept], target[kept]
-        self.half_rtt_ns = table.rtt_us[kept] * 500
+        self.half_ns = table.rtt_us[kept] * 500
         bandwidth = table.bandwidth[kept]
         bandwidth = np.where(bandwidth > 0, bandwidth, cost.UNMEASURED_BANDWIDTH)
-        row_bits = graph.model.bytes_per_row * 1_000_000_000
-        self.row_ns = -(-row_bits // bandwidth)
+        self.row_ns = -(-graph.model.bytes_per_row * 1_000_000_000 // bandwidth)
         self.sources, self.starts = np.unique(self.source, return_index=True)
 
 
@@ -233,34 +258,34 @@ class LinearTable(Table):
         self._hops: dict[int, Integers] = {}
         links, request = graph.links, graph.request
         self._hop_max = _TABLE_MAX // (graph.layers + 2)
-        self._round = measure.ttft * request.prefill_rounds + measure.tpot
-        self._row = measure.ttft * request.prompt_tokens + measure.tpot
-        self._unknown = self._cut(measure.of(cost.hop_between(links.unknown, graph.model, request)))
-        self._edges = self._edge_costs()
+        self._rounds = measure.ttft * request.prefill_rounds + measure.tpot
+        self._prompt = measure.ttft * request.prompt_tokens + measure.tpot
+        unknown = measure.of(cost.hop_between(links.unknown, graph.model, request))
+        self._unknown = min(unknown, self._hop_max)
+        self._edges = self._cost(links.half_ns, links.row_ns, self._prompt)
         self._leave = self._sweep()
 
-    def _cut(self, value: int) -> int:
-        return min(value, self._hop_max)
-
-    def _edge_costs(self) -> Integers:
-        # Each factor is cut first, so that no product leaves 64 bits.
-        links, half_max = self._graph.links, self._hop_max // 2
-        half = np.minimum(links.half_rtt_ns, half_max // max(1, self._round)) * self._round
-        row = np.minimum(links.row_ns, half_max // max(1, self._row)) * self._row
-        total: Integers = half + row
+    def _cost(self, half_ns: Integers, bytes_ns: Integers, weight: int) -> Integers:
+        """Hops of the measure. Each factor is cut first, so that no product leaves 64 bits."""
+        half_max = self._hop_max // 2
+        rounds, weight = min(self._rounds, half_max), min(weight, half_max)
+        half = np.minimum(half_ns, half_max // max(1, rounds)) * rounds
+        total: Integers = half + np.minimum(bytes_ns, half_max // max(1, weight)) * weight
         return total
 
     def _sweep(self) -> Integers:
-        graph, links = self._graph, self._graph.links
-        back = [self._cut(self._measure.of(graph.back(p))) for p in range(graph.size)]
+        graph, links, measure = self._graph, self._graph.links, self._measure
         leave = np.empty((graph.layers + 1, graph.size), dtype=np.int64)
-        leave[-1] = back
+        back_weight = measure.ttft + measure.tpot
+        leave[-1] = self._cost(links.driver_half_ns, links.driver_id_ns, back_weight)
         enter = np.full(graph.size, UNREACHABLE, dtype=np.int64)
+        barred = np.where(graph.run_end > 0, 0, UNREACHABLE)
         for b in range(graph.layers - 1, -1, -1):
             enter = graph.weights[b] * self._rates + np.minimum(leave[b + 1], enter)
-            enter = np.where(graph.run_end[b] > 0, enter, UNREACHABLE)
+            np.maximum(enter, barred[b], out=enter)
             np.minimum(enter, UNREACHABLE, out=enter)
-            leave[b] = self._leave_row(enter, links)
+            if b:
+                leave[b] = self._leave_row(enter, links)
         return leave
 
     def _leave_row(self, enter: Integers, links: Links) -> Integers:
@@ -292,8 +317,7 @@ class LinearTable(Table):
     def _hop_row(self, before: int) -> Integers:
         graph, links = self._graph, self._graph.links
         if before == DRIVER:
-            hops = [self._cut(self._measure.of(cost.hop_out(x, graph.request))) for x in links.out]
-            return np.array(hops, dtype=np.int64)
+            return self._cost(links.driver_half_ns, links.driver_id_ns, self._prompt)
         row = np.full(graph.size, self._unknown, dtype=np.int64)
         first, last = np.searchsorted(links.source, [before, before + 1])
         row[links.target[first:last]] = self._edges[first:last]
@@ -302,15 +326,11 @@ class LinearTable(Table):
 
 def _rates(graph: Graph, measure: Measure) -> Integers:
     """Cost per cost layer of each peer, cut so that a whole route stays in 64 bits."""
-    request, model = graph.request, graph.model
+    speeds, price = graph.speeds, measure.price // MILLION
     rate_max = _TABLE_MAX // max(1, int(graph.prefix[-1]))
-    rates: list[int] = []
-    for offer in graph.offers:
-        rate = measure.price // MILLION * cost.price_per_layer_millionths(offer, request)
-        if measure.ttft:
-            prefill_ns = cost.prefill_ns_per_layer(offer, model)
-            rate += measure.ttft * prefill_ns * request.prompt_tokens
-        if measure.tpot:
-            rate += measure.tpot * cost.decode_ns_per_layer(offer, model)
-        rates.append(min(rate, rate_max))
+    figures = zip(speeds.price_millionths, speeds.prefill_ns, speeds.decode_ns, strict=True)
+    rates = [
+        min(price * millionths + measure.ttft * prefill_ns + measure.tpot * decode_ns, rate_max)
+        for millionths, prefill_ns, decode_ns in figures
+    ]
     return np.array(rates, dtype=np.int64)

@@ -20,14 +20,16 @@ from heapq import heappop, heappush
 import numpy as np
 
 from plait.errors import RouteError
-from plait.router.bounds import DRIVER, UNREACHABLE, Graph, Measure, Table
+from plait.router.bounds import DRIVER, UNREACHABLE, Choices, Graph, Measure, Table
 from plait.router.cost import Totals
+from plait.router.relax import Cut, cuts_for
 from plait.router.request import RouteRequest
 from plait.router.view import Integers
 from plait.types import Span
 
-LABELS_MAX = 200_000
+LABELS_MAX = 100_000
 """Beyond this a search is given up: hostile offers must not hold a driver."""
+_LABELS_BY_LEVEL = (200, 2000, LABELS_MAX)
 
 PRICE = Measure(price=1)
 TTFT = Measure(ttft=1)
@@ -95,18 +97,30 @@ class _Label:
 
 @dataclass(slots=True)
 class _Cursor:
-    """A label's possible next stages in order of promise; taken one by one."""
+    """A label's possible next stages, taken one by one in order of promise.
+
+    ``bounds`` are lower bounds of the score for each choice; the first is set to
+    UNREACHABLE where a choice is forbidden or was taken.
+    """
 
     label: _Label
     boundary: int
+    choices: Choices
     bounds: list[Integers]
-    peer: Integers
-    end: Integers
-    position: int = 0
+    at: int = -1
 
-    def entry(self, serial: int) -> "tuple[tuple[int, ...], int, int, _Cursor]":
-        at = self.position
-        return tuple(int(b[at]) for b in self.bounds), -int(self.end[at]), serial, self
+    def advance(self) -> bool:
+        """Move to the most promising choice left; False if there is none."""
+        first = self.bounds[0]
+        if self.at >= 0:
+            first[self.at] = UNREACHABLE
+        self.at = int(first.argmin())
+        if first[self.at] >= UNREACHABLE:
+            return False
+        if len(self.bounds) > 1:
+            equal = np.flatnonzero(first == first[self.at])
+            self.at = int(equal[self.bounds[1][equal].argmin()])
+        return True
 
 
 @dataclass(slots=True)
@@ -135,8 +149,13 @@ def best_route(graph: Graph, goal: Goal, *, without: frozenset[int] = frozenset(
     than LABELS_MAX labels.
     """
     watched: frozenset[int] = frozenset()
+    bounds = _Bounds()
     while True:
-        route = _Search(graph, goal, without, watched).run()
+        search = _Search(graph, goal, without, watched, bounds)
+        route = search.run()
+        if search.gave_up:
+            bounds = _tighter(bounds, graph, goal, without)
+            continue
         if route is None:
             return None
         peers = [peer for peer, _ in route]
@@ -146,40 +165,85 @@ def best_route(graph: Graph, goal: Goal, *, without: frozenset[int] = frozenset(
         watched |= repeated
 
 
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """What a search prunes with, beyond the plain tables, and when it gives up.
+
+    Tighter bounds cost several sweeps, so they are made only when a search drags on:
+    first cuts of the score, then ``joint``, what each limit costs in terms of the others,
+    for limits that are each in reach and not together.
+    """
+
+    level: int = 0
+    cuts: tuple[Cut, ...] = ()
+    joint: tuple[tuple[Measure, int], ...] = ()
+
+
+def _tighter(bounds: _Bounds, graph: Graph, goal: Goal, without: frozenset[int]) -> _Bounds:
+    if bounds.level == len(_LABELS_BY_LEVEL) - 1:
+        raise RouteError(
+            "too many comparable routes under these bounds",
+            remedy="loosen a bound, or restrict the peers with --only",
+        )
+    if bounds.level == 0:
+        return _Bounds(1, cuts_for(graph, goal.score[0], goal.limits, without))
+    joint: list[tuple[Measure, int]] = []
+    for number, (measure, limit) in enumerate(goal.limits[:-1], 1):
+        for cut in cuts_for(graph, measure, goal.limits[number:], without):
+            joint.append((cut.measure, cut.scale * limit + cut.offset))
+    return _Bounds(2, bounds.cuts, tuple(joint))
+
+
 class _Search:
     def __init__(
-        self, graph: Graph, goal: Goal, without: frozenset[int], watched: frozenset[int]
+        self,
+        graph: Graph,
+        goal: Goal,
+        without: frozenset[int],
+        watched: frozenset[int],
+        bounds: _Bounds,
     ) -> None:
         self._graph, self._goal, self._without = graph, goal, without
         self._bit = {peer: 1 << position for position, peer in enumerate(sorted(watched))}
         self._score = [graph.table(measure) for measure in goal.score]
-        self._limits = [(graph.table(m), m, limit) for m, limit in goal.limits]
+        self._cuts = [(graph.table(cut.measure), cut) for cut in bounds.cuts]
+        self._limits = [
+            (graph.table(m), m, min(limit, UNREACHABLE - 1))
+            for m, limit in (*goal.limits, *bounds.joint)
+        ]
         limited = [m for m, _ in goal.limits if m not in goal.score]
         self._vector = (*goal.score, *limited)
         self._frontier = _Frontier()
         self._heap: list[tuple[tuple[int, ...], int, int, _Cursor | _Label]] = []
         self._serial = 0
+        self._labels_max = _LABELS_BY_LEVEL[bounds.level]
+        self.gave_up = False
 
     def run(self) -> Route | None:
         self._expand(_Label(DRIVER, None, Totals(), None), 0)
         while self._heap:
+            if self._serial > self._labels_max:
+                self.gave_up = True
+                return None
             *_, item = heappop(self._heap)
             if isinstance(item, _Label):
                 return item.route()
             self._take(item)
         return None
 
-    def _push(self, cursor: _Cursor) -> None:
-        self._serial += 1
-        heappush(self._heap, cursor.entry(self._serial))
+    def _push_next(self, cursor: _Cursor) -> None:
+        if cursor.advance():
+            self._serial += 1
+            bounds = tuple(int(bound[cursor.at]) for bound in cursor.bounds)
+            # Among equals the route that is furthest first.
+            depth = -int(cursor.choices.end[cursor.at])
+            heappush(self._heap, (bounds, depth, self._serial, cursor))
 
     def _take(self, cursor: _Cursor) -> None:
         """Turn the cursor's next choice into a label, and move the cursor on."""
-        parent, at = cursor.label, cursor.position
-        peer, end = int(cursor.peer[at]), int(cursor.end[at])
-        cursor.position += 1
-        if cursor.position < len(cursor.peer):
-            self._push(cursor)
+        parent, at = cursor.label, cursor.at
+        peer, end = int(cursor.choices.peer[at]), int(cursor.choices.end[at])
+        self._push_next(cursor)
         span = Span(cursor.boundary, end)
         totals = parent.totals + self._graph.step(parent.peer, peer, span)
         watched = parent.watched | self._bit.get(peer, 0)
@@ -200,32 +264,23 @@ class _Search:
             heappush(self._heap, entry)
 
     def _expand(self, label: _Label, boundary: int) -> None:
-        if self._serial > LABELS_MAX:
-            raise RouteError(
-                "too many comparable routes under these bounds",
-                remedy="loosen a bound, or restrict the peers with --only",
-            )
         choices = self._graph.choices(boundary)
-        allowed = choices.peer != label.peer
+        forbidden = choices.peer == label.peer
         barred = [peer for peer, bit in self._bit.items() if label.watched & bit]
         for peer in (*self._without, *barred):
-            allowed &= choices.peer != peer
+            forbidden |= choices.peer == peer
         for table, measure, limit in self._limits:
             bound = self._bound(table, measure, label, boundary, choices.peer)
-            allowed &= bound <= min(limit, UNREACHABLE - 1)
+            forbidden |= bound > limit
         scores = [
             self._bound(table, measure, label, boundary, choices.peer)
             for table, measure in zip(self._score, self._goal.score, strict=True)
         ]
-        for score in scores:
-            allowed &= score < UNREACHABLE
-        kept = np.flatnonzero(allowed)
-        if not len(kept):
-            return
-        keys = (choices.peer[kept], -choices.end[kept], *(s[kept] for s in reversed(scores)))
-        kept = kept[np.lexsort(keys)]
-        ordered = [score[kept] for score in scores]
-        self._push(_Cursor(label, boundary, ordered, choices.peer[kept], choices.end[kept]))
+        for table, cut in self._cuts:
+            bound = self._bound(table, cut.measure, label, boundary, choices.peer)
+            np.maximum(scores[0], -((cut.offset - bound) // cut.scale), out=scores[0])
+        scores[0][forbidden] = UNREACHABLE
+        self._push_next(_Cursor(label, boundary, choices, scores))
 
     def _bound(
         self, table: Table, measure: Measure, label: _Label, boundary: int, peers: Integers

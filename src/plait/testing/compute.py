@@ -25,10 +25,11 @@ FAKE_SHAPE = ModelShape(
 
 
 class _Session:
-    def __init__(self, layers: int, tokens: int, sampling: Sampling) -> None:
+    def __init__(self, span: Span, tokens: int, sampling: Sampling) -> None:
+        self.span = span
         self.tokens = tokens
         self.sampling = sampling
-        self.hashes: list[list[bytes]] = [[] for _ in range(layers)]
+        self.hashes: list[list[bytes]] = [[] for _ in range(len(span))]
 
 
 class FakeStage:
@@ -61,13 +62,15 @@ class FakeStage:
         """Tokens not reserved."""
         return self.kv_tokens_total - sum(held.tokens for held in self._sessions.values())
 
-    def reserve(self, session: SessionId, tokens: int, sampling: Sampling) -> None:
+    def reserve(
+        self, session: SessionId, tokens: int, sampling: Sampling, span: Span | None = None
+    ) -> None:
         """Hold ``tokens`` positions. Raises ``CapacityError``."""
         earlier = self._sessions.get(session)
         if tokens > self.kv_tokens_free + (earlier.tokens if earlier else 0):
             raise CapacityError(f"{tokens} tokens asked for, {self.kv_tokens_free} free")
         if earlier is None:
-            self._sessions[session] = _Session(len(self.span), tokens, sampling)
+            self._sessions[session] = _Session(span or self.span, tokens, sampling)
         else:
             earlier.tokens, earlier.sampling = max(tokens, earlier.tokens), sampling
 
@@ -107,7 +110,7 @@ class FakeStage:
             raise LocalProtocolError(f"session {work.session.hex()} holds no KV pages")
         check_work(
             work,
-            first_stage=self.span.start == 0,
+            first_stage=session.span.start == 0,
             width=WIDTH,
             vocabulary_size=VOCABULARY_SIZE,
             cached=len(session.hashes[0]),
@@ -118,10 +121,10 @@ class FakeStage:
             del hashes[work.first_position :]
             for row in rows:
                 previous = hashes[-1] if hashes else b""
-                label = (self.span.start + index).to_bytes(4, "big")
+                label = (session.span.start + index).to_bytes(4, "big")
                 hashes.append(hashlib.sha256(label + previous + row).digest())
             rows = hashes[work.first_position :]
-        if self.span.end < self.shape.layers:
+        if session.span.end < self.shape.layers:
             return Done(hidden=_hidden(rows))
         if not work.sample:
             return Done()

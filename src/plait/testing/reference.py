@@ -7,6 +7,8 @@ expansion of packed weights is shared, which has its own tests.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +16,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from plait.compute.port import Hidden, StageCompute, Work
-from plait.model.catalog import LocalModel
 from plait.model.gguf_reader import GgufFile
+from plait.model.local import LocalModel
 from plait.types import Sampling, SessionId, Span
 
 SESSION = SessionId(bytes(range(16)))
@@ -65,7 +67,8 @@ def reference_model(local: LocalModel) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _name(name: str) -> str:
@@ -78,7 +81,8 @@ def _name(name: str) -> str:
 @torch.inference_mode()
 def reference_tokens(model: LlamaForCausalLM, prompt_ids: Sequence[int], count: int) -> list[int]:
     """``count`` greedy tokens by transformers' ``generate``, never ending early."""
-    output = model.generate(
+    untyped: Any = model  # transformers' annotation of generate does not fit its own models
+    output = untyped.generate(
         torch.tensor([list(prompt_ids)]),
         attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
         max_new_tokens=count,
@@ -170,4 +174,4 @@ def unequal_boundaries(
 def equal_spans(layers: int, count: int) -> list[Span]:
     """``count`` spans over all layers, the earlier ones longer by one if need be."""
     bounds = [-(-layers * stage // count) for stage in range(count + 1)]
-    return [Span(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [Span(start, end) for start, end in pairwise(bounds)]

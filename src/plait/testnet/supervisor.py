@@ -78,10 +78,13 @@ class Child:
 class Supervisor:
     """Forks, watches and ends the nodes of one testnet."""
 
-    def __init__(self, directory: Path, cluster: Cluster, run_node: RunNode) -> None:
+    def __init__(
+        self, directory: Path, cluster: Cluster, run_node: RunNode, *, stop_grace_s: float
+    ) -> None:
         self._directory = directory
         self._cluster = cluster
         self._run_node = run_node
+        self._stop_grace_s = stop_grace_s
         self._children = {
             member.name: Child(member, cluster.config(directory, member))
             for member in cluster.members
@@ -159,7 +162,7 @@ class Supervisor:
         now = time.monotonic()
         for child in self._alive():
             if child.kill_at is not None and child.kill_at <= now:
-                _log(f"{child.member.name} did not end in {STOP_GRACE_S:g} s: killed")
+                _log(f"{child.member.name} did not end in {self._stop_grace_s:g} s: killed")
                 self._signal(child, signal.SIGKILL)
                 child.kill_at = None
 
@@ -245,7 +248,7 @@ class Supervisor:
     def _terminate(self, child: Child) -> None:
         if not child.asked_to_stop:
             child.asked_to_stop = True
-            child.kill_at = time.monotonic() + STOP_GRACE_S
+            child.kill_at = time.monotonic() + self._stop_grace_s
             self._signal(child, signal.SIGTERM)
 
     def _signal(self, child: Child, number: signal.Signals) -> None:
@@ -307,23 +310,29 @@ def die_with_parent(parent: int, number: signal.Signals) -> None:
         os._exit(1)
 
 
-def supervise(directory: Path, run_node: RunNode) -> None:
+def supervise(directory: Path, run_node: RunNode, *, stop_grace_s: float) -> None:
     """Run the testnet in ``directory`` until it is told to end."""
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads > 1:
         _log(f"warning: forking with {threads} threads; a node may hang")
-    Supervisor(directory, load(directory), run_node).serve()
+    Supervisor(directory, load(directory), run_node, stop_grace_s=stop_grace_s).serve()
 
 
-def main() -> int:
-    """Entry of ``python -m plait.testnet.supervisor DIR [--parent PID]``."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+def main(
+    preload: Callable[[], RunNode] | None = None, *, stop_grace_s: float = STOP_GRACE_S
+) -> int:
+    """Entry of ``python -m plait.testnet.supervisor DIR [--parent PID]``.
+
+    ``preload`` makes the function that runs a node; by default it imports the daemon.
+    """
+    parser = argparse.ArgumentParser(description="own the nodes of one testnet")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--parent", type=int, help="end when this process does")
     options = parser.parse_args()
     if options.parent is not None:
         die_with_parent(options.parent, signal.SIGTERM)
-    supervise(options.directory, _preloaded_node())
+    run_node = (preload or _preloaded_node)()
+    supervise(options.directory, run_node, stop_grace_s=stop_grace_s)
     return 0
 
 

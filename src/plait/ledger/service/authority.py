@@ -253,8 +253,8 @@ class LedgerServicer(LedgerServiceServicer):
     async def GetCheckpoint(
         self, request: pb.GetCheckpointRequest, context: Any
     ) -> pb.GetCheckpointResponse:
-        """The last checkpoint."""
-        _, note = await self._recorder.checkpoint()
+        """A checkpoint of everything on disk."""
+        _, note = await self._recorder.checkpoint(covering=self._recorder.committed_size)
         return pb.GetCheckpointResponse(checkpoint=note)
 
     @_answered

@@ -17,7 +17,7 @@ from functools import partial
 import structlog
 
 from plait.envelope import decode, digest
-from plait.errors import LedgerError
+from plait.errors import LedgerError, VerificationError
 from plait.identity import SigningKey
 from plait.ledger.balances import Entry, EntryKind, entry_from_payload
 from plait.ledger.checkpoint import open_checkpoint, sign_checkpoint
@@ -286,7 +286,10 @@ class Recorder:
         if stored is None:
             return 0, ""
         size, note = stored
-        opened = open_checkpoint(note, self._identity.origin, self._identity.key.public)
+        try:
+            opened = open_checkpoint(note, self._identity.origin, self._identity.key.public)
+        except VerificationError as error:
+            raise LedgerError(f"the ledger's last checkpoint is not its own: {error}") from error
         if opened.size != size or size > self.tree.size or self.tree.root(size) != opened.root:
             raise LedgerError("the ledger's file contradicts the last checkpoint it signed")
         return size, note

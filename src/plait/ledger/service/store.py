@@ -5,6 +5,7 @@ keeps a second process out) and ``commit`` is called by one thread only. After a
 of a commit its outcome is unknown: the store refuses to go on and must be opened again.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
@@ -95,7 +96,10 @@ class Change:
 class Store:
     """One ledger file. Open it with ``open_store``."""
 
-    def __init__(self, writer: apsw.Connection, reader: apsw.Connection, lock: IO[str]) -> None:
+    def __init__(
+        self, path: Path, writer: apsw.Connection, reader: apsw.Connection, lock: IO[str]
+    ) -> None:
+        self._head_path = path.with_name(path.name + ".head")
         self._writer = writer
         self._reader = reader
         self._lock = lock
@@ -113,7 +117,10 @@ class Store:
             for change in changes:
                 self._add(change)
             self._writer.execute("COMMIT")
-        except apsw.Error as error:
+            heads = [change.checkpoint for change in changes if change.checkpoint is not None]
+            if heads:
+                self._keep_head(heads[-1][1])
+        except (apsw.Error, OSError) as error:
             self._failed = True
             raise _store_error(error) from error
 
@@ -153,11 +160,23 @@ class Store:
         return [StoredCert(PeerId(peer), int(serial), envelope) for peer, serial, envelope in rows]
 
     def checkpoint(self) -> tuple[int, str] | None:
-        """The last signed checkpoint: its size and note."""
+        """The last signed checkpoint: its size and note.
+
+        It is also kept in a file of its own: when the ledger's file alone is restored from
+        an old backup, the head it has already signed is still known.
+        """
         row = self._reader.execute(
             "SELECT size, note FROM checkpoints ORDER BY size DESC LIMIT 1"
         ).fetchone()
-        return (row[0], row[1]) if row else None
+        stored = [(row[0], row[1])] if row else []
+        try:
+            note = self._head_path.read_text()
+            stored.append((int(note.split("\n")[1]), note))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, IndexError) as error:
+            raise LedgerError(f"the ledger's head {self._head_path} is damaged") from error
+        return max(stored, default=None)
 
     def close(self) -> None:
         """Close the file; after a failure without touching it."""
@@ -167,6 +186,14 @@ class Store:
         self._reader.close()
         self._writer.close()
         self._lock.close()
+
+    def _keep_head(self, note: str) -> None:
+        part = self._head_path.with_suffix(".part")
+        with part.open("w") as file:
+            file.write(note)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self._head_path)
 
     def _add(self, change: Change) -> None:
         write = self._writer
@@ -224,7 +251,7 @@ def open_store(
     except LedgerError:
         lock.close()
         raise
-    return Store(writer, reader, lock)
+    return Store(path, writer, reader, lock)
 
 
 def _lock(path: Path) -> IO[str]:
@@ -261,8 +288,9 @@ def _prepare(writer: apsw.Connection, network_id: str) -> None:
         raise LedgerError(f"the ledger's file is another network's: {stored}")
 
 
-def _store_error(error: apsw.Error) -> LedgerError:
-    if isinstance(error, apsw.FullError):
+def _store_error(error: apsw.Error | OSError) -> LedgerError:
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if full or isinstance(error, apsw.FullError):
         return LedgerError(
             "the ledger's disk is full", remedy="free some space and start the ledger again"
         )

@@ -1,0 +1,354 @@
+"""The stage role put together: control plane, compute, both ports, settlement."""
+
+import asyncio
+import math
+import re
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+import psutil
+import structlog
+
+from plait.compute.load import load_stage
+from plait.compute.port import StageCompute
+from plait.errors import ConfigError, PeerUnreachable
+from plait.identity import SigningKey, load_or_create_key
+from plait.ledger.certs import make_key_cert
+from plait.ledger.service.remote import RemoteLedger
+from plait.model.catalog import load
+from plait.model.local import LocalModel
+from plait.model.manifest import FP32_BYTES, Manifest
+from plait.net.directory import DirectoryServicer, TrustedCertificates
+from plait.net.gossip import Gossip
+from plait.net.libp2p import Libp2pControlPlane
+from plait.net.links import LinkMeter
+from plait.net.membership import Membership
+from plait.net.tls import (
+    TlsIdentity,
+    channel,
+    load_or_create,
+    server_credentials_peer,
+    server_credentials_public,
+    server_options,
+)
+from plait.net.watch import targets_of
+from plait.network_file import NetworkFile
+from plait.node.admission import StageIdentity
+from plait.node.config import NodeConfig
+from plait.node.neighbours import Neighbours
+from plait.node.own_offer import Facts, materially_different, offer_of
+from plait.node.service import StageServicer
+from plait.node.settlement import Settler
+from plait.node.stage import Stage
+from plait.router.placement import choose_span
+from plait.router.view import Offer
+from plait.task_scope import TaskScope
+from plait.types import PeerId, Span
+from plait.v1 import offer_pb2, offer_pb2_grpc, stage_pb2_grpc
+
+log = structlog.get_logger(__name__)
+
+LAYER_TENSOR = re.compile(r"blk\.(\d+)\.")
+"""How GGUF names the tensors of a layer."""
+
+KEY_CERT_TTL_MS = 30 * 86_400_000
+MEMORY_SHARE = 0.5
+"""Of the free memory, what an automatically chosen span may take."""
+FIRST_VIEW_S = 3.0
+"""How long a node listens before it chooses its span."""
+UPKEEP_PERIOD_S = 0.5
+STOP_GRACE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Self:
+    """A stage node's identity and surroundings."""
+
+    config: NodeConfig
+    network: NetworkFile
+    peer_key: SigningKey
+    ledger_key: SigningKey
+    tls: TlsIdentity
+    incarnation: int
+    clock_ms: Callable[[], int]
+
+    @property
+    def peer(self) -> PeerId:
+        return self.peer_key.peer_id
+
+
+async def start_stage(
+    config: NodeConfig, network: NetworkFile, stack: AsyncExitStack, clock_ms: Callable[[], int]
+) -> None:
+    """Start the role; it runs until ``stack`` is closed, which withdraws the offer first.
+
+    Raises ``ConfigError`` for what the operator can mend and ``ModelError`` for weights
+    that are missing or corrupt.
+    """
+    me = _identity(config, network, clock_ms)
+    if not network.authorities:
+        raise ConfigError("the network file names no ledger authority")
+    local = load(config.model or "")
+    tasks = await stack.enter_async_context(TaskScope())
+    control = Libp2pControlPlane(
+        me.peer_key,
+        listen=f"/ip4/{config.host}/tcp/{config.p2p_port}",
+        bootstrap=_bootstrap(me),
+    )
+    await stack.enter_async_context(control)
+    membership = Membership(network)
+    digest = local.manifest.digest
+    gossip = Gossip(control, membership, network, me.peer_key, digest, me.incarnation, clock_ms)
+    tasks.create_task(gossip.run(), name="gossip")
+    compute, speed_us = await _load_compute(me, local, gossip)
+    ledger = RemoteLedger(network.authorities[0])
+    stack.push_async_callback(ledger.close)
+    node = _StageNode(me, local, compute, speed_us, gossip, ledger, tasks, control.multiaddrs)
+    await node.serve(stack)
+
+
+def _identity(config: NodeConfig, network: NetworkFile, clock_ms: Callable[[], int]) -> _Self:
+    peer_key = load_or_create_key(config.data_dir / "identity.key")
+    if not network.admits(peer_key.peer_id):
+        raise ConfigError(f"this network does not admit {peer_key.peer_id}")
+    return _Self(
+        config=config,
+        network=network,
+        peer_key=peer_key,
+        ledger_key=load_or_create_key(config.data_dir / "ledger.key"),
+        tls=load_or_create(config.data_dir, peer_key.peer_id),
+        incarnation=time.time_ns(),
+        clock_ms=clock_ms,
+    )
+
+
+def _bootstrap(me: _Self) -> list[str]:
+    named = [node.multiaddr for node in me.network.bootstrap if node.peer != me.peer]
+    return [*named, *me.config.extra_bootstrap]
+
+
+async def _load_compute(
+    me: _Self, local: LocalModel, gossip: Gossip
+) -> tuple[StageCompute, tuple[int, int]]:
+    config, span = me.config, me.config.span
+    if span is None:
+        await asyncio.sleep(FIRST_VIEW_S)
+        span = _automatic_span(me, local, gossip)
+        log.info("span chosen", span=str(span))
+    threads = config.threads or psutil.cpu_count() or 1
+    compute = await asyncio.to_thread(
+        load_stage, local, span, config.dtype, threads, config.kv_tokens_max
+    )
+    speed_us = await asyncio.to_thread(compute.measure)
+    log.info("weights loaded", span=str(span), decode_us=speed_us[0])
+    return compute, speed_us
+
+
+def _automatic_span(me: _Self, local: LocalModel, gossip: Gossip) -> Span:
+    free_bytes = psutil.virtual_memory().available * MEMORY_SHARE
+    fits = int(free_bytes // bytes_per_layer(local.manifest))
+    try:
+        return choose_span(
+            gossip.view(), local.manifest.shape, fits, me.clock_ms(), besides=me.peer
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"no layer of {local.name} fits in half of the free memory",
+            remedy="free some memory, or name the layers with --span",
+        ) from error
+
+
+def bytes_per_layer(manifest: Manifest) -> int:
+    """Memory of the largest layer's weights in fp32."""
+    sizes: dict[str, int] = {}
+    for tensor in manifest.tensors:
+        layer, weights = LAYER_TENSOR.match(tensor.name), FP32_BYTES * math.prod(tensor.shape)
+        if layer:
+            sizes[layer[1]] = sizes.get(layer[1], 0) + weights
+    return max(sizes.values())
+
+
+class _StageNode:
+    """The running role: servers, upkeep, and an orderly end."""
+
+    def __init__(
+        self,
+        me: _Self,
+        local: LocalModel,
+        compute: StageCompute,
+        speed_us: tuple[int, int],
+        gossip: Gossip,
+        ledger: RemoteLedger,
+        tasks: TaskScope,
+        multiaddrs: tuple[str, ...],
+    ) -> None:
+        self._me = me
+        self._compute = compute
+        self._speed_us = speed_us
+        self._gossip = gossip
+        self._tasks = tasks
+        self._multiaddrs = multiaddrs
+        self._draining = False
+        self._told: Offer | None = None
+        self._facts: Facts
+        self._shape = local.manifest.shape
+        self._context_length = local.manifest.context_length
+        self._trusted = TrustedCertificates()
+        self._meter = LinkMeter(
+            lambda: targets_of(gossip.view(), me.peer),
+            lambda target, reason: gossip.peer_down(target.peer, target.incarnation, reason),
+            time.monotonic,
+        )
+        now_ms = me.clock_ms()
+        cert = make_key_cert(
+            me.peer_key,
+            me.ledger_key.public,
+            me.network.network_id,
+            now_ms,
+            KEY_CERT_TTL_MS,
+            1,
+        )
+        self._settler = Settler(
+            key=me.ledger_key,
+            cert=cert,
+            ledger=ledger,
+            spool_dir=me.config.data_dir / "settlements",
+            clock_ms=me.clock_ms,
+            tasks=tasks,
+        )
+        self._stage = Stage(
+            compute=compute,
+            network=me.network,
+            settler=self._settler,
+            neighbours=Neighbours(tasks, self._dial),
+            identify=self._identify,
+            view=gossip.view,
+            clock_ms=me.clock_ms,
+            vocabulary=local.manifest.vocabulary_size,
+            sessions_max=me.config.sessions_max,
+        )
+
+    async def serve(self, stack: AsyncExitStack) -> None:
+        """Open both ports, offer, and leave the rest to tasks."""
+        public, public_port = self._server(
+            self._me.config.public_port, server_credentials_public(self._me.tls)
+        )
+        peer, peer_port = self._server(
+            self._me.config.peer_port,
+            server_credentials_peer(self._me.tls, self._trusted.certificates),
+        )
+        directory = DirectoryServicer(
+            self._gossip, self._me.network, self._trusted, self._probe, self._me.clock_ms
+        )
+        offer_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, public)
+        servicer = StageServicer(self._stage, self._trusted.peer_of)
+        stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, peer)
+        for server in (public, peer):
+            await server.start()
+            stack.push_async_callback(server.stop, STOP_GRACE_S)
+        self._facts = self._gather_facts(public_port, peer_port)
+        self._upkeep()
+        self._tasks.create_task(self._stage.compute_forever(), name="compute")
+        self._tasks.create_task(self._settler.retry_forever(), name="settlement retries")
+        self._tasks.create_task(self._meter.run(), name="link meter")
+        self._tasks.create_task(self._upkeep_forever(), name="upkeep")
+        stack.push_async_callback(self._leave)
+
+    async def _leave(self) -> None:
+        """Take nothing new, end what runs, settle it, withdraw the offer."""
+        self._draining = True
+        await self._gossip.withdraw()
+        self._stage.end_all("the node is stopping")
+        await self._settler.idle(STOP_GRACE_S)
+
+    def _server(
+        self, port: int, credentials: grpc.ServerCredentials
+    ) -> tuple[grpc.aio.Server, int]:
+        server = grpc.aio.server(options=server_options())
+        address = f"{self._me.config.host}:{port}"
+        try:
+            return server, server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on {address}: the port is in use",
+                remedy="stop what uses it, or choose another port (0 takes a free one)",
+            ) from error
+
+    def _gather_facts(self, public_port: int, peer_port: int) -> Facts:
+        host = self._me.config.host
+        return Facts(
+            peer=self._me.peer,
+            incarnation=self._me.incarnation,
+            model_digest=self._shape.digest,
+            span=self._compute.span,
+            numeric_class=self._compute.numeric_class(),
+            kv_tokens_total=self._compute.kv_tokens_total,
+            decode_us=self._speed_us[0],
+            prefill_us_per_token=self._speed_us[1],
+            public_address=f"{host}:{public_port}",
+            peer_address=f"{host}:{peer_port}",
+            certificate=self._me.tls.cert_der,
+            multiaddrs=self._multiaddrs,
+        )
+
+    async def _upkeep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(UPKEEP_PERIOD_S)
+            self._upkeep()
+
+    def _upkeep(self) -> None:
+        """Expire sessions, trust the peers in view, keep offer and links current."""
+        self._stage.expire()
+        self._trusted.refresh(self._gossip.view(), self._me.clock_ms())
+        self._gossip.set_links(self._meter.rtts_us())
+        offer = offer_of(
+            self._me.config,
+            self._facts,
+            kv_tokens_free=self._compute.kv_tokens_free,
+            sessions_active=len(self._stage.sessions),
+            draining=self._draining,
+            now_ms=self._me.clock_ms(),
+        )
+        changed = materially_different(self._told, offer)
+        if changed:
+            self._told = offer
+        self._gossip.set_offer(offer, at_once=changed)
+
+    def _identify(self) -> StageIdentity:
+        return StageIdentity(
+            network_id=self._me.network.network_id,
+            peer=self._me.peer,
+            shape=self._shape,
+            context_length=self._context_length,
+            offers=self._gossip.recent_offers,
+            draining=self._draining,
+        )
+
+    def _probe(self, request: offer_pb2.ProbeRequest) -> offer_pb2.ProbeResponse:
+        wanted = request.prompt_tokens + request.max_tokens
+        free = self._compute.kv_tokens_free
+        reason = ""
+        if self._draining:
+            reason = "draining"
+        elif request.model_digest and request.model_digest != self._shape.digest:
+            reason = "another model is served here"
+        elif wanted > free:
+            reason = f"{free} KV tokens are free"
+        ahead = self._stage.frames_queued
+        return offer_pb2.ProbeResponse(
+            would_accept=not reason,
+            reason=reason,
+            predicted_start_us=ahead * self._speed_us[0],
+            kv_tokens_free=free,
+            incarnation=self._me.incarnation,
+        )
+
+    def _dial(self, peer: PeerId) -> grpc.aio.Channel:
+        offer = self._gossip.view().offers.get(peer)
+        if offer is None:
+            raise PeerUnreachable(f"{peer} has no valid offer here")
+        return channel(offer.peer_address, offer.certificate, self._me.tls)

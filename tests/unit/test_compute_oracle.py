@@ -1,0 +1,140 @@
+"""A split model is the unsplit one: to the token, and to the bit at every boundary.
+
+The oracle is transformers' own model, cache, masks and ``generate``. ``benchmarks/oracle.py``
+runs the full matrix on the real model.
+"""
+
+from collections.abc import Sequence
+
+import pytest
+
+from plait.model import catalog
+from plait.model.local import LocalModel
+from plait.model.tokenizer import Tokenizer
+from plait.types import Sampling
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a Python function that reverses a string.",
+    "Explain why the sky is blue in two sentences.",
+    "List five fruits and their colours.",
+    "Translate 'good morning' into Spanish and German.",
+    "What is 17 times 23? Think step by step.",
+    "Write a short poem about autumn leaves.",
+    "Summarise: The quick brown fox jumps over the lazy dog.",
+    "Give me a recipe for pancakes.",
+    "Who wrote Romeo and Juliet?",
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(catalog.MODELS_DIR_VARIABLE, str(tmp_path_factory.mktemp("models")))
+        return catalog.load("tiny-random")
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> LocalModel:
+    if not catalog.installed("smollm2-135m"):
+        pytest.skip("smollm2-135m is not on this machine")
+    return catalog.load("smollm2-135m")
+
+
+def prompt_ids(local: LocalModel, prompts: Sequence[str]) -> list[list[int]]:
+    tokenizer = Tokenizer.load(local)
+    return [tokenizer.chat([{"role": "user", "content": text}]) for text in prompts]
+
+
+def check_split(
+    local: LocalModel, prompts: Sequence[str], count: int, stage_counts: Sequence[int]
+) -> None:
+    from plait.compute.load import load_stage
+    from plait.testing import reference
+
+    model = reference.reference_model(local)
+    stages = {
+        number: [
+            load_stage(local, span) for span in reference.equal_spans(local.manifest.layers, number)
+        ]
+        for number in stage_counts
+    }
+    for ids in prompt_ids(local, prompts):
+        wanted = reference.reference_tokens(model, ids, count)
+        hidden = reference.reference_hidden(model, ids, wanted[:-1])
+        for loaded in stages.values():
+            run = reference.run_pipeline(loaded, ids, count)
+            spans = [stage.span for stage in loaded]
+            assert run.tokens == wanted
+            assert reference.unequal_boundaries(run, spans, hidden) == 0
+
+
+def test_every_way_to_split_the_tiny_model(tiny: LocalModel) -> None:
+    check_split(tiny, PROMPTS[:3], 24, (1, 2, 3, 4, 8))
+
+
+def test_the_real_model_in_three_stages(smollm2: LocalModel) -> None:
+    check_split(smollm2, PROMPTS, 64, (3,))
+
+
+def test_the_real_model_split_otherwise(smollm2: LocalModel) -> None:
+    check_split(smollm2, PROMPTS[:1], 12, (1, 2, 4))
+
+
+def test_sampled_tokens_do_not_depend_on_the_split(tiny: LocalModel) -> None:
+    from plait.compute.load import load_stage
+    from plait.testing import reference
+
+    (ids,) = prompt_ids(tiny, PROMPTS[:1])
+    sampling = Sampling(temperature_micros=1_500_000, top_p_micros=950_000, seed=99)
+    runs = [
+        reference.run_pipeline(
+            [load_stage(tiny, span) for span in reference.equal_spans(8, number)], ids, 24, sampling
+        ).tokens
+        for number in (1, 2, 4)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    assert (
+        runs[0]
+        != reference.run_pipeline(
+            [load_stage(tiny, reference.equal_spans(8, 1)[0])], ids, 24
+        ).tokens
+    )
+
+
+def test_chunked_prefill_agrees_to_rounding(tiny: LocalModel) -> None:
+    import numpy as np
+
+    from plait.compute.load import load_stage
+    from plait.compute.port import Work
+    from plait.testing.reference import SESSION
+    from plait.types import Span
+
+    (ids,) = prompt_ids(tiny, PROMPTS[:1])
+    stage = load_stage(tiny, Span(0, 4))
+    stage.reserve(SESSION, 128, Sampling())
+    (whole,) = stage.step([Work(SESSION, 0, tuple(ids), None)])
+    pieces = []
+    for start in range(0, len(ids), 7):
+        (done,) = stage.step([Work(SESSION, start, tuple(ids[start : start + 7]), None)])
+        assert done.hidden is not None
+        pieces.append(done.hidden)
+    assert whole.hidden is not None
+    error = np.linalg.norm(np.concatenate(pieces) - whole.hidden) / np.linalg.norm(whole.hidden)
+    assert error < 1e-5
+
+
+def test_dequantised_weights_equal_transformers_own(smollm2: LocalModel) -> None:
+    gguf = pytest.importorskip("gguf", reason="transformers reads GGUF through the gguf package")
+    import numpy as np
+
+    from plait.model.gguf_reader import GgufFile
+
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2.weights_path).tensors}
+    with GgufFile.open(smollm2.weights_path) as ours:
+        for name in ("token_embd.weight", "blk.0.attn_q.weight", "blk.29.ffn_down.weight"):
+            entry, other = ours.tensors[name], theirs[name]
+            found = entry.type.to_fp32(ours.read(name), entry.shape)
+            assert np.array_equal(found, gguf.dequantize(other.data, other.tensor_type))

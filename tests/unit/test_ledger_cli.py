@@ -1,0 +1,201 @@
+"""``plait ledger`` against an authority in a thread, and the audit of damaged journals."""
+
+import asyncio
+import csv
+import dataclasses
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plait.cli.root import invoke
+from plait.envelope import digest, seal
+from plait.identity import SigningKey, load_key, save_key
+from plait.ledger.certs import make_key_cert
+from plait.ledger.checkpoint import Checkpoint
+from plait.ledger.journal_audit import audit_journal
+from plait.ledger.merkle import leaf_hash, root_of
+from plait.ledger.service.authority import AuthorityKeys, serve_authority
+from plait.ledger.service.remote import RemoteLedger
+from plait.net.tls import create_identity
+from plait.network_file import Authority, NetworkFile, load_network_file
+from plait.v1 import ledger_pb2 as pb
+
+FOUNDER, ISSUER, PEER, LEDGER, LOG, PAYEE, PAYEE_LEDGER = (
+    SigningKey.from_seed(bytes([seed]) * 32) for seed in range(1, 8)
+)
+
+
+@dataclass
+class World:
+    """A network file on disk with a serving authority behind it."""
+
+    path: Path
+    network: NetworkFile
+    client: str
+
+
+async def serve(folder: Path, started: threading.Event, stop: asyncio.Event) -> None:
+    tls = create_identity(PEER.peer_id)
+    authority = Authority(
+        PEER.peer_id, "127.0.0.1:0", LEDGER.public, LOG.public, "log.example/net-1", tls.cert_der
+    )
+    network = NetworkFile("net-1", FOUNDER.peer_id, "open", ISSUER.public, (authority,), ())
+    async with serve_authority(
+        folder / "journal.db",
+        network,
+        authority,
+        AuthorityKeys(LEDGER, LOG),
+        "127.0.0.1",
+        0,
+        (tls.cert_pem, tls.key_pem),
+    ) as running:
+        bound = dataclasses.replace(authority, address=f"127.0.0.1:{running.port}")
+        dataclasses.replace(network, authorities=(bound,)).save(folder / "network.toml", FOUNDER)
+        started.set()
+        await stop.wait()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("network")
+    for name in ("identity", "ledger"):
+        save_key(folder / "client" / f"{name}.key", SigningKey.generate())
+    save_key(folder / "issuer" / "issuer.key", ISSUER)
+    loop, started, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=[serve(folder, started, stop)])
+    thread.start()
+    assert started.wait(10)
+    path = folder / "network.toml"
+    client = load_key(folder / "client" / "identity.key").peer_id
+    yield World(path, load_network_file(path), client)
+    loop.call_soon_threadsafe(stop.set)
+    thread.join()
+    loop.close()
+
+
+def run(world: World, capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    capsys.readouterr()
+    result = invoke(["ledger", *arguments, "--network", str(world.path)])
+    captured = capsys.readouterr()
+    assert result == code, captured.err
+    return captured.out
+
+
+def run_json(world: World, capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    return json.loads(run(world, capsys, *arguments, "--json").splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_issue_then_balance_history_and_audit(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    issued = run_json(world, capsys, "issue", world.client, "500", "--order-id", "aa")
+    again = run_json(world, capsys, "issue", world.client, "500", "--order-id", "aa")
+    assert issued == again
+    assert run_json(world, capsys, "balance")["available_microcredits"] == 500
+    assert run_json(world, capsys, "balance", PAYEE.peer_id)["available_microcredits"] == 0
+    assert "500 microcredits available" in run(world, capsys, "balance", world.client)
+    entries = run_json(world, capsys, "history")["entries"]
+    assert [entry["kind"] for entry in entries] == ["issue"]
+    assert "issuer:equity" in run(world, capsys, "history")
+    report = run_json(world, capsys, "audit")
+    assert report["balanced"] and report["violations"] == []
+    assert report["entries"] >= report["tree_size"]
+    assert "the signed checkpoint holds" in run(world, capsys, "audit")
+    signed = run_json(world, capsys, "checkpoint")
+    assert signed["origin"] == "log.example/net-1"
+    assert run(world, capsys, "checkpoint").startswith("log.example/net-1\n")
+
+
+def test_export_holds_the_leaves(
+    world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run(world, capsys, "issue", world.client, "7", "--order-id", "bb", "--memo", "seven")
+    lines = [json.loads(line) for line in run(world, capsys, "export").splitlines()]
+    assert [line["index"] for line in lines] == list(range(len(lines)))
+    assert run(world, capsys, "export", "--json").splitlines()[0] == json.dumps(lines[0])
+    file = tmp_path / "journal.csv"
+    run(world, capsys, "export", "--format", "csv", "--output", str(file))
+    rows = list(csv.DictReader(io.StringIO(file.read_text())))
+    assert sum(int(row["debit"]) - int(row["credit"]) for row in rows) == 0
+    run(world, capsys, "export", "--output", str(tmp_path / "no" / "file"), code=3)
+
+
+def test_settle_presents_what_a_stopped_node_left(
+    world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run(world, capsys, "issue", world.client, "100", "--order-id", "cc")
+    (tmp_path / "s-0").write_bytes(asyncio.run(reserved_session(world)).SerializeToString())
+    assert run_json(world, capsys, "settle", str(tmp_path)) == {"paid_microcredits": {"s-0": 30}}
+    assert "30 microcredits" in run(world, capsys, "settle", str(tmp_path))
+    (tmp_path / "t-0").write_bytes(b"\xff")
+    run(world, capsys, "settle", str(tmp_path), code=3)
+
+
+async def reserved_session(world: World) -> pb.SettleRequest:
+    """Reserve for a session and sign what its one stage would present."""
+    key = load_key(world.path.parent / "client" / "ledger.key")
+    peer = load_key(world.path.parent / "client" / "identity.key")
+    now_ms, network_id = time.time_ns() // 1_000_000, world.network.network_id
+    names: dict[str, Any] = {"network_id": network_id, "session_id": b"s" * 16}
+    caps = [pb.PayeeAmount(payee=PAYEE.peer_id, microcredits=30)]
+    reservation = pb.BudgetReservation(
+        **names, account=peer.peer_id, sequence=1, amount=30, caps=caps, issued_ms=now_ms
+    )
+    reservation.expires_ms = now_ms + 60_000
+    ledger = RemoteLedger(world.network.authorities[0])
+    cert = make_key_cert(peer, key.public, network_id, now_ms, 60_000, 1)
+    await ledger.reserve(seal(key, reservation), cert)
+    await ledger.close()
+    voucher = seal(key, pb.SessionVoucher(**names, account=peer.peer_id, amounts=caps))
+    request = pb.SettlementRequest(
+        **names, payee=PAYEE.peer_id, voucher_digest=digest(voucher.payload), issued_ms=now_ms
+    )
+    payee_cert = make_key_cert(PAYEE, PAYEE_LEDGER.public, network_id, now_ms, 60_000, 1)
+    return pb.SettleRequest(
+        request=seal(PAYEE_LEDGER, request), payee_cert=payee_cert, voucher=voucher
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["balance", "nobody"], 3),
+        (["issue", "nobody", "5"], 3),
+        (["issue", PAYEE.peer_id, "0"], 3),
+        (["issue", PAYEE.peer_id, str(2**64)], 3),
+        (["issue", PAYEE.peer_id, "5", "--order-id", "zz"], 3),
+        (["issue", PAYEE.peer_id, str(2**64 - 1)], 9),
+    ],
+)
+def test_refusals_are_errors_with_a_code(
+    world: World, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int
+) -> None:
+    run(world, capsys, "issue", world.client, "7", "--order-id", "dd")
+    run(world, capsys, *arguments, code=code)
+
+
+def test_an_audit_names_what_is_wrong(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    for order_id in ("e1", "e2", "e3"):
+        run(world, capsys, "issue", world.client, "9", "--order-id", order_id)
+    lines = run(world, capsys, "export").splitlines()
+    leaves = [bytes.fromhex(json.loads(line)["payload"]) for line in lines]
+    root = root_of(map(leaf_hash, leaves))
+    signed = Checkpoint("log.example/net-1", len(leaves), root)
+    good = audit_journal("net-1", leaves, signed)
+    assert (good.balanced, good.root_hash, good.violations) == (True, root, ())
+    short = audit_journal("net-1", leaves[:-1], signed)
+    assert short.balanced and "covers" in short.violations[0]
+    swapped = audit_journal("net-1", [leaves[1], leaves[0], *leaves[2:]], signed)
+    assert not swapped.balanced and len(swapped.violations) == 2
+    assert not audit_journal("net-1", [b"\xff", *leaves[1:]], signed).balanced
+    assert not audit_journal("net-2", leaves, signed).balanced
+    forged = dataclasses.replace(signed, root=leaf_hash(b""))
+    assert audit_journal("net-1", leaves, forged).violations
