@@ -21,6 +21,7 @@ def test_it_sorts_and_escapes_as_rfc_8785_says() -> None:
     assert encode_canonical("\b\t\n\f\r\x7f\u2028") == '"\\b\\t\\n\\f\\r\x7f\u2028"'.encode()
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(VALUES)
 def test_what_is_encoded_decodes(value: JsonValue) -> None:

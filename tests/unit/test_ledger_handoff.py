@@ -46,6 +46,7 @@ def commit(frames: Frames, boundary: int = 0) -> bytes:
     return chain.commit
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(FRAMES, FRAMES)
 def test_different_frames_have_different_commitments(first: Frames, second: Frames) -> None:

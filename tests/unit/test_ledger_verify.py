@@ -15,6 +15,7 @@ from plait.identity import SigningKey
 from plait.ledger.bundle import BundleParts, build_bundle, read_bundle
 from plait.ledger.bundle_fields import write_envelope
 from plait.ledger.canonical import encode_canonical
+from plait.ledger.certs import CLOCK_SKEW_MS_MAX
 from plait.ledger.checkpoint import sign_checkpoint
 from plait.ledger.merkle import Tree, leaf_hash
 from plait.ledger.verify import Report, verify_bundle
@@ -377,8 +378,8 @@ def test_each_lie_is_false_and_named(name: str, lie: Callable[[], BundleParts]) 
         lambda m: setting(output=1)(m.prices),
         setting(numeric_class="int4"),
         setting(state=2),
-        setting(expires_ms=NOW_MS - 60_001),
-        setting(issued_ms=NOW_MS + 60_001),
+        setting(expires_ms=NOW_MS - CLOCK_SKEW_MS_MAX - 1),
+        setting(issued_ms=NOW_MS + CLOCK_SKEW_MS_MAX + 1),
     ],
 )
 def test_an_offer_that_says_something_else_is_false(change: Change) -> None:

@@ -6,7 +6,7 @@ from plait.identity import SigningKey, public_key_of
 from plait.types import PeerId
 from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
 
-CLOCK_SKEW_MS_MAX = 60_000
+CLOCK_SKEW_MS_MAX = 120_000
 """How far the clocks of two peers may be apart before dates are refused."""
 
 

@@ -29,7 +29,7 @@ from plait.types import Span
 
 LABELS_MAX = 100_000
 """Beyond this a search is given up: hostile offers must not hold a driver."""
-_LABELS_BY_LEVEL = (200, 2000, LABELS_MAX)
+_LABELS_BY_LEVEL = (60, 600, LABELS_MAX)
 
 PRICE = Measure(price=1)
 TTFT = Measure(ttft=1)

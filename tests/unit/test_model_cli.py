@@ -1,0 +1,66 @@
+"""``plait models``: what it prints, and which errors it raises."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from plait.cli.models import app
+from plait.errors import ConfigError, ModelError, PlaitError
+from plait.model import catalog
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(catalog.MODELS_DIR_VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def failure(*arguments: str) -> BaseException | None:
+    return CliRunner().invoke(app, arguments).exception
+
+
+def test_ls_shows_what_can_be_had() -> None:
+    assert "smollm2-135m" in run("ls")
+    assert "tiny-random" not in run("ls")
+    assert "random weights, for tests" in run("ls", "--all")
+    (model,) = json.loads(run("ls", "--json"))["models"]
+    assert (model["name"], model["layers"], model["installed"]) == ("smollm2-135m", 30, False)
+    assert len(bytes.fromhex(model["digest"])) == 32
+
+
+def test_pull_says_where_it_is(folder: Path) -> None:
+    found = json.loads(run("pull", "tiny-random", "--json"))
+    assert found["path"] == str(folder / "tiny-random" / "weights.gguf")
+    assert found["digest"] == catalog.entry("tiny-random").manifest_digest
+    assert run("pull", "tiny-random") == ""
+
+
+def test_inspect_shows_the_tensors_of_a_span() -> None:
+    found = json.loads(run("inspect", "tiny-random", "--span", "7:8", "--json"))
+    names = {tensor["name"] for tensor in found["tensors"]}
+    assert len(names) == 11  # nine of the layer, final norm, tied head
+    assert {"blk.7.attn_q.weight", "output_norm.weight", "token_embd.weight"} <= names
+    assert (found["span"], found["priced_layers"], found["layers"]) == ([7, 8], 2, 8)
+    assert "blk.0.ffn_up.weight" in run("inspect", "tiny-random")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (("inspect", "nothing"), ModelError),
+        (("inspect", "smollm2-135m"), ModelError),
+        (("inspect", "tiny-random", "--span", "x"), ConfigError),
+        (("inspect", "tiny-random", "--span", "0:9"), ConfigError),
+        (("pull", "tiny-random", "--from", "absent.whl"), ConfigError),
+    ],
+)
+def test_errors_say_what_to_do(arguments: tuple[str, ...], kind: type[PlaitError]) -> None:
+    assert isinstance(failure(*arguments), kind)
