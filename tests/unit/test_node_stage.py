@@ -17,8 +17,8 @@ from plait.ledger.opening import opening_to_message, route_digest
 from plait.ledger.reserve import make_reservation
 from plait.ledger.terms import SessionTerms, StageTerms
 from plait.node.admission import StageIdentity
-from plait.node.stage import ResponseOutbox, Stage
 from plait.node.sessions import StageSession
+from plait.node.stage import ResponseOutbox, Stage
 from plait.router.view import Offer, View
 from plait.testing.accounting import HOUR_MS, NETWORK_ID, NOW_MS, grant_of, key_of, paper_network
 from plait.testing.compute import FAKE_SHAPE, VOCABULARY_SIZE, FakeStage

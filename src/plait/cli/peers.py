@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from plait.errors import NoRoute
 from plait.cli.run import Ignore, MaxPrice, Network, Only, Pin, Sort, _client, _options, _peers
+from plait.errors import NoRoute
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 

@@ -16,7 +16,7 @@ from plait.client.answer import Answer, TextDelta
 from plait.client.dialer import Dialer
 from plait.client.generation import Generation, Order, Surroundings
 from plait.client.prompt import Prompt, check_lengths, prompt_ids
-from plait.errors import ConfigError, LocalProtocolError, NoRoute, PlaitError
+from plait.errors import ConfigError, LocalProtocolError, NoRoute, PeerUnreachable, PlaitError
 from plait.ledger.service.remote import RemoteLedger
 from plait.model.catalog import LocalModel, load
 from plait.model.tokenizer import Tokenizer
@@ -152,14 +152,14 @@ class AsyncClient:
         return _entered(self._watch).view()
 
     async def wait_ready(self, model: str, timeout_s: float = 30.0) -> None:
-        """Return once a complete pipeline exists; raises the ``NoRoute`` that still holds."""
+        """Return once a complete pipeline exists; raises the error that still holds."""
         options = Options(max_tokens=1)
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
                 self.plan(model, 1, options)
                 return
-            except NoRoute:
+            except (NoRoute, PeerUnreachable):
                 remaining_s = deadline_s - time.monotonic()
                 if remaining_s <= 0:
                     raise
@@ -168,8 +168,9 @@ class AsyncClient:
                         await _entered(self._watch).changed()
 
     def plan(self, model: str, prompt_tokens: int, options: Options) -> Plan:
-        """The route that would be taken now; raises ``NoRoute``."""
+        """The route that would be taken now; raises ``NoRoute`` or ``PeerUnreachable``."""
         local, _ = self._load(model)
+        _entered(self._watch).check_reachable()
         return plan(
             self.view(),
             local.manifest.shape,
@@ -245,8 +246,9 @@ class AsyncClient:
             manifest=local.manifest.payload,
             want_bundle=options.bundle,
         )
-        await _entered(self._watch).settled()
         watch = _entered(self._watch)
+        await watch.settled()
+        watch.check_reachable()
         around = Surroundings(
             account=self.account,
             network=self.network,

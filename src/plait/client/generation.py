@@ -20,6 +20,7 @@ from plait.envelope import seal
 from plait.errors import (
     CapacityError,
     LedgerError,
+    LocalProtocolError,
     NetworkError,
     NoRoute,
     PlaitError,
@@ -185,7 +186,7 @@ class Generation:
             max_tokens=self._order.route.max_tokens,
             handoff_salt=secrets.token_bytes(32),
         )
-        envelopes = [around.envelope_of(stage.offer) for stage in chosen.stages]
+        offers = tuple(_known(around.envelope_of(stage.offer)) for stage in chosen.stages)
         opening = opening_to_message(
             terms, self._order.sampling, now_ms, now_ms + RESERVATION_TTL_MS
         )
@@ -197,7 +198,7 @@ class Generation:
             terms=terms,
             opening=seal(around.account.ledger_key, opening),
             client_cert=self._client_cert(now_ms),
-            offers=tuple(envelope for envelope in envelopes if envelope is not None),
+            offers=offers,
         )
 
     def _client_cert(self, now_ms: int) -> SignedEnvelope:
@@ -367,6 +368,12 @@ class Generation:
             seed=self._order.sampling.seed,
             bundle=bundle,
         )
+
+
+def _known(envelope: SignedEnvelope | None) -> SignedEnvelope:
+    if envelope is None:
+        raise LocalProtocolError("an offer in the view has no envelope")
+    return envelope
 
 
 def _stage_terms(stage: PlannedStage) -> StageTerms:

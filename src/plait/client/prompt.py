@@ -33,10 +33,9 @@ def check_lengths(prompt_tokens: int, max_tokens: int, context_length: int) -> N
     if max_tokens < 1:
         raise ConfigError("--max-tokens must be at least 1")
     if prompt_tokens + max_tokens > context_length:
+        room = context_length - prompt_tokens
         raise ConfigError(
             f"the prompt has {prompt_tokens} tokens and {max_tokens} are asked for, "
             f"but the context ends at {context_length}",
-            remedy=f"shorten the prompt or use --max-tokens {max(1, context_length - prompt_tokens)}"
-            if prompt_tokens < context_length
-            else "shorten the prompt",
+            remedy=f"--max-tokens {room}" if room > 0 else "shorten the prompt",
         )

@@ -163,12 +163,13 @@ def _part(base: nn.Module, whole: Span, span: Span) -> nn.Module:
     """A shallow copy of ``base`` that runs only the layers of ``span``."""
     part = copy.copy(base)
     part._modules = dict(base._modules)
-    layers = list(base.layers)[span.start - whole.start : span.end - whole.start]
-    part.layers = nn.ModuleList(layers)
+    config = copy.copy(base.config)
+    assert isinstance(base.layers, nn.ModuleList) and isinstance(config, HfConfig)
+    part.layers = base.layers[span.start - whole.start : span.end - whole.start]
     if span.end != whole.end:
         part.norm = nn.Identity()
-    part.config = copy.copy(base.config)
-    part.config.num_hidden_layers = len(span)
+    config.num_hidden_layers = len(span)
+    part.config = config
     return part
 
 

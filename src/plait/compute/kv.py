@@ -17,7 +17,7 @@ PAGE_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """What one position holds: each layer of ``span`` times ``heads`` times ``head_size``, twice."""
+    """What one position holds: per layer of ``span``, ``heads`` times ``head_size``, twice."""
 
     span: Span
     heads: int

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import structlog
 
-from plait.errors import NetworkError
+from plait.errors import ConfigError, NetworkError
 from plait.identity import SigningKey
-from plait.net.membership import Change, Membership, Verdict
+from plait.net.membership import Change, Conflict, Membership, Verdict
 from plait.net.port import QUEUE_LENGTH, ControlPlane, Message, Validation, put_latest
 from plait.network_file import NetworkFile
 from plait.router.view import LinkReport, MeasuredLink, Offer, View
@@ -64,6 +64,7 @@ class Gossip:
         self._recent: OrderedDict[Digest, Offer] = OrderedDict()
         self._watchers: set[asyncio.Queue[Change]] = set()
         self._hurry = asyncio.Event()
+        self._conflict: asyncio.Future[Conflict] = asyncio.get_running_loop().create_future()
 
     @property
     def recent_offers(self) -> Mapping[Digest, Offer]:
@@ -107,13 +108,15 @@ class Gossip:
             self._tell(change)
 
     async def run(self) -> None:
-        """Take part for ever; a withdrawal ends it (see ``withdraw``)."""
+        """Take part for ever; raises ``ConfigError`` when another node runs with our identity."""
         incoming = await self._control.subscribe(self._topic, self._validate)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._drain(incoming), name="gossip queue")
             tasks.create_task(self._publish_forever(), name="gossip publisher")
             tasks.create_task(self._expire_forever(), name="gossip expiry")
             tasks.create_task(self._greet_forever(), name="gossip greetings")
+            conflict = await self._conflict
+            raise ConfigError(str(conflict), remedy="plait node run --data-dir ANOTHER_FOLDER")
 
     async def withdraw(self) -> None:
         """Tell everybody that we leave."""
@@ -185,6 +188,8 @@ class Gossip:
         verdict = self._membership.handle_envelope(data, self._clock_ms(), forwarder)
         if verdict.conflict is not None:
             log.error("identity conflict", reason=str(verdict.conflict))
+            if verdict.conflict.peer == self._control.peer and not self._conflict.done():
+                self._conflict.set_result(verdict.conflict)
         if verdict.change is not None:
             self._tell(verdict.change)
             if verdict.change.offer is not None:

@@ -50,6 +50,7 @@ class LinkMeter:
 
     ``on_down`` is called once when a target stops answering, with the reason; it is then
     measured again only as a new incarnation, or when ``targets`` drops and returns it.
+    ``on_first`` is called when a target has answered for the first time.
     """
 
     def __init__(
@@ -57,10 +58,12 @@ class LinkMeter:
         targets: Callable[[], Iterable[Target]],
         on_down: Callable[[Target, str], None],
         monotonic_s: Callable[[], float],
+        on_first: Callable[[Target], None] = lambda target: None,
     ) -> None:
         self._targets = targets
         self._on_down = on_down
         self._monotonic_s = monotonic_s
+        self._on_first = on_first
         self._measured: dict[PeerId, _Measured] = {}
         self._limit = asyncio.Semaphore(CONCURRENT_MAX)
 
@@ -117,7 +120,10 @@ class LinkMeter:
                 self._failed(measured, error)
                 return
         measured.refusals = measured.silences = 0
+        is_first = not measured.rtts_us
         measured.rtts_us.append(max(1, round((self._monotonic_s() - started_s) * 1e6)))
+        if is_first:
+            self._on_first(measured.target)
 
     def _failed(self, measured: _Measured, error: grpc.aio.AioRpcError) -> None:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -16,6 +16,8 @@ import grpc
 import grpc.aio
 import structlog
 
+from plait.envelope import digest
+from plait.errors import PeerUnreachable
 from plait.net.links import LinkMeter, Target
 from plait.net.membership import Membership
 from plait.net.tls import channel
@@ -53,12 +55,13 @@ class NetworkWatch:
         self._me = me
         self._clock_ms = clock_ms or _clock_ms
         self._membership = Membership(network)
-        self._meter = LinkMeter(self._targets, self._down, time.monotonic)
+        self._meter = LinkMeter(
+            self._targets, self._down, time.monotonic, lambda target: self._changed.set()
+        )
         self._scope = TaskScope()
         self._changed = asyncio.Event()
         self._snapshots: set[PeerId] = set()
         self._failed: dict[PeerId, str] = {}
-        self._envelopes: dict[PeerId, SignedEnvelope] = {}
 
     async def __aenter__(self) -> Self:
         await self._scope.__aenter__()
@@ -83,12 +86,20 @@ class NetworkWatch:
         return View(known.offers, {**known.rtt_us, **ours}, known.bandwidth)
 
     def envelope_of(self, offer: Offer) -> SignedEnvelope | None:
-        """The signed envelope of an offer in the view."""
-        return self._envelopes.get(offer.peer)
+        """The signed envelope of an offer in the view; None once it was replaced or left."""
+        envelopes = self._membership.envelopes()
+        return next((e for e in envelopes if digest(e.payload) == offer.digest), None)
 
-    def unreachable(self) -> dict[PeerId, str]:
-        """Bootstrap nodes that do not answer, and why."""
-        return dict(self._failed)
+    def check_reachable(self) -> None:
+        """Raise ``PeerUnreachable`` when no bootstrap node answers and nothing is known."""
+        nodes = self._network.bootstrap[:DIRECTORIES_MAX]
+        if self.view().offers or len(self._failed) < len(nodes):
+            return
+        reasons = "; ".join(f"{n.public_address}: {self._failed[n.peer]}" for n in nodes)
+        raise PeerUnreachable(
+            f"no bootstrap node of the network answers ({reasons or 'none is named'})",
+            remedy="plait testnet status, or check the addresses with: plait net show",
+        )
 
     async def changed(self) -> None:
         """Return after the next change."""
@@ -137,11 +148,8 @@ class NetworkWatch:
         self._failed.pop(source, None)
         for envelope in message.envelopes:
             verdict = self._membership.handle_envelope(envelope, self._clock_ms(), source)
-            change = verdict.change
             if verdict.outcome == "reject":
                 log.info("a directory sent a bad offer", peer=source, reason=verdict.reason)
-            elif change is not None and change.offer is not None:
-                self._envelopes[change.peer] = envelope
         if message.snapshot:
             self._snapshots.add(source)
             await self._meter.measure_once()
@@ -150,8 +158,7 @@ class NetworkWatch:
     async def _expire_forever(self) -> None:
         while True:
             await asyncio.sleep(_EXPIRY_PERIOD_S)
-            for change in self._membership.expire(self._clock_ms()):
-                self._envelopes.pop(change.peer, None)
+            if self._membership.expire(self._clock_ms()):
                 self._changed.set()
 
 

@@ -52,7 +52,11 @@ class _Job:
 
 
 class Stage:
-    """Everything behind the peer port. ``identify`` gives the identity to examine against."""
+    """Everything behind the peer port.
+
+    ``identify`` gives the identity to examine against; ``on_step`` is told the microseconds
+    of each decode step that was computed alone.
+    """
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class Stage:
         clock_ms: Callable[[], int],
         vocabulary: int,
         sessions_max: int,
+        on_step: Callable[[float], None] = lambda elapsed_us: None,
     ) -> None:
         self.sessions = SessionTable(sessions_max)
         self._compute = compute
@@ -76,6 +81,7 @@ class Stage:
         self._view = view
         self._clock_ms = clock_ms
         self._vocabulary = vocabulary
+        self._on_step = on_step
         self._scheduler: Scheduler[_Job] = Scheduler(
             key=lambda job: job.session.id, rows=lambda job: job.frame.rows
         )
@@ -213,7 +219,10 @@ class Stage:
                 self._queued.clear()
                 while jobs := self._scheduler.take():
                     works = [_work(job) for job in jobs]
+                    started_s = loop.time()
                     results = await loop.run_in_executor(thread, self._compute.step, works)
+                    if len(works) == works[0].rows == 1:
+                        self._on_step((loop.time() - started_s) * 1e6)
                     for job, done in zip(jobs, results, strict=True):
                         self._finish(job, done)
 

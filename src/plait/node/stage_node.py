@@ -40,7 +40,7 @@ from plait.network_file import NetworkFile
 from plait.node.admission import StageIdentity
 from plait.node.config import NodeConfig
 from plait.node.neighbours import Neighbours
-from plait.node.own_offer import Facts, materially_different, offer_of
+from plait.node.own_offer import Facts, SpeedMeter, materially_different, offer_of
 from plait.node.service import StageServicer
 from plait.node.settlement import Settler
 from plait.node.stage import Stage
@@ -188,7 +188,8 @@ class _StageNode:
     ) -> None:
         self._me = me
         self._compute = compute
-        self._speed_us = speed_us
+        self._speed = SpeedMeter(speed_us[0])
+        self._prefill_us_per_token = speed_us[1]
         self._gossip = gossip
         self._tasks = tasks
         self._multiaddrs = multiaddrs
@@ -230,6 +231,7 @@ class _StageNode:
             clock_ms=me.clock_ms,
             vocabulary=local.manifest.vocabulary_size,
             sessions_max=me.config.sessions_max,
+            on_step=self._speed.stepped,
         )
 
     async def serve(self, stack: AsyncExitStack) -> None:
@@ -287,8 +289,7 @@ class _StageNode:
             span=self._compute.span,
             numeric_class=self._compute.numeric_class(),
             kv_tokens_total=self._compute.kv_tokens_total,
-            decode_us=self._speed_us[0],
-            prefill_us_per_token=self._speed_us[1],
+            prefill_us_per_token=self._prefill_us_per_token,
             public_address=f"{host}:{public_port}",
             peer_address=f"{host}:{peer_port}",
             certificate=self._me.tls.cert_der,
@@ -308,6 +309,7 @@ class _StageNode:
         offer = offer_of(
             self._me.config,
             self._facts,
+            decode_us=self._speed.decode_us,
             kv_tokens_free=self._compute.kv_tokens_free,
             sessions_active=len(self._stage.sessions),
             draining=self._draining,
@@ -342,7 +344,7 @@ class _StageNode:
         return offer_pb2.ProbeResponse(
             would_accept=not reason,
             reason=reason,
-            predicted_start_us=ahead * self._speed_us[0],
+            predicted_start_us=ahead * self._speed.decode_us,
             kv_tokens_free=free,
             incarnation=self._me.incarnation,
         )
