@@ -6,8 +6,8 @@ boundary with transformers' own hidden states. Prints one JSON object.
 
     python benchmarks/oracle.py [--model NAME] [--tokens N] [--prompts N] [--from-pretrained]
 
-``--from-pretrained`` (needs the packages ``gguf`` and ``accelerate``, 20 s, 1.2 GB) also compares every weight
-with transformers' own GGUF loader.
+``--from-pretrained`` also compares every weight with transformers' own GGUF loader; that
+needs the packages ``gguf`` and ``accelerate``, 20 s and 1.2 GB.
 """
 
 import argparse
@@ -25,9 +25,8 @@ from plait.model.catalog import LocalModel
 from plait.model.tokenizer import Tokenizer
 from plait.testing.reference import (
     equal_spans,
-    reference_hidden,
     reference_model,
-    reference_tokens,
+    reference_run,
     run_pipeline,
     unequal_boundaries,
 )
@@ -84,12 +83,10 @@ def compare_stages(
     count: int,
 ) -> dict[str, object]:
     """Tokens and boundary activations of every number of stages against the reference."""
-    wanted, hidden = [], []
+    wanted = []
     started = time.perf_counter()
     for ids in prompts:
-        tokens = reference_tokens(reference, ids, count)
-        wanted.append(tokens)
-        hidden.append(reference_hidden(reference, ids, tokens[:-1]))
+        wanted.append(reference_run(reference, ids, count))
         print(f"reference {len(wanted)}/{len(prompts)}", file=sys.stderr)
     results: dict[str, object] = {"reference_s": round(time.perf_counter() - started, 1)}
     for stages in STAGE_COUNTS:
@@ -102,13 +99,13 @@ def compare_stages(
             "spans": [str(span) for span in spans],
             "token_mismatches": sum(
                 drawn != expected
-                for run, tokens in zip(runs, wanted, strict=True)
-                for drawn, expected in zip(run.tokens, tokens, strict=True)
+                for run, expected_run in zip(runs, wanted, strict=True)
+                for drawn, expected in zip(run.tokens, expected_run.tokens, strict=True)
             ),
             "payloads": sum(len(payloads) for run in runs for payloads in run.boundaries),
             "payloads_not_bitwise_equal": sum(
-                unequal_boundaries(run, spans, states)
-                for run, states in zip(runs, hidden, strict=True)
+                unequal_boundaries(run, spans, expected_run)
+                for run, expected_run in zip(runs, wanted, strict=True)
             ),
             "tokens_per_s": round(len(prompts) * count / seconds, 1),
         }

@@ -23,9 +23,9 @@ GENERATED = PACKAGE / "v1"
 FILE_LINES_MAX = 800
 FUNCTION_LINES_MAX = 70
 
-CORE = {"types", "errors", "identity", "envelope", "network_file", "v1"}
+CORE = {"types", "errors", "identity", "envelope", "network_file", "prices_wire", "v1"}
 CORES = CORE | {"router", "ledger"}
-ENGINES = CORES | {"task_scope", "model", "compute", "net", "ledger.service"}
+ENGINES = CORES | {"logs", "task_scope", "model", "compute", "net", "ledger.service"}
 EVERYTHING = ENGINES | {"node", "client", "locate", "testnet", "cli"}
 
 # What each package may import of plait, besides itself.
@@ -34,15 +34,17 @@ ALLOWED = {
     "errors": set[str](),
     "identity": {"types", "errors"},
     "envelope": {"types", "errors", "identity", "v1"},
+    "prices_wire": {"types", "v1"},
     "network_file": {"types", "errors", "identity", "envelope", "v1"},
-    "locate": CORE,
+    "logs": set[str](),
     "task_scope": set[str](),
+    "locate": CORE,
     "router": CORE,
     "ledger": CORE,
     "model": CORES,
     "compute": CORES | {"model"},
-    "net": CORES | {"task_scope"},
-    "ledger.service": CORES | {"net", "task_scope"},
+    "net": CORES | {"logs", "task_scope"},
+    "ledger.service": CORES | {"logs", "net", "task_scope"},
     "node": ENGINES,
     "client": ENGINES,
     "testing": ENGINES | {"node", "client", "testnet"},

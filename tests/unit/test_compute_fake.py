@@ -96,7 +96,7 @@ HIDDEN = np.zeros((2, 16), np.float32)
         (1, Work(ONE, 0, None, HIDDEN[:0]), "without rows"),
         (1, Work(ONE, 0, None, HIDDEN[:, :8]), "not float32"),
         (1, Work(ONE, 0, None, HIDDEN[0]), "not float32"),
-        (1, Work(ONE, 0, None, HIDDEN.astype(np.float64)), "not float32"),  # type: ignore[arg-type]
+        (1, Work(ONE, 0, None, HIDDEN.astype(np.float64)), "not float32"),
         (1, Work(ONE, 0, None, HIDDEN + np.nan), "not finite"),
         (1, Work(ONE, 0, None, HIDDEN - np.inf), "not finite"),
     ],

@@ -54,20 +54,20 @@ def test_temperature_sharpens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "allowed"),
+    ("top_k", "top_p_micros", "allowed"),
     [
-        ({"top_k": 1}, {0}),
-        ({"top_k": 2}, {0, 1}),
-        ({"top_k": 9}, {0, 1, 2, 3}),
-        ({"top_p_micros": 1}, {0}),
-        ({"top_p_micros": 390_000}, {0}),
-        ({"top_p_micros": 410_000}, {0, 1}),
-        ({"top_p_micros": 890_000}, {0, 1, 2}),
-        ({"top_k": 2, "top_p_micros": 560_000}, {0}),  # 0.4 of what top_k left is 0.571
+        (1, 1_000_000, {0}),
+        (2, 1_000_000, {0, 1}),
+        (9, 1_000_000, {0, 1, 2, 3}),
+        (0, 1, {0}),
+        (0, 390_000, {0}),
+        (0, 410_000, {0, 1}),
+        (0, 890_000, {0, 1, 2}),
+        (2, 560_000, {0}),  # 0.4 of what top_k left is 0.571
     ],
 )
-def test_limits_leave_just_the_likeliest(limits: dict[str, int], allowed: set[int]) -> None:
-    sampling = Sampling(temperature_micros=1_000_000, seed=3, **limits)
+def test_limits_leave_just_the_likeliest(top_k: int, top_p_micros: int, allowed: set[int]) -> None:
+    sampling = Sampling(1_000_000, top_p_micros, top_k, seed=3)
     assert {draw(LOGITS, sampling, i)[0] for i in range(150)} == allowed
 
 

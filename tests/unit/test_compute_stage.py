@@ -73,7 +73,8 @@ def test_a_first_stage_gives_rows_and_a_last_stage_tokens(
     first: "TorchStage", last: "TorchStage"
 ) -> None:
     rows = hidden_of(first, 0)
-    assert (rows.dtype, rows.shape) == (np.float32, (20, 64))
+    assert rows.dtype == np.float32
+    assert rows.shape == (20, 64)
     assert step(last, Work(ONE, 0, None, rows)) == Done()
     drawn = step(last, Work(ONE, 19, None, rows[19:], sample=True)).drawn
     assert drawn is not None
@@ -123,6 +124,22 @@ def test_bytes_off_the_wire_are_taken_and_left_alone(last: "TorchStage") -> None
     assert (rows == 1).all()
 
 
+def test_a_session_may_run_a_part_of_the_layers(local: LocalModel, first: "TorchStage") -> None:
+    whole = load_stage(local, Span(0, 8))
+    whole.reserve(ONE, 48, Sampling(), Span(0, 3))
+    whole.reserve(TWO, 48, Sampling(), Span(3, 8))
+    rows = hidden_of(whole, 0)
+    assert np.array_equal(rows, hidden_of(first, 0))
+    drawn = step(whole, Work(TWO, 0, None, rows, sample=True)).drawn
+    whole.free(ONE)
+    whole.reserve(ONE, 48, Sampling())
+    assert step(whole, Work(ONE, 0, PROMPT, None, sample=True)).drawn == drawn
+    with pytest.raises(LocalProtocolError, match="not among 0:3"):
+        first.reserve(ONE, 48, Sampling(), Span(2, 4))
+    with pytest.raises(LocalProtocolError, match="cannot change its layers"):
+        first.reserve(ONE, 48, Sampling(), Span(1, 3))
+
+
 def test_kv_room_is_bounded_in_pages(local: LocalModel) -> None:
     stage = load_stage(local, Span(2, 3), kv_tokens_max=100)
     assert (stage.kv_tokens_total, stage.kv_tokens_free) == (96, 96)
@@ -153,7 +170,7 @@ def test_sampling_is_replayable(last: "TorchStage") -> None:
 
     def draws(seed: int) -> list[int]:
         last.reserve(ONE, 48, Sampling(temperature_micros=5_000_000, seed=seed))
-        found = []
+        found: list[int] = []
         for length in (1, 2, 3):
             drawn = step(last, Work(ONE, 0, None, rows[:length], sample=True)).drawn
             assert drawn is not None

@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -28,11 +28,21 @@ from plait.net.bridge import Bridge
 from plait.net.port import Message, PeerEvent
 from plait.types import PeerId
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # libp2p leaves sockets of lost links and timed out dials to the garbage collector.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 TOPIC = "/plait/test/offers/1"
 Plane = real.Libp2pControlPlane
 Queue = asyncio.Queue[Message]
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    yield
+    gc.collect()  # not in a later test, which may not ignore the warning
 
 
 def key(number: int) -> SigningKey:
@@ -44,21 +54,21 @@ def accept(data: bytes, forwarder: PeerId) -> bool:
 
 
 async def next_of(queue: Queue) -> bytes:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while (data := (await queue.get()).data).startswith(b"probe"):
             pass
         return data
 
 
 async def until_linked(plane: Plane, peer: PeerId, *, linked: bool = True) -> None:
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(20):
         while (peer in plane.peers()) != linked:
             await plane.events.get()
 
 
 async def until_heard(sender: Plane, queue: Queue, topic: str = TOPIC) -> None:
     """Publish until the other end hears it: subscriptions take a moment to spread."""
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(20):
         for number in range(1000):
             await sender.publish(topic, b"probe %d" % number)
             try:
@@ -139,7 +149,7 @@ async def test_a_clean_stop_is_seen_at_once_and_a_restart_is_rejoined() -> None:
             await third.subscribe(TOPIC, accept)
             await until_heard(third, queue)
             listen = third.multiaddrs[0].rpartition("/p2p/")[0]
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(1.5):  # not after a ping has timed out
             await until_linked(second, third.peer, linked=False)
         async with Plane(key(3), listen=listen, bootstrap=second.multiaddrs) as again:
             await again.subscribe(TOPIC, accept)
@@ -191,7 +201,6 @@ async def test_a_broken_host_is_replaced() -> None:
         await until_heard(first, queue)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_a_silent_link_is_dropped_within_three_seconds_and_redialled() -> None:
     async with (
         Plane(key(1)) as first,
@@ -200,12 +209,11 @@ async def test_a_silent_link_is_dropped_within_three_seconds_and_redialled() -> 
     ):
         await until_linked(second, first.peer)
         wire.frozen = True
-        async with asyncio.timeout(3.5):
+        async with asyncio.timeout(4.5):  # 3 s, and something for a busy machine
             await until_linked(second, first.peer, linked=False)
             await until_linked(first, second.peer, linked=False)
         wire.frozen = False
         await until_linked(second, first.peer)
-    gc.collect()  # libp2p leaves the sockets of dials that timed out to the collector
 
 
 class _Wire:
@@ -321,7 +329,7 @@ async def test_a_validator_that_raises_stops_nothing() -> None:
 
         queue = await second.subscribe("/broken", broken)
         await first.subscribe("/broken", accept)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while queue.empty():
                 await first.publish("/broken", b"boom")
                 await first.publish("/broken", b"ok")

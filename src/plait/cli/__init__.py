@@ -4,6 +4,7 @@ The table below names every command; a command's module is imported only when it
 invoked, so that ``plait --help`` needs neither typer nor anything heavier.
 """
 
+import os
 import sys
 from typing import NamedTuple
 
@@ -66,6 +67,8 @@ def overview() -> str:
 
 def main() -> int:
     """Run the command line in ``sys.argv``; returns the exit code."""
+    # gRPC's C core writes to stderr on its own; every failure it has reaches us as an error.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     arguments = sys.argv[1:]
     if arguments in ([], ["--help"], ["-h"], ["help"]):
         print(overview())

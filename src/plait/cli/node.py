@@ -10,6 +10,11 @@ from plait.errors import ConfigError
 app = typer.Typer(help="Serve a span of a model's layers.", no_args_is_help=True)
 
 
+@app.callback()
+def _group() -> None:
+    """Keep ``run`` a subcommand while it is the only one."""
+
+
 @app.command()
 def run(
     model: Annotated[str, typer.Option(help="The model to serve; pull it first.")],

@@ -1,5 +1,6 @@
 """From arguments to an exit code: lazy commands, and errors as one line and one remedy."""
 
+import logging
 import os
 import sys
 import traceback
@@ -15,6 +16,7 @@ from typer.main import get_command
 from plait.cli import COMMANDS, overview
 from plait.cli.output import emit_json
 from plait.errors import ConfigError, PlaitError
+from plait.logs import to_stderr
 
 INTERRUPTED = 130
 READER_GONE = 141
@@ -50,6 +52,7 @@ class LazyGroup(TyperGroup):
 def invoke(arguments: Sequence[str]) -> int:
     """Run a command line and report its errors; returns the exit code, raises nothing."""
     wants_json = "--json" in arguments
+    to_stderr(logging.INFO if os.environ.get("PLAIT_DEBUG") == "1" else logging.WARNING)
     try:
         result = _root().main(args=list(arguments), prog_name="plait", standalone_mode=False)
         sys.stdout.flush()

@@ -9,8 +9,6 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import structlog
-
 from plait.client.account import Account
 from plait.client.answer import Answer, RouteStep
 from plait.client.dialer import Dialer
@@ -34,6 +32,7 @@ from plait.ledger.opening import opening_to_message, route_digest
 from plait.ledger.reserve import check_grant, make_reservation
 from plait.ledger.service.remote import Evidence, RemoteLedger
 from plait.ledger.terms import SessionTerms, StageTerms
+from plait.logs import get_logger
 from plait.network_file import NetworkFile
 from plait.router.plan import Plan, PlannedStage, plan
 from plait.router.request import RouteRequest
@@ -42,7 +41,7 @@ from plait.task_scope import TaskScope
 from plait.types import ModelShape, Sampling, SessionId
 from plait.v1.identity_pb2 import SignedEnvelope
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 ATTEMPTS_MAX = 4
 STALL_TIMEOUT_S = 60.0

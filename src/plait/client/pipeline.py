@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Sequence
 from typing import TypeVar
 
 import grpc
-import structlog
 
 from plait.client.dialer import Dialer
 from plait.client.driver import SendFrame
@@ -19,6 +18,7 @@ from plait.errors import (
     SessionLost,
 )
 from plait.ledger.terms import SessionTerms
+from plait.logs import get_logger
 from plait.net.link_stream import OutgoingLink
 from plait.router.view import Offer
 from plait.task_scope import TaskScope
@@ -26,7 +26,7 @@ from plait.types import PeerId
 from plait.v1 import session_pb2, stage_pb2, stage_pb2_grpc
 from plait.v1.identity_pb2 import SignedEnvelope
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 ResultT = TypeVar("ResultT")
 
 OPEN_TIMEOUT_S = 5.0

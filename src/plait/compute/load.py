@@ -24,6 +24,15 @@ def preload() -> None:
     import plait.compute.stage  # noqa: F401
 
 
+def check_loadable(local: LocalModel, span: Span | None, dtype: str) -> None:
+    """Raise ``ConfigError`` for a dtype or a span that ``load_stage`` would refuse."""
+    layers = local.manifest.layers
+    if dtype != "fp32":
+        raise ConfigError(f"there is no dtype {dtype!r} yet; fp32 exists", remedy="--dtype fp32")
+    if span is not None and span.end > layers:
+        raise ConfigError(f"span {span} does not fit {local.name}, which has layers 0:{layers}")
+
+
 def load_stage(
     local: LocalModel,
     span: Span,
@@ -39,11 +48,7 @@ def load_stage(
     whole process. Raises ``ConfigError`` for a span, dtype, or number that cannot be, and
     ``ModelError`` naming the tensor that does not match the manifest.
     """
-    layers = local.manifest.layers
-    if dtype != "fp32":
-        raise ConfigError(f"there is no dtype {dtype!r} yet; fp32 exists", remedy="--dtype fp32")
-    if span.end > layers:
-        raise ConfigError(f"span {span} does not fit {local.name}, which has layers 0:{layers}")
+    check_loadable(local, span, dtype)
     if threads < 1 or kv_tokens_max < 1:
         raise ConfigError("compute threads and KV tokens must be at least 1")
 

@@ -5,32 +5,11 @@ from collections.abc import Sequence
 from plait.envelope import digest, encode
 from plait.errors import RemoteProtocolError
 from plait.ledger.terms import SessionTerms, StageTerms
-from plait.types import Digest, PeerId, Prices, Sampling, SessionId, Span
-from plait.v1 import offer_pb2, session_pb2
+from plait.prices_wire import prices_from_message, prices_to_message
+from plait.types import Digest, PeerId, Sampling, SessionId, Span
+from plait.v1 import session_pb2
 
 _DIGEST_BYTES = 32
-
-
-def prices_to_message(prices: Prices) -> offer_pb2.Prices:
-    """Prices as their protobuf message."""
-    return offer_pb2.Prices(
-        prompt=prices.prompt,
-        cached_prompt=prices.cached_prompt,
-        output=prices.output,
-        rejected_draft=prices.rejected_draft,
-        replayed=prices.replayed,
-    )
-
-
-def prices_from_message(message: offer_pb2.Prices) -> Prices:
-    """Prices from their protobuf message."""
-    return Prices(
-        prompt=message.prompt,
-        cached_prompt=message.cached_prompt,
-        output=message.output,
-        rejected_draft=message.rejected_draft,
-        replayed=message.replayed,
-    )
 
 
 def route_to_message(terms: SessionTerms) -> session_pb2.RoutePlan:

@@ -6,11 +6,12 @@ from plait.identity import public_key_of
 from plait.ledger.blame import about
 from plait.ledger.bundle import BundleParts, Frame, SealedBundle
 from plait.ledger.certs import CLOCK_SKEW_MS_MAX, check_key_cert
-from plait.ledger.opening import prices_from_message, terms_from_message
+from plait.ledger.opening import terms_from_message
 from plait.ledger.receipt import ChunkClose
 from plait.ledger.report import Absent
 from plait.ledger.terms import SessionTerms, StageTerms
 from plait.network_file import NetworkFile
+from plait.prices_wire import prices_from_message
 from plait.types import ModelShape, Sampling, Span
 from plait.v1.bundle_pb2 import BundleSeal, ModelManifest
 from plait.v1.identity_pb2 import SignedEnvelope

@@ -15,11 +15,12 @@ import grpc.aio
 from plait.errors import PlaitError
 from plait.net.gossip import Gossip
 from plait.net.membership import Change
-from plait.net.tls import check_channel_cert
+from plait.net.tls import acceptable_certificate, check_channel_cert
 from plait.network_file import NetworkFile
 from plait.router.view import View
 from plait.types import PeerId
 from plait.v1 import offer_pb2, offer_pb2_grpc
+from plait.v1.identity_pb2 import ChannelCert
 
 CALLERS_MAX = 4096
 WATCHERS_MAX = 512
@@ -33,29 +34,41 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class TrustedCertificates:
     """Whose certificates the peer port takes: callers that said Hello, and peers with offers.
 
-    Bounded; the oldest caller goes first. ``certificates`` gives the same tuple until
-    something changes, as the TLS layer wants.
+    One certificate per peer, the last it announced: a root store finds only one of a name.
+    A certificate that is not of our shape, or names another peer, is left out. Bounded; the
+    oldest caller goes first. ``certificates`` gives the same tuple until something changes,
+    as the TLS layer wants.
     """
 
-    _callers: OrderedDict[bytes, tuple[PeerId, int]] = field(default_factory=OrderedDict)
-    _offered: dict[bytes, PeerId] = field(default_factory=dict)
+    _callers: OrderedDict[PeerId, tuple[bytes, int]] = field(default_factory=OrderedDict)
+    _offered: dict[PeerId, bytes] = field(default_factory=dict)
+    _owners: dict[bytes, PeerId] = field(default_factory=dict)
     _all: tuple[bytes, ...] = ()
 
     def greet(self, peer: PeerId, cert_der: bytes, expires_ms: int) -> None:
         """Trust a caller until then."""
-        self._callers.pop(cert_der, None)
-        self._callers[cert_der] = (peer, expires_ms)
+        self._callers.pop(peer, None)
+        self._callers[peer] = (cert_der, expires_ms)
         while len(self._callers) > CALLERS_MAX:
             self._callers.popitem(last=False)
         self._rebuild()
 
     def refresh(self, view: View, now_ms: int) -> None:
         """Trust exactly the offers of the view, and forget callers that have expired."""
-        offered = {offer.certificate: peer for peer, offer in view.offers.items()}
-        expired = [cert for cert, (_, until_ms) in self._callers.items() if until_ms <= now_ms]
-        for cert in expired:
-            del self._callers[cert]
-        if expired or offered != self._offered:
+        offered = {
+            peer: offer.certificate
+            for peer, offer in view.offers.items()
+            if acceptable_certificate(offer.certificate, peer)
+        }
+        changed = {peer for peer, cert in offered.items() if self._offered.get(peer) != cert}
+        dropped = [
+            peer
+            for peer, (_, until_ms) in self._callers.items()
+            if until_ms <= now_ms or peer in changed
+        ]
+        for peer in dropped:
+            del self._callers[peer]
+        if dropped or offered != self._offered:
             self._offered = offered
             self._rebuild()
 
@@ -65,11 +78,12 @@ class TrustedCertificates:
 
     def peer_of(self, cert_der: bytes) -> PeerId | None:
         """Whose certificate it is, if it is trusted."""
-        caller = self._callers.get(cert_der)
-        return caller[0] if caller else self._offered.get(cert_der)
+        return self._owners.get(cert_der)
 
     def _rebuild(self) -> None:
-        self._all = tuple(dict.fromkeys((*self._offered, *self._callers)))
+        greeted = {peer: cert_der for peer, (cert_der, _) in self._callers.items()}
+        self._owners = {cert: peer for peer, cert in {**self._offered, **greeted}.items()}
+        self._all = tuple(self._owners)
 
 
 class DirectoryServicer(offer_pb2_grpc.DirectoryServiceServicer):
@@ -128,7 +142,8 @@ class DirectoryServicer(offer_pb2_grpc.DirectoryServiceServicer):
             raise AssertionError("abort raises") from error
         if not self._network.admits(peer):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this network is closed to you")
-        expires_ms = now_ms + HELLO_TTL_MS_MAX
+        statement = ChannelCert.FromString(request.channel_cert.payload)
+        expires_ms = min(statement.expires_ms, now_ms + HELLO_TTL_MS_MAX)
         self._trusted.greet(peer, cert_der, expires_ms)
         return offer_pb2.HelloResponse(expires_ms=expires_ms)
 

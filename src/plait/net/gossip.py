@@ -10,10 +10,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-import structlog
-
 from plait.errors import ConfigError, NetworkError
 from plait.identity import SigningKey
+from plait.logs import get_logger
 from plait.net.membership import Change, Conflict, Membership, Verdict
 from plait.net.port import QUEUE_LENGTH, ControlPlane, Message, Validation, put_latest
 from plait.network_file import NetworkFile
@@ -22,7 +21,7 @@ from plait.router.wire import seal_link_report, seal_offer
 from plait.types import Digest, PeerId
 from plait.v1.identity_pb2 import SignedEnvelope
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 PERIOD_S = 15.0
 PUBLISH_GAP_S = 1.0
@@ -193,7 +192,7 @@ class Gossip:
         if verdict.change is not None:
             self._tell(verdict.change)
             if verdict.change.offer is not None:
-                self._control.learn(verdict.change.offer.multiaddrs)
+                self._control.learn(_own_multiaddrs(verdict.change.offer))
         return verdict
 
     def _tell(self, change: Change) -> None:
@@ -217,3 +216,8 @@ class Gossip:
             await asyncio.sleep(EXPIRY_PERIOD_S)
             for change in self._membership.expire(self._clock_ms()):
                 self._tell(change)
+
+
+def _own_multiaddrs(offer: Offer) -> list[str]:
+    # A peer may tell us where to dial itself, nobody else.
+    return [m for m in offer.multiaddrs if m.endswith(f"/p2p/{offer.peer}")]

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import libp2p
-import structlog
 import trio
 from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
 from libp2p.crypto.ed25519 import create_new_key_pair
@@ -37,6 +36,7 @@ from multiaddr import Multiaddr
 
 from plait.errors import NetworkError, PeerUnreachable
 from plait.identity import SigningKey
+from plait.logs import get_logger
 from plait.net.bridge import Bridge, describe
 from plait.net.dialing import DialBook, Target
 from plait.net.port import (
@@ -48,7 +48,7 @@ from plait.net.port import (
 )
 from plait.types import PeerId
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 MESHSUB = TProtocol("/meshsub/1.1.0")
 """Later versions cost twice the time per message for nothing at our sizes."""

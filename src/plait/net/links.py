@@ -66,6 +66,8 @@ class LinkMeter:
         self._on_first = on_first
         self._measured: dict[PeerId, _Measured] = {}
         self._limit = asyncio.Semaphore(CONCURRENT_MAX)
+        # Closing a channel cancels who pings over it: one round at a time.
+        self._round = asyncio.Lock()
 
     def rtt_us(self, peer: PeerId) -> int | None:
         """The smallest round trip in the window, microseconds; None if none was measured."""
@@ -88,8 +90,8 @@ class LinkMeter:
 
     async def measure_once(self) -> None:
         """Measure every target once."""
-        await self._reconcile()
-        async with TaskScope() as tasks:
+        async with self._round, TaskScope() as tasks:
+            await self._reconcile()
             pings = [tasks.create_task(self._ping(m)) for m in tuple(self._measured.values())]
             await asyncio.gather(*pings)
 

@@ -7,6 +7,7 @@ also asks the caller for a certificate out of a live set of trusted ones.
 
 import datetime
 import os
+import re
 import ssl
 import warnings
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ SERVER_NAME = "plait"
 
 CERTIFICATE_BYTES_MAX = 512
 MESSAGE_BYTES_MAX = 8 * 1024 * 1024
+
+_ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9.-]{1,253}):([0-9]{1,5})")
 
 _NOT_BEFORE = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 _NOT_AFTER = datetime.datetime(2120, 1, 1, tzinfo=datetime.UTC)
@@ -220,14 +223,23 @@ def pem_of(cert_der: bytes) -> bytes:
     return ssl.DER_cert_to_PEM_cert(cert_der).encode()
 
 
+def is_address(text: str) -> bool:
+    """Whether the text is ``host:port`` and nothing that gRPC would read otherwise."""
+    match = _ADDRESS.fullmatch(text)
+    return match is not None and 0 < int(match[1]) < 65536
+
+
 def channel(
     address: str, peer_cert_der: bytes, identity: TlsIdentity | None = None
 ) -> grpc.aio.Channel:
     """Open a channel to exactly the holder of ``peer_cert_der`` at ``host:port``.
 
     ``identity`` is shown to the peer port; the public port needs none. A dead link fails
-    the calls on it within 1.5 s, and a lost one is retried at most once a second.
+    the calls on it within 1.5 s, and a lost one is retried at most once a second. Raises
+    ``RemoteProtocolError`` for an address of another form.
     """
+    if not is_address(address):
+        raise RemoteProtocolError(f"not an address: {address[:200]!r}")
     credentials = grpc.ssl_channel_credentials(
         root_certificates=pem_of(peer_cert_der),
         private_key=identity.key_pem if identity else None,
@@ -243,7 +255,8 @@ def channel(
         ("grpc.enable_http_proxy", 0),
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    return grpc.aio.secure_channel(address, credentials, options=options)
+    # The scheme is ours: an address must not name a socket file or a resolver.
+    return grpc.aio.secure_channel(f"dns:///{address}", credentials, options=options)
 
 
 def server_options() -> list[tuple[str, int]]:

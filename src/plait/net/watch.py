@@ -14,13 +14,13 @@ from typing import Self
 
 import grpc
 import grpc.aio
-import structlog
 
 from plait.envelope import digest
 from plait.errors import PeerUnreachable
+from plait.logs import get_logger
 from plait.net.links import LinkMeter, Target
 from plait.net.membership import Membership
-from plait.net.tls import channel
+from plait.net.tls import channel, is_address
 from plait.network_file import Bootstrap, NetworkFile
 from plait.router.view import Offer, View
 from plait.task_scope import TaskScope
@@ -28,7 +28,7 @@ from plait.types import PeerId
 from plait.v1 import offer_pb2, offer_pb2_grpc
 from plait.v1.identity_pb2 import SignedEnvelope
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 DIRECTORIES_MAX = 4
 SETTLE_TIMEOUT_S = 3.0
@@ -41,7 +41,7 @@ def targets_of(view: View, besides: PeerId) -> list[Target]:
     return [
         Target(peer, offer.incarnation, offer.public_address, offer.certificate)
         for peer, offer in view.offers.items()
-        if peer != besides and offer.public_address
+        if peer != besides and is_address(offer.public_address)
     ]
 
 
@@ -95,9 +95,9 @@ class NetworkWatch:
         nodes = self._network.bootstrap[:DIRECTORIES_MAX]
         if self.view().offers or len(self._failed) < len(nodes):
             return
-        reasons = "; ".join(f"{n.public_address}: {self._failed[n.peer]}" for n in nodes)
+        reasons = (f"{n.public_address}: {_last_part(self._failed[n.peer])}" for n in nodes)
         raise PeerUnreachable(
-            f"no bootstrap node of the network answers ({reasons or 'none is named'})",
+            f"no bootstrap node of the network answers ({', '.join(reasons) or 'none is named'})",
             remedy="plait testnet status, or check the addresses with: plait net show",
         )
 
@@ -160,6 +160,11 @@ class NetworkWatch:
             await asyncio.sleep(_EXPIRY_PERIOD_S)
             if self._membership.expire(self._clock_ms()):
                 self._changed.set()
+
+
+def _last_part(details: str) -> str:
+    """gRPC lists every attempt; the cause stands last."""
+    return details.rpartition(": ")[2]
 
 
 def _clock_ms() -> int:

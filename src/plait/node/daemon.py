@@ -1,21 +1,21 @@
 """The node daemon: builds the parts, keeps them in one task group, ends them cleanly."""
 
 import asyncio
+import logging
 import signal
 import sys
 import time
 from contextlib import AsyncExitStack
 
-import structlog
-
 from plait.errors import ConfigError, PlaitError
 from plait.identity import load_or_create_key
+from plait.logs import get_logger, to_stderr
 from plait.net.tls import load_or_create
 from plait.network_file import Authority, NetworkFile, load_network_file
 from plait.node.config import NodeConfig
 from plait.node.state import StateFile, lock_data_dir
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 def main(config: NodeConfig) -> int:
@@ -23,7 +23,7 @@ def main(config: NodeConfig) -> int:
 
     A ``PlaitError`` becomes one line on standard error and its exit code.
     """
-    _configure_logging()
+    to_stderr(logging.INFO)
     try:
         with lock_data_dir(config.data_dir), asyncio.Runner(loop_factory=_event_loop) as runner:
             return runner.run(_run_node(config))
@@ -38,19 +38,6 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     import uvloop
 
     return uvloop.new_event_loop()
-
-
-def _configure_logging() -> None:
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.LogfmtRenderer(),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        wrapper_class=structlog.make_filtering_bound_logger(20),
-    )
 
 
 async def _run_node(config: NodeConfig) -> int:

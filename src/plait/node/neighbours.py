@@ -3,15 +3,15 @@
 from collections.abc import Callable
 
 import grpc
-import structlog
 
 from plait.errors import PeerUnreachable
+from plait.logs import get_logger
 from plait.net.link_stream import OutgoingLink
 from plait.task_scope import TaskScope
 from plait.types import PeerId
 from plait.v1 import stage_pb2
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 def _ignore_response(peer: PeerId, message: stage_pb2.LinkResponse) -> None:

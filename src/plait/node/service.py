@@ -5,15 +5,15 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import grpc
-import structlog
 
 from plait.errors import PlaitError
+from plait.logs import get_logger
 from plait.net.tls import caller_certificate
 from plait.node.stage import ResponseOutbox, Stage
 from plait.types import PeerId
 from plait.v1 import session_pb2, stage_pb2, stage_pb2_grpc
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

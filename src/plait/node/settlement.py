@@ -9,17 +9,16 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-import structlog
-
 from plait.errors import LedgerError, PlaitError
 from plait.identity import SigningKey
 from plait.ledger.service.remote import RemoteLedger
+from plait.logs import get_logger
 from plait.node.sessions import StageSession
 from plait.task_scope import TaskScope
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import SettleRequest
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 RETRY_S = 5.0
 

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import structlog
-
 from plait.compute.port import Done, StageCompute, Work
 from plait.errors import (
     CapacityError,
@@ -24,6 +22,7 @@ from plait.errors import (
 from plait.ledger.handoff import ids_payload
 from plait.ledger.reserve import check_grant
 from plait.ledger.stage_books import StageBooks
+from plait.logs import get_logger
 from plait.net.link_stream import Outbox
 from plait.network_file import NetworkFile
 from plait.node.admission import Refused, StageIdentity, examine, refusal
@@ -37,7 +36,7 @@ from plait.types import PeerId, SessionId, TokenCounts
 from plait.v1 import session_pb2, stage_pb2
 from plait.v1.identity_pb2 import SignedEnvelope
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 ResponseOutbox = Outbox[stage_pb2.LinkResponse]
 

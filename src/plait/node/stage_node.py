@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 import psutil
-import structlog
 
-from plait.compute.load import load_stage
+from plait.compute.load import check_loadable, load_stage
 from plait.compute.port import StageCompute
 from plait.errors import ConfigError, PeerUnreachable
 from plait.identity import SigningKey, load_or_create_key
 from plait.ledger.certs import make_key_cert
 from plait.ledger.service.remote import RemoteLedger
+from plait.logs import get_logger
 from plait.model.catalog import load
 from plait.model.local import LocalModel
 from plait.model.manifest import FP32_BYTES, Manifest
@@ -39,18 +39,19 @@ from plait.net.watch import targets_of
 from plait.network_file import NetworkFile
 from plait.node.admission import StageIdentity
 from plait.node.config import NodeConfig
+from plait.node.first_look import look_around
 from plait.node.neighbours import Neighbours
 from plait.node.own_offer import Facts, SpeedMeter, materially_different, offer_of
 from plait.node.service import StageServicer
 from plait.node.settlement import Settler
 from plait.node.stage import Stage
 from plait.router.placement import choose_span
-from plait.router.view import Offer
+from plait.router.view import Offer, View
 from plait.task_scope import TaskScope
 from plait.types import PeerId, Span
 from plait.v1 import offer_pb2, offer_pb2_grpc, stage_pb2_grpc
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 LAYER_TENSOR = re.compile(r"blk\.(\d+)\.")
 """How GGUF names the tensors of a layer."""
@@ -58,8 +59,6 @@ LAYER_TENSOR = re.compile(r"blk\.(\d+)\.")
 KEY_CERT_TTL_MS = 30 * 86_400_000
 MEMORY_SHARE = 0.5
 """Of the free memory, what an automatically chosen span may take."""
-FIRST_VIEW_S = 3.0
-"""How long a node listens before it chooses its span."""
 UPKEEP_PERIOD_S = 0.5
 STOP_GRACE_S = 1.0
 
@@ -93,6 +92,11 @@ async def start_stage(
     if not network.authorities:
         raise ConfigError("the network file names no ledger authority")
     local = load(config.model or "")
+    check_loadable(local, config.span, config.dtype)
+    trusted = TrustedCertificates()
+    ports = _Ports.bind(me, trusted)
+    view = await look_around(network, me.peer)
+    compute, speed_us = await _load_compute(me, local, view)
     tasks = await stack.enter_async_context(TaskScope())
     control = Libp2pControlPlane(
         me.peer_key,
@@ -104,11 +108,10 @@ async def start_stage(
     digest = local.manifest.digest
     gossip = Gossip(control, membership, network, me.peer_key, digest, me.incarnation, clock_ms)
     tasks.create_task(gossip.run(), name="gossip")
-    compute, speed_us = await _load_compute(me, local, gossip)
     ledger = RemoteLedger(network.authorities[0])
     stack.push_async_callback(ledger.close)
-    node = _StageNode(me, local, compute, speed_us, gossip, ledger, tasks, control.multiaddrs)
-    await node.serve(stack)
+    node = _StageNode(me, local, compute, speed_us, gossip, ledger, tasks, trusted)
+    await node.serve(stack, ports, control.multiaddrs)
 
 
 def _identity(config: NodeConfig, network: NetworkFile, clock_ms: Callable[[], int]) -> _Self:
@@ -132,12 +135,11 @@ def _bootstrap(me: _Self) -> list[str]:
 
 
 async def _load_compute(
-    me: _Self, local: LocalModel, gossip: Gossip
+    me: _Self, local: LocalModel, view: View
 ) -> tuple[StageCompute, tuple[int, int]]:
     config, span = me.config, me.config.span
     if span is None:
-        await asyncio.sleep(FIRST_VIEW_S)
-        span = _automatic_span(me, local, gossip)
+        span = _automatic_span(me, local, view)
         log.info("span chosen", span=str(span))
     threads = config.threads or psutil.cpu_count() or 1
     compute = await asyncio.to_thread(
@@ -148,13 +150,11 @@ async def _load_compute(
     return compute, speed_us
 
 
-def _automatic_span(me: _Self, local: LocalModel, gossip: Gossip) -> Span:
+def _automatic_span(me: _Self, local: LocalModel, view: View) -> Span:
     free_bytes = psutil.virtual_memory().available * MEMORY_SHARE
     fits = int(free_bytes // bytes_per_layer(local.manifest))
     try:
-        return choose_span(
-            gossip.view(), local.manifest.shape, fits, me.clock_ms(), besides=me.peer
-        )
+        return choose_span(view, local.manifest.shape, fits, me.clock_ms(), besides=me.peer)
     except ValueError as error:
         raise ConfigError(
             f"no layer of {local.name} fits in half of the free memory",
@@ -172,6 +172,34 @@ def bytes_per_layer(manifest: Manifest) -> int:
     return max(sizes.values())
 
 
+@dataclass(frozen=True, slots=True)
+class _Ports:
+    """Both gRPC servers, bound but not started, so that a port in use is told at once."""
+
+    public: grpc.aio.Server
+    public_address: str
+    peer: grpc.aio.Server
+    peer_address: str
+
+    @classmethod
+    def bind(cls, me: _Self, trusted: TrustedCertificates) -> "_Ports":
+        config = me.config
+        public = _bind(config.host, config.public_port, server_credentials_public(me.tls))
+        credentials = server_credentials_peer(me.tls, trusted.certificates)
+        return cls(*public, *_bind(config.host, config.peer_port, credentials))
+
+
+def _bind(host: str, port: int, credentials: grpc.ServerCredentials) -> tuple[grpc.aio.Server, str]:
+    server = grpc.aio.server(options=server_options())
+    try:
+        return server, f"{host}:{server.add_secure_port(f'{host}:{port}', credentials)}"
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: the port is in use",
+            remedy="stop what uses it, or choose another port (0 takes a free one)",
+        ) from error
+
+
 class _StageNode:
     """The running role: servers, upkeep, and an orderly end."""
 
@@ -184,7 +212,7 @@ class _StageNode:
         gossip: Gossip,
         ledger: RemoteLedger,
         tasks: TaskScope,
-        multiaddrs: tuple[str, ...],
+        trusted: TrustedCertificates,
     ) -> None:
         self._me = me
         self._compute = compute
@@ -192,13 +220,12 @@ class _StageNode:
         self._prefill_us_per_token = speed_us[1]
         self._gossip = gossip
         self._tasks = tasks
-        self._multiaddrs = multiaddrs
         self._draining = False
         self._told: Offer | None = None
         self._facts: Facts
         self._shape = local.manifest.shape
         self._context_length = local.manifest.context_length
-        self._trusted = TrustedCertificates()
+        self._trusted = trusted
         self._meter = LinkMeter(
             lambda: targets_of(gossip.view(), me.peer),
             lambda target, reason: gossip.peer_down(target.peer, target.incarnation, reason),
@@ -234,25 +261,20 @@ class _StageNode:
             on_step=self._speed.stepped,
         )
 
-    async def serve(self, stack: AsyncExitStack) -> None:
-        """Open both ports, offer, and leave the rest to tasks."""
-        public, public_port = self._server(
-            self._me.config.public_port, server_credentials_public(self._me.tls)
-        )
-        peer, peer_port = self._server(
-            self._me.config.peer_port,
-            server_credentials_peer(self._me.tls, self._trusted.certificates),
-        )
+    async def serve(
+        self, stack: AsyncExitStack, ports: "_Ports", multiaddrs: tuple[str, ...]
+    ) -> None:
+        """Serve both ports, offer, and leave the rest to tasks."""
         directory = DirectoryServicer(
             self._gossip, self._me.network, self._trusted, self._probe, self._me.clock_ms
         )
-        offer_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, public)
+        offer_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, ports.public)
         servicer = StageServicer(self._stage, self._trusted.peer_of)
-        stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, peer)
-        for server in (public, peer):
+        stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, ports.peer)
+        for server in (ports.public, ports.peer):
             await server.start()
             stack.push_async_callback(server.stop, STOP_GRACE_S)
-        self._facts = self._gather_facts(public_port, peer_port)
+        self._facts = self._gather_facts(ports, multiaddrs)
         self._upkeep()
         self._tasks.create_task(self._stage.compute_forever(), name="compute")
         self._tasks.create_task(self._settler.retry_forever(), name="settlement retries")
@@ -267,21 +289,7 @@ class _StageNode:
         self._stage.end_all("the node is stopping")
         await self._settler.idle(STOP_GRACE_S)
 
-    def _server(
-        self, port: int, credentials: grpc.ServerCredentials
-    ) -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server(options=server_options())
-        address = f"{self._me.config.host}:{port}"
-        try:
-            return server, server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen on {address}: the port is in use",
-                remedy="stop what uses it, or choose another port (0 takes a free one)",
-            ) from error
-
-    def _gather_facts(self, public_port: int, peer_port: int) -> Facts:
-        host = self._me.config.host
+    def _gather_facts(self, ports: "_Ports", multiaddrs: tuple[str, ...]) -> Facts:
         return Facts(
             peer=self._me.peer,
             incarnation=self._me.incarnation,
@@ -290,10 +298,10 @@ class _StageNode:
             numeric_class=self._compute.numeric_class(),
             kv_tokens_total=self._compute.kv_tokens_total,
             prefill_us_per_token=self._prefill_us_per_token,
-            public_address=f"{host}:{public_port}",
-            peer_address=f"{host}:{peer_port}",
+            public_address=ports.public_address,
+            peer_address=ports.peer_address,
             certificate=self._me.tls.cert_der,
-            multiaddrs=self._multiaddrs,
+            multiaddrs=multiaddrs,
         )
 
     async def _upkeep_forever(self) -> None:

@@ -6,7 +6,7 @@ large (it is then cut, which keeps a bound a bound), a link was measured slower 
 pessimistic guess for unmeasured ones, or the cheapest rest would visit a peer twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +17,9 @@ from plait.router.cost import Link, Totals
 from plait.router.request import RouteRequest
 from plait.router.view import Integers, Offer, View
 from plait.types import MILLION, ModelShape, PeerId, Span
+
+Route = tuple[tuple[int, Span], ...]
+"""(peer index, sub-span) per stage."""
 
 UNREACHABLE = 2**62
 _TABLE_MAX = 2**61
@@ -150,6 +153,19 @@ class Graph:
             return cost.hop_out(cost.link(self.view, self.source, offer.peer), self.request)
         link = cost.link(self.view, self.offers[before].peer, offer.peer)
         return cost.hop_between(link, self.model, self.request)
+
+    def stages(self, route: Route) -> list[tuple[Offer, Span]]:
+        """The route as offers."""
+        return [(self.offers[peer], span) for peer, span in route]
+
+    def totals(self, route: Route) -> Totals:
+        """Exact sums over a complete route."""
+        return cost.totals(self.view, self.stages(route), self.model, self.request, self.source)
+
+    def without(self, peers: Container[PeerId]) -> "Graph":
+        """The graph of the other peers."""
+        others = [offer for offer in self.offers if offer.peer not in peers]
+        return Graph(self.view, others, self.model, self.request, self.source)
 
     def back(self, peer: int) -> Totals:
         """Exact cost of the hop from the last stage to the driver."""

@@ -8,16 +8,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
+import numpy as np
+
 from plait.errors import NoRoute, RouteError
 from plait.router import cost
 from plait.router.bounds import Graph
 from plait.router.compare import outclassed
-from plait.router.cost import Prediction
+from plait.router.cost import Prediction, Stages
 from plait.router.eligibility import Rejection, sift
 from plait.router.request import RouteRequest
-from plait.router.search import PRICE, TPOT, TTFT, Goal, Route, best_route, goal_of
+from plait.router.search import PRICE, TPOT, TTFT, Goal, best_route, goal_of
 from plait.router.view import Offer, View
 from plait.types import ModelShape, PeerId, Span
+
+_SPARE_LABELS_MAX = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +80,10 @@ def plan(
 ) -> Plan:
     """Choose the best route for a driver at ``source``, and up to ``alternates`` spares.
 
-    Spares share no peer with the chosen route or each other where that is possible;
-    otherwise each avoids at least one peer of the chosen route. Raises ``NoRoute`` naming
-    the layers or the bound that failed, and ``RouteError`` if bounds leave too many
-    comparable routes to compare.
+    Spares share no peer with the chosen route or each other, but for peers that serve a
+    layer nobody else could; at least one peer of the chosen route is avoided. Raises
+    ``NoRoute`` naming the layers or the bound that failed, and ``RouteError`` if bounds
+    leave too many comparable routes to compare.
     """
     eligible, rejections = sift(view, model, request, now_ms)
     graph = Graph(view, eligible, model, request, source)
@@ -89,62 +93,61 @@ def plan(
     best = best_route(graph, goal)
     if best is None:
         raise _failed_bound(graph)
-    stages, predicted = _planned(graph, best)
-    chosen = {peer for peer, _ in best}
+    stages = graph.stages(best)
+    chosen = {offer.peer for offer, _ in stages}
     spares = tuple(
         Alternate(
-            *_planned(graph, route),
-            tuple(graph.offers[peer].peer for peer, _ in route if peer in chosen),
+            *_planned(graph, spare),
+            tuple(offer.peer for offer, _ in spare if offer.peer in chosen),
         )
-        for route in _spare_routes(graph, goal, best, alternates)
+        for spare in _spare_routes(graph, goal, stages, alternates)
     )
-    return Plan(stages, predicted, spares, view, model, request, source, now_ms)
+    return Plan(*_planned(graph, stages), spares, view, model, request, source, now_ms)
 
 
-def _planned(graph: Graph, route: Route) -> tuple[tuple[PlannedStage, ...], Prediction]:
-    stages = [(graph.offers[peer], span) for peer, span in route]
-    predicted = cost.predict(graph.view, stages, graph.model, graph.request, graph.source)
+def _planned(graph: Graph, stages: Stages) -> tuple[tuple[PlannedStage, ...], Prediction]:
     planned = tuple(
         PlannedStage(offer, span, graph.model.priced_layers(span)) for offer, span in stages
     )
+    predicted = cost.predict(graph.view, stages, graph.model, graph.request, graph.source)
     return planned, predicted
 
 
-def _spare_routes(graph: Graph, goal: Goal, best: Route, count: int) -> list[Route]:
-    pinned = {graph.index[peer] for _, peer in graph.request.pin}
-    used = frozenset(peer for peer, _ in best) - pinned
-    spares: list[Route] = []
+def _spare_routes(graph: Graph, goal: Goal, best: Stages, count: int) -> list[Stages]:
+    """Routes that avoid all peers used so far; where a layer has no other host, the rest."""
+    spares: list[Stages] = []
+    used = {offer.peer for offer, _ in best}
+    while len(spares) < count:
+        avoided = used - _irreplaceable(graph, used)
+        spare = _best_without(graph, goal, avoided) if avoided else None
+        if spare is None:
+            break
+        spares.append(spare)
+        used |= {offer.peer for offer, _ in spare}
+    if not spares and count and len(best) > 1:
+        # The rest do not join into a route: lose one peer at a time.
+        single = (_best_without(graph, goal, {offer.peer}) for offer, _ in best)
+        spares = [spare for spare in single if spare is not None][:count]
+    return spares
+
+
+def _best_without(graph: Graph, goal: Goal, avoided: set[PeerId]) -> Stages | None:
+    others = graph.without(avoided)
+    if others.missing():
+        return None
     try:
-        while len(spares) < count and used:
-            route = best_route(graph, goal, without=used)
-            if route is None:
-                break
-            spares.append(route)
-            used |= {peer for peer, _ in route} - pinned
-        if len(spares) < count:
-            spares += _sharing_routes(graph, goal, best, pinned, spares)
+        route = best_route(others, goal, labels_max=_SPARE_LABELS_MAX)
     except RouteError:
-        pass  # Spares are a courtesy: the chosen route stands without them.
-    return spares[:count]
+        return None  # Spares are a courtesy: the chosen route stands without them.
+    return others.stages(route) if route is not None else None
 
 
-def _sharing_routes(
-    graph: Graph, goal: Goal, best: Route, pinned: set[int], known: Sequence[Route]
-) -> list[Route]:
-    """The best routes that avoid one peer of ``best`` each, best first."""
-    found = {
-        route
-        for peer, _ in best
-        if peer not in pinned
-        and (route := best_route(graph, goal, without=frozenset({peer}))) is not None
-    }
-
-    def key(route: Route) -> tuple[tuple[int, ...], Route]:
-        stages = [(graph.offers[peer], span) for peer, span in route]
-        totals = cost.totals(graph.view, stages, graph.model, graph.request, graph.source)
-        return goal.scores(totals), route
-
-    return sorted(found.difference(known), key=key)
+def _irreplaceable(graph: Graph, used: set[PeerId]) -> set[PeerId]:
+    """Those of the used peers that serve some layer which nobody else could."""
+    mine = np.array([offer.peer in used for offer in graph.offers])
+    alone = ~(graph.run_end[:, ~mine] > 0).any(axis=1)
+    needed = (graph.run_end[alone] > 0).any(axis=0)
+    return {graph.offers[at].peer for at in np.flatnonzero(needed).tolist()}
 
 
 def _missing_layers(
@@ -183,7 +186,7 @@ def _failed_bound(graph: Graph) -> NoRoute:
         free = goal_of(replace(request, sort="price", max_price=None))
         cheapest = best_route(graph, free)
         if cheapest is not None:
-            price = PRICE.of(_totals(graph, cheapest))
+            price = PRICE.of(graph.totals(cheapest))
             return NoRoute(
                 f"the cheapest route costs {price} microcredits, over the limit of "
                 f"{request.max_price}",
@@ -201,7 +204,7 @@ def _failed_bound(graph: Graph) -> NoRoute:
                 + (", pins included" if request.pin else ""),
                 remedy="see why each peer was rejected: plait route MODEL --explain",
             )
-        fastest_s = measure.of(_totals(graph, fastest)) / 1e9
+        fastest_s = measure.of(graph.totals(fastest)) / 1e9
         if bound_s is not None and fastest_s > bound_s:
             return NoRoute(
                 f"the shortest {name} is {fastest_s:.4f} s, over the limit of {bound_s} s",
@@ -211,8 +214,3 @@ def _failed_bound(graph: Graph) -> NoRoute:
         "no route keeps both the time to first token and the time per output token",
         remedy="loosen one of them",
     )
-
-
-def _totals(graph: Graph, route: Route) -> cost.Totals:
-    stages = [(graph.offers[peer], span) for peer, span in route]
-    return cost.totals(graph.view, stages, graph.model, graph.request, graph.source)

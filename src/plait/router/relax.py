@@ -32,26 +32,23 @@ def cuts_for(
     graph: Graph,
     score: Measure,
     limits: Sequence[tuple[Measure, int]],
-    without: frozenset[int],
 ) -> tuple[Cut, ...]:
     """Cuts for the limits that the best unlimited route breaks, each on top of those before."""
     base = Cut(score, 1, 0)
     cuts: list[Cut] = []
     for measure, limit in limits:
-        stronger = _strengthen(graph, base, measure, limit, without)
+        stronger = _strengthen(graph, base, measure, limit)
         if stronger is not None:
             base = stronger
             cuts.append(stronger)
     return tuple(cuts)
 
 
-def _strengthen(
-    graph: Graph, base: Cut, measure: Measure, limit: int, without: frozenset[int]
-) -> Cut | None:
-    over = _dive(graph, base.measure, without)
+def _strengthen(graph: Graph, base: Cut, measure: Measure, limit: int) -> Cut | None:
+    over = _dive(graph, base.measure)
     if over is None or measure.of(over) <= limit:
         return None
-    under = _dive(graph, measure, without)
+    under = _dive(graph, measure)
     if under is None:
         return None
     best: Cut | None = None
@@ -61,7 +58,7 @@ def _strengthen(
         if rise <= 0 or fall <= 0:
             break
         best = _mixed(base, measure, limit, rise, fall, base.measure.of(under))
-        between = _dive(graph, best.measure, without)
+        between = _dive(graph, best.measure)
         # No route lies below the line through the two: the worth is found.
         if between is None or best.measure.of(between) >= best.measure.of(over) * 0.999:
             break
@@ -88,15 +85,14 @@ def _mixed(base: Cut, measure: Measure, limit: int, rise: int, fall: int, value:
     return Cut(mixed, scale * base.scale, scale * base.offset + worth * limit)
 
 
-def _dive(graph: Graph, measure: Measure, without: frozenset[int]) -> Totals | None:
+def _dive(graph: Graph, measure: Measure) -> Totals | None:
     """Totals of the route found by always taking what the table calls best."""
     table, totals = graph.table(measure), Totals()
     boundary, before = 0, DRIVER
     while boundary < graph.layers:
         choices = graph.choices(boundary)
         bounds = table.hop(before)[choices.peer] + table.rest(boundary)
-        for peer in (before, *without):
-            bounds[choices.peer == peer] = UNREACHABLE
+        bounds[choices.peer == before] = UNREACHABLE
         at = int(bounds.argmin())
         if bounds[at] >= UNREACHABLE:
             return None

@@ -10,8 +10,9 @@ saves a slow hop can make an inner cut the best.
 A peer serves at most one stage. That is enforced by relaxation: the search first forbids
 only to stay on a peer under another name, and where the best route visits a peer twice,
 that peer's visits become part of the labels (dominance then compares them) and the search
-is repeated. A relaxed optimum that visits no peer twice is the true optimum, and the set of
-watched peers only grows, so this ends. (Boland et al. 2006; Righini and Salani 2008.)
+is repeated. Limits are relaxed alike: one comes into force when the best route breaks it. A
+relaxed optimum that visits no peer twice and keeps every limit is the true optimum, and what
+is watched only grows, so this ends. (Boland et al. 2006; Righini and Salani 2008.)
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from heapq import heappop, heappush
 import numpy as np
 
 from plait.errors import RouteError
-from plait.router.bounds import DRIVER, UNREACHABLE, Choices, Graph, Measure, Table
+from plait.router.bounds import DRIVER, UNREACHABLE, Choices, Graph, Measure, Route, Table
 from plait.router.cost import Totals
 from plait.router.relax import Cut, cuts_for
 from plait.router.request import RouteRequest
@@ -29,7 +30,8 @@ from plait.types import Span
 
 LABELS_MAX = 100_000
 """Beyond this a search is given up: hostile offers must not hold a driver."""
-_LABELS_BY_LEVEL = (60, 600, LABELS_MAX)
+JOINT_LABELS = 600
+"""A search under several limits that takes more gets joint bounds."""
 
 PRICE = Measure(price=1)
 TTFT = Measure(ttft=1)
@@ -71,10 +73,6 @@ def goal_of(request: RouteRequest) -> Goal:
     if request.tpot_s is not None:
         limits.append((TPOT, int(request.tpot_s * _NANO)))
     return Goal(score, tuple(limits))
-
-
-Route = tuple[tuple[int, Span], ...]
-"""(peer index, sub-span) per stage."""
 
 
 @dataclass(slots=True)
@@ -141,26 +139,30 @@ class _Frontier:
         return True
 
 
-def best_route(graph: Graph, goal: Goal, *, without: frozenset[int] = frozenset()) -> Route | None:
+def best_route(graph: Graph, goal: Goal, *, labels_max: int = LABELS_MAX) -> Route | None:
     """The best complete route on the graph, or None.
 
-    ``without`` names peers (indices) not to use. Ties go to the route whose stages are
-    longer, then to the lower peer ids. Raises ``RouteError`` if the search would take more
-    than LABELS_MAX labels.
+    Ties go to the route whose stages are longer, then to the lower peer ids. Raises
+    ``RouteError`` if a search would take more than ``labels_max`` labels.
     """
     watched: frozenset[int] = frozenset()
-    bounds = _Bounds()
+    active, bounds = Goal(goal.score), _Bounds(labels_max)
     while True:
-        search = _Search(graph, goal, without, watched, bounds)
+        search = _Search(graph, active, watched, bounds)
         route = search.run()
         if search.gave_up:
-            bounds = _tighter(bounds, graph, goal, without)
+            bounds = _joint_bounds(bounds, graph, active, labels_max)
             continue
         if route is None:
             return None
+        broken = [pair for pair in goal.limits if pair[0].of(graph.totals(route)) > pair[1]]
         peers = [peer for peer, _ in route]
         repeated = frozenset(peer for peer in peers if peers.count(peer) > 1)
-        if not repeated:
+        if broken:
+            active = Goal(goal.score, (*active.limits, broken[0]))
+            first_max = labels_max if len(active.limits) == 1 else min(labels_max, JOINT_LABELS)
+            bounds = _Bounds(first_max, cuts_for(graph, goal.score[0], active.limits))
+        elif not repeated:
             return route
         watched |= repeated
 
@@ -169,29 +171,28 @@ def best_route(graph: Graph, goal: Goal, *, without: frozenset[int] = frozenset(
 class _Bounds:
     """What a search prunes with, beyond the plain tables, and when it gives up.
 
-    Tighter bounds cost several sweeps, so they are made only when a search drags on:
-    first cuts of the score, then ``joint``, what each limit costs in terms of the others,
-    for limits that are each in reach and not together.
+    ``cuts`` bound the score under the limits in force. ``joint`` limits what each limited
+    measure costs in terms of the others, for limits that are each in reach and not together;
+    it takes several sweeps, so it is made only when a search drags on.
     """
 
-    level: int = 0
+    labels_max: int
     cuts: tuple[Cut, ...] = ()
     joint: tuple[tuple[Measure, int], ...] = ()
 
 
-def _tighter(bounds: _Bounds, graph: Graph, goal: Goal, without: frozenset[int]) -> _Bounds:
-    if bounds.level == len(_LABELS_BY_LEVEL) - 1:
+def _joint_bounds(bounds: _Bounds, graph: Graph, goal: Goal, labels_max: int) -> _Bounds:
+    if bounds.labels_max >= labels_max:
         raise RouteError(
             "too many comparable routes under these bounds",
             remedy="loosen a bound, or restrict the peers with --only",
         )
-    if bounds.level == 0:
-        return _Bounds(1, cuts_for(graph, goal.score[0], goal.limits, without))
-    joint: list[tuple[Measure, int]] = []
-    for number, (measure, limit) in enumerate(goal.limits[:-1], 1):
-        for cut in cuts_for(graph, measure, goal.limits[number:], without):
-            joint.append((cut.measure, cut.scale * limit + cut.offset))
-    return _Bounds(2, bounds.cuts, tuple(joint))
+    joint = tuple(
+        (cut.measure, cut.scale * limit + cut.offset)
+        for number, (measure, limit) in enumerate(goal.limits[:-1], 1)
+        for cut in cuts_for(graph, measure, goal.limits[number:])
+    )
+    return _Bounds(labels_max, bounds.cuts, joint)
 
 
 class _Search:
@@ -199,11 +200,10 @@ class _Search:
         self,
         graph: Graph,
         goal: Goal,
-        without: frozenset[int],
         watched: frozenset[int],
         bounds: _Bounds,
     ) -> None:
-        self._graph, self._goal, self._without = graph, goal, without
+        self._graph, self._goal = graph, goal
         self._bit = {peer: 1 << position for position, peer in enumerate(sorted(watched))}
         self._score = [graph.table(measure) for measure in goal.score]
         self._cuts = [(graph.table(cut.measure), cut) for cut in bounds.cuts]
@@ -216,7 +216,7 @@ class _Search:
         self._frontier = _Frontier()
         self._heap: list[tuple[tuple[int, ...], int, int, _Cursor | _Label]] = []
         self._serial = 0
-        self._labels_max = _LABELS_BY_LEVEL[bounds.level]
+        self._labels_max = bounds.labels_max
         self.gave_up = False
 
     def run(self) -> Route | None:
@@ -267,7 +267,7 @@ class _Search:
         choices = self._graph.choices(boundary)
         forbidden = choices.peer == label.peer
         barred = [peer for peer, bit in self._bit.items() if label.watched & bit]
-        for peer in (*self._without, *barred):
+        for peer in barred:
             forbidden |= choices.peer == peer
         for table, measure, limit in self._limits:
             bound = self._bound(table, measure, label, boundary, choices.peer)

@@ -126,17 +126,21 @@ class View:
 
 
 def _link_table(view: View) -> LinkTable:
+    pairs = [(a, b) for a, b in view.rtt_us if a != b]
     peers: dict[PeerId, int] = {}
-    merged: dict[tuple[int, int], tuple[int, int]] = {}
-    for (a, b), rtt_us in view.rtt_us.items():
-        if a == b:
-            continue
-        i, j = peers.setdefault(a, len(peers)), peers.setdefault(b, len(peers))
-        known = merged.get((i, j))
-        if known is None or rtt_us < known[0]:
-            bandwidth = (view.link_bandwidth(a, b) or 0) if view.bandwidth else 0
-            merged[i, j] = merged[j, i] = (min(rtt_us, _FIGURE_MAX), bandwidth)
-    ends = np.array(list(merged), dtype=np.int64).reshape(-1, 2)
-    figures = np.array(list(merged.values()), dtype=np.int64).reshape(-1, 2)
-    order = np.lexsort((ends[:, 1], ends[:, 0]))
-    return LinkTable(peers, ends[order, 0], ends[order, 1], figures[order, 0], figures[order, 1])
+    first = np.array([peers.setdefault(a, len(peers)) for a, _ in pairs], dtype=np.int64)
+    second = np.array([peers.setdefault(b, len(peers)) for _, b in pairs], dtype=np.int64)
+    rtt_us = np.array([min(view.rtt_us[pair], _FIGURE_MAX) for pair in pairs], dtype=np.int64)
+    bandwidth = np.zeros_like(rtt_us)
+    if view.bandwidth:
+        known = (view.link_bandwidth(a, b) or 0 for a, b in pairs)
+        bandwidth = np.fromiter(known, dtype=np.int64, count=len(pairs))
+    source, target = np.concatenate((first, second)), np.concatenate((second, first))
+    rtt_us, bandwidth = np.tile(rtt_us, 2), np.tile(bandwidth, 2)
+    order = np.lexsort((rtt_us, target, source))
+    # Of two measurements of one link the smaller comes first: keep that.
+    repeated = np.zeros(len(order), dtype=bool)
+    repeated[1:] = np.diff(source[order]) == 0
+    repeated[1:] &= np.diff(target[order]) == 0
+    order = order[~repeated]
+    return LinkTable(peers, source[order], target[order], rtt_us[order], bandwidth[order])

@@ -6,8 +6,9 @@ Decoding checks every field; a bad one raises ``RemoteProtocolError`` with the p
 from plait.envelope import digest, encode, open_envelope, seal
 from plait.errors import RemoteProtocolError
 from plait.identity import SigningKey, peer_id_of, public_key_of
+from plait.prices_wire import prices_from_message, prices_to_message
 from plait.router.view import Evidence, LinkReport, MeasuredLink, Offer, OfferState
-from plait.types import Digest, PeerId, Prices, Span
+from plait.types import Digest, PeerId, Span
 from plait.v1 import offer_pb2
 from plait.v1.identity_pb2 import SignedEnvelope
 
@@ -112,28 +113,6 @@ def offer_from_message(
         digest=digest(envelope.payload),
         millijoules_per_token_layer=message.energy.millijoules_per_token_layer,
         grams_co2_per_kwh=message.energy.grams_co2_per_kwh,
-    )
-
-
-def prices_to_message(prices: Prices) -> offer_pb2.Prices:
-    """Prices as a message."""
-    return offer_pb2.Prices(
-        prompt=prices.prompt,
-        cached_prompt=prices.cached_prompt,
-        output=prices.output,
-        rejected_draft=prices.rejected_draft,
-        replayed=prices.replayed,
-    )
-
-
-def prices_from_message(message: offer_pb2.Prices) -> Prices:
-    """Prices from a message; every value of the message is valid."""
-    return Prices(
-        prompt=message.prompt,
-        output=message.output,
-        cached_prompt=message.cached_prompt,
-        rejected_draft=message.rejected_draft,
-        replayed=message.replayed,
     )
 
 

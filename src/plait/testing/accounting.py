@@ -18,11 +18,12 @@ from plait.ledger.client_books import ClientBooks
 from plait.ledger.handoff import ids_payload
 from plait.ledger.journal import Accepted, Books, Command, Issue, Reserve, Settle
 from plait.ledger.merkle import Tree, leaf_hash
-from plait.ledger.opening import opening_to_message, prices_to_message, route_digest
+from plait.ledger.opening import opening_to_message, route_digest
 from plait.ledger.reserve import check_grant, make_reservation
 from plait.ledger.stage_books import StageBooks
 from plait.ledger.terms import SessionTerms, StageTerms
 from plait.network_file import Authority, NetworkFile
+from plait.prices_wire import prices_to_message
 from plait.types import Digest, ModelShape, Prices, Sampling, SessionId, Span
 from plait.v1.bundle_pb2 import ModelManifest
 from plait.v1.identity_pb2 import SignedEnvelope

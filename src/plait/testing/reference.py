@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from plait.compute.port import Hidden, StageCompute, Work
@@ -78,8 +78,16 @@ def _name(name: str) -> str:
     return f"{_NAMES[parts[0]]}.{parts[1]}"
 
 
+@dataclass(frozen=True, slots=True)
+class ReferenceRun:
+    """Greedy tokens, and per traversal the hidden rows after each layer but the last."""
+
+    tokens: list[int]
+    hidden: list[list[torch.Tensor]]
+
+
 @torch.inference_mode()
-def reference_tokens(model: LlamaForCausalLM, prompt_ids: Sequence[int], count: int) -> list[int]:
+def reference_run(model: LlamaForCausalLM, prompt_ids: Sequence[int], count: int) -> ReferenceRun:
     """``count`` greedy tokens by transformers' ``generate``, never ending early."""
     untyped: Any = model  # transformers' annotation of generate does not fit its own models
     output = untyped.generate(
@@ -89,8 +97,12 @@ def reference_tokens(model: LlamaForCausalLM, prompt_ids: Sequence[int], count: 
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
     )
-    return [int(token) for token in output[0, len(prompt_ids) :]]
+    # Per traversal: the embedding, each layer but the last, the final norm.
+    hidden = [[rows[0] for rows in traversal[1:-1]] for traversal in output.hidden_states]
+    return ReferenceRun([int(token) for token in output.sequences[0, len(prompt_ids) :]], hidden)
 
 
 @dataclass(slots=True)
@@ -106,13 +118,10 @@ def run_pipeline(
     prompt_ids: Sequence[int],
     count: int,
     sampling: Sampling | None = None,
-    *,
-    teacher: Sequence[int] = (),
 ) -> PipelineRun:
     """Generate ``count`` tokens through stages of this process, in order of their spans.
 
-    The prompt is one prefill. With ``teacher`` tokens, those are fed instead of the drawn
-    ones. Raises a stage's error.
+    The prompt is one prefill. Raises a stage's error.
     """
     run = PipelineRun()
     for stage in stages:
@@ -121,8 +130,7 @@ def run_pipeline(
     while len(run.tokens) < count:
         run.tokens.append(_traverse(stages, ids, position, run))
         position += len(ids)
-        drawn = len(run.tokens) - 1
-        ids = (teacher[drawn] if teacher else run.tokens[drawn],)
+        ids = (run.tokens[-1],)
     for stage in stages:
         stage.free(SESSION)
     return run
@@ -144,29 +152,11 @@ def _traverse(
     return done.drawn.ids[0]
 
 
-@torch.inference_mode()
-def reference_hidden(
-    model: LlamaForCausalLM, prompt_ids: Sequence[int], fed: Sequence[int]
-) -> list[list[torch.Tensor]]:
-    """Hidden rows after each layer but the last, per traversal: first the prompt, then the
-    ``fed`` tokens one by one, by the unsplit model with transformers' own cache."""
-    cache = DynamicCache(config=model.config)
-    found = []
-    for ids in [list(prompt_ids), *([token] for token in fed)]:
-        output = model.model(
-            torch.tensor([ids]), past_key_values=cache, use_cache=True, output_hidden_states=True
-        )
-        found.append([hidden[0] for hidden in output.hidden_states[1:-1]])
-    return found
-
-
-def unequal_boundaries(
-    run: PipelineRun, spans: Sequence[Span], reference: Sequence[Sequence[torch.Tensor]]
-) -> int:
+def unequal_boundaries(run: PipelineRun, spans: Sequence[Span], reference: ReferenceRun) -> int:
     """How many activation payloads of a run differ by even one bit from the reference."""
     return sum(
         not torch.equal(torch.from_numpy(hidden), wanted[span.end - 1])
-        for payloads, wanted in zip(run.boundaries, reference, strict=True)
+        for payloads, wanted in zip(run.boundaries, reference.hidden, strict=True)
         for hidden, span in zip(payloads, spans[:-1], strict=True)
     )
 

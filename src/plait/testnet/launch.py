@@ -51,6 +51,7 @@ _SUPERVISOR_ENVIRONMENT = {
     "NUMEXPR_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "GRPC_ENABLE_FORK_SUPPORT": "0",
+    "GRPC_VERBOSITY": "NONE",
 }
 
 Tell = Callable[[str], None]

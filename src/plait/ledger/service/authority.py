@@ -15,7 +15,6 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import grpc
 import grpc.aio
-import structlog
 
 from plait.envelope import decode, digest, open_envelope, seal
 from plait.errors import (
@@ -40,13 +39,14 @@ from plait.ledger.journal import (
 )
 from plait.ledger.service.recorder import LogIdentity, Recorder
 from plait.ledger.service.store import open_store
+from plait.logs import get_logger
 from plait.network_file import Authority, NetworkFile
 from plait.types import AccountId, Digest, PeerId, SessionId
 from plait.v1 import ledger_pb2 as pb
 from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
 from plait.v1.ledger_pb2_grpc import LedgerServiceServicer, add_LedgerServiceServicer_to_server
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 MESSAGE_BYTES_MAX = 64 * 1024
 MERGE_DELAY_MS = 10_000

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-import structlog
-
 from plait.envelope import decode, digest
 from plait.errors import LedgerError, VerificationError
 from plait.identity import SigningKey
@@ -41,11 +39,12 @@ from plait.ledger.service.store import (
     StoredFork,
     StoredRelease,
 )
+from plait.logs import get_logger
 from plait.types import Digest, PeerId
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import BudgetReservation, IssueOrder
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 BATCH_MAX = 1_000
 CHECKPOINT_INTERVAL_S = 1.0
