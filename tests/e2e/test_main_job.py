@@ -1,5 +1,6 @@
 """The main job on a real testnet of separate processes, with random weights for speed."""
 
+import asyncio
 import json
 import os
 import random
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from plait.client import Answer, AsyncClient, Client, Options, TextDelta
+from plait.ledger.verify import verify_bundle
+from plait.network_file import load_network_file
 
 MODEL = "tiny-random"
 PROMPT = "Tell me about the sea and the sky."
@@ -97,9 +102,6 @@ def test_an_answer_crosses_three_stages_is_paid_and_verifies(
 
 
 def test_a_flipped_bit_makes_a_bundle_false(testnet: Testnet, tmp_path: Path) -> None:
-    from plait.ledger.verify import verify_bundle
-    from plait.network_file import load_network_file
-
     bundle = tmp_path / "bundle.json"
     testnet.run("--max-tokens", "8", "--bundle", str(bundle))
     data, network = bundle.read_bytes(), load_network_file(Path(testnet.network))
@@ -147,6 +149,38 @@ def test_wrong_input_gets_one_clear_line(
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+
+
+async def test_cancelling_frees_everything_within_a_second(testnet: Testnet) -> None:
+    async with AsyncClient(testnet.network) as client:
+        await client.wait_settled()
+        stream = client.stream(MODEL, PROMPT, Options(max_tokens=400, temperature=1.0, seed=3))
+        async for item in stream:
+            assert isinstance(item, TextDelta)
+            break
+        await stream.aclose()
+        async with asyncio.timeout(5):
+            # Another process's state: there is nothing of ours to wait on.
+            while any(offer.sessions_active for offer in client.view().offers.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        answer = await client.generate(MODEL, PROMPT, Options(max_tokens=4))
+        assert answer.completion_tokens >= 1
+
+
+async def test_many_sessions_share_the_stages_and_agree(testnet: Testnet) -> None:
+    async with AsyncClient(testnet.network) as client:
+        options = Options(max_tokens=12)
+        answers = await asyncio.gather(*(client.generate(MODEL, PROMPT, options) for _ in range(8)))
+    assert len({answer.token_ids for answer in answers}) == 1
+
+
+def test_the_blocking_client_streams_and_names_its_route(testnet: Testnet) -> None:
+    with Client(testnet.network) as client:
+        *deltas, answer = client.stream(MODEL, PROMPT, Options(max_tokens=12))
+    assert isinstance(answer, Answer)
+    text = "".join(delta.text for delta in deltas if isinstance(delta, TextDelta))
+    assert text == answer.text
+    assert [step.span.start for step in answer.route] == [0, 3, 6]
 
 
 def test_without_a_host_the_missing_layers_are_named(testnet: Testnet) -> None:

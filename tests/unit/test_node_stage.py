@@ -19,44 +19,17 @@ from plait.ledger.terms import SessionTerms, StageTerms
 from plait.node.admission import StageIdentity
 from plait.node.sessions import StageSession
 from plait.node.stage import ResponseOutbox, Stage
-from plait.router.view import Offer, View
+from plait.router.view import View
 from plait.testing.accounting import HOUR_MS, NETWORK_ID, NOW_MS, grant_of, key_of, paper_network
 from plait.testing.compute import FAKE_SHAPE, VOCABULARY_SIZE, FakeStage
+from plait.testing.offers import paper_offer
 from plait.types import Digest, PeerId, Prices, Sampling, SessionId, Span
 from plait.v1 import session_pb2, stage_pb2
 from plait.v1.identity_pb2 import SignedEnvelope
 
-PRICES = Prices(prompt=1_000_000, output=2_000_000)
 CLIENT = key_of("client").peer_id
 CLIENT_LEDGER = key_of("client ledger")
 CLIENT_CERT = make_key_cert(key_of("client"), CLIENT_LEDGER.public, NETWORK_ID, NOW_MS, HOUR_MS, 1)
-
-
-def paper_offer(name: str, span: Span) -> Offer:
-    return Offer(
-        peer=key_of(name).peer_id,
-        model_digest=FAKE_SHAPE.digest,
-        span=span,
-        incarnation=1,
-        sequence=1,
-        issued_ms=NOW_MS,
-        expires_ms=NOW_MS + HOUR_MS,
-        state="ready",
-        evidence="stage-receipts",
-        prices=PRICES,
-        numeric_class="fake",
-        region="",
-        kv_tokens_total=4096,
-        kv_tokens_free=4096,
-        sessions_active=0,
-        decode_us=1,
-        prefill_us_per_token=1,
-        public_address="",
-        peer_address="",
-        certificate=b"",
-        multiaddrs=(),
-        digest=digest(name.encode()),
-    )
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""plait.compute"""
+"""Running a span of a model's layers: the port, the torch backend, KV cache, sampling."""

@@ -19,7 +19,8 @@ KV_TOKENS_MAX = 16_384
 def preload() -> None:
     """Import what computing needs (some seconds), for instance before forking nodes.
 
-    Starts no threads: torch's pools come with the first computation.
+    torch's thread pools come with the first computation; the one thread this starts is
+    numpy's OpenBLAS, which handles forks.
     """
     import plait.compute.stage  # noqa: F401
 

@@ -1,1 +1,1 @@
-"""plait.model"""
+"""Models: weights files, manifests, tokenizers, and the catalogue of what can be had."""

@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
+
 from plait.errors import LedgerError, PlaitError
 from plait.identity import SigningKey
 from plait.ledger.service.remote import RemoteLedger
@@ -79,7 +81,12 @@ class Settler:
         return path
 
     async def _present(self, path: Path) -> bool:
-        message = SettleRequest.FromString(path.read_bytes())
+        try:
+            message = SettleRequest.FromString(path.read_bytes())
+        except DecodeError:
+            log.error("a spooled settlement is damaged", file=str(path))
+            path.replace(path.with_suffix(".refused"))
+            return False
         try:
             paid = await self._ledger.settle(message.request, message.payee_cert, message.voucher)
         except LedgerError as error:
@@ -98,9 +105,13 @@ class Settler:
             log.info("settlement waits", session=path.name, reason=str(error))
 
     async def retry_forever(self) -> None:
-        """Present again what the ledger has not acknowledged."""
+        """Present again and again what the ledger has not acknowledged."""
         while True:
-            for path in sorted(self._spool_dir.iterdir()):
-                if not path.suffix:
-                    await self._present_quietly(path)
+            await self.retry_once()
             await asyncio.sleep(RETRY_S)
+
+    async def retry_once(self) -> None:
+        """Present what is on disk, oldest name first."""
+        for path in sorted(self._spool_dir.iterdir()):
+            if not path.suffix:
+                await self._present_quietly(path)

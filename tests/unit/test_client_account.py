@@ -1,0 +1,49 @@
+"""The account folder: keys stay private, sequence numbers survive, lanes do not collide."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from plait.client.account import LANES, open_account
+from plait.envelope import seal
+from plait.errors import CapacityError, ConfigError
+from plait.testing.accounting import key_of
+from plait.v1.ledger_pb2 import BudgetReservation
+
+
+def test_keys_are_made_once_and_are_private(tmp_path: Path) -> None:
+    first, again = open_account(tmp_path / "account"), open_account(tmp_path / "account")
+    assert first.peer == again.peer
+    assert first.ledger_key.public == again.ledger_key.public != first.peer_key.public
+    for name in ("identity.key", "ledger.key", "tls.key"):
+        assert stat.S_IMODE((tmp_path / "account" / name).stat().st_mode) == 0o600
+
+
+def test_a_lane_remembers_what_was_signed_and_not_answered(tmp_path: Path) -> None:
+    reservation = seal(key_of("client ledger"), BudgetReservation(sequence=7))
+    with open_account(tmp_path).lane() as lane:
+        assert lane.load() == (1, None)
+        lane.save(7, reservation)
+    with open_account(tmp_path).lane() as lane:
+        assert lane.load() == (7, reservation)
+        lane.save(8, None)
+        assert lane.load() == (8, None)
+
+
+def test_concurrent_sessions_take_different_lanes_until_all_are_taken(tmp_path: Path) -> None:
+    account = open_account(tmp_path)
+    held = [account.lane() for _ in range(LANES)]
+    assert [lane.__enter__().number for lane in held] == list(range(LANES))
+    with pytest.raises(CapacityError, match="lanes"), account.lane():
+        pass
+    for lane in held:
+        lane.__exit__(None, None, None)
+
+
+def test_a_damaged_lane_file_is_named(tmp_path: Path) -> None:
+    account = open_account(tmp_path)
+    with account.lane() as lane:
+        (tmp_path / "lanes" / "0.json").write_text("{")
+        with pytest.raises(ConfigError, match=r"0\.json"):
+            lane.load()

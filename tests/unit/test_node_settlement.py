@@ -1,0 +1,101 @@
+"""Settlement: on disk before it is sent, tried again until the ledger has it."""
+
+from pathlib import Path
+
+import pytest
+
+from plait.errors import LedgerError, PeerUnreachable
+from plait.identity import SigningKey
+from plait.ledger.stage_books import StageBooks
+from plait.node.sessions import StageSession
+from plait.node.settlement import Settler
+from plait.task_scope import TaskScope
+from plait.testing.accounting import NOW_MS, PaperSession, Plot, cert_of, key_of
+from plait.types import Microcredits, Sampling
+from plait.v1.identity_pb2 import SignedEnvelope
+
+
+class FakeLedger:
+    """Fails as told, then pays."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.failures = list(failures)
+        self.presented: list[SignedEnvelope] = []
+
+    async def settle(
+        self, request: SignedEnvelope, cert: SignedEnvelope, voucher: SignedEnvelope
+    ) -> int:
+        self.presented.append(voucher)
+        if self.failures:
+            raise self.failures.pop(0)
+        return 5
+
+
+def session_with_voucher() -> StageSession:
+    played = PaperSession(Plot()).play()
+    terms = played.terms
+    session = StageSession(terms, Sampling(), 0, cert_of("client"), NOW_MS)
+    books = StageBooks(terms, 0, key_of("stage 0 ledger"), Microcredits(10**9))
+    books._voucher = played.client.voucher
+    session.books = books
+    return session
+
+
+def settler(folder: Path, ledger: FakeLedger, tasks: TaskScope) -> Settler:
+    key: SigningKey = key_of("stage 0 ledger")
+    return Settler(
+        key=key,
+        cert=cert_of("stage 0"),
+        ledger=ledger,  # type: ignore[arg-type]
+        spool_dir=folder / "settlements",
+        clock_ms=lambda: NOW_MS,
+        tasks=tasks,
+    )
+
+
+def spooled(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in (folder / "settlements").iterdir())
+
+
+async def test_what_the_ledger_took_leaves_the_disk(tmp_path: Path) -> None:
+    async with TaskScope() as tasks:
+        assert await settler(tmp_path, FakeLedger(), tasks).settle(session_with_voucher())
+    assert spooled(tmp_path) == []
+
+
+async def test_an_unreachable_ledger_loses_nothing(tmp_path: Path) -> None:
+    ledger = FakeLedger(PeerUnreachable("down"))
+    async with TaskScope() as tasks:
+        subject = settler(tmp_path, ledger, tasks)
+        subject.settle_later(session_with_voucher())
+        await subject.idle(1.0)
+        assert spooled(tmp_path) == [""]
+        await settler(tmp_path, ledger, tasks).retry_once()
+    assert spooled(tmp_path) == []
+    assert ledger.presented[0] == ledger.presented[1]
+
+
+async def test_a_refused_settlement_is_kept_aside_for_a_person(tmp_path: Path) -> None:
+    async with TaskScope() as tasks:
+        subject = settler(tmp_path, FakeLedger(LedgerError("no hold")), tasks)
+        assert not await subject.settle(session_with_voucher())
+        await subject.retry_once()
+    assert spooled(tmp_path) == [".refused"]
+
+
+async def test_without_a_voucher_there_is_nothing_to_present(tmp_path: Path) -> None:
+    session = session_with_voucher()
+    session.books = None
+    ledger = FakeLedger()
+    async with TaskScope() as tasks:
+        assert not await settler(tmp_path, ledger, tasks).settle(session)
+    assert ledger.presented == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xff"])
+async def test_a_damaged_spool_file_harms_nothing_else(tmp_path: Path, content: bytes) -> None:
+    async with TaskScope() as tasks:
+        subject = settler(tmp_path, FakeLedger(), tasks)
+        (tmp_path / "settlements" / "0-1").write_bytes(content)
+        await subject.retry_once()
+    assert spooled(tmp_path) in ([], [".refused"])
