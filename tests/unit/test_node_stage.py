@@ -10,7 +10,7 @@ import pytest
 
 from plait.client.driver import Accounting, Driver, Finish, SendFrame
 from plait.envelope import digest, seal
-from plait.errors import PeerUnreachable, RemoteProtocolError
+from plait.errors import BadSignature, PeerUnreachable, RemoteProtocolError
 from plait.ledger.certs import check_key_cert, make_key_cert
 from plait.ledger.client_books import ClientBooks
 from plait.ledger.opening import opening_to_message, route_digest
@@ -26,6 +26,7 @@ from plait.testing.offers import paper_offer
 from plait.types import Digest, PeerId, Prices, Sampling, SessionId, Span
 from plait.v1 import session_pb2, stage_pb2
 from plait.v1.identity_pb2 import SignedEnvelope
+from plait.v1.ledger_pb2 import SessionVoucher
 
 CLIENT = key_of("client").peer_id
 CLIENT_LEDGER = key_of("client ledger")
@@ -420,3 +421,29 @@ async def test_frames_out_of_place_end_only_their_session() -> None:
     )
     assert list(drained(link)) == []
     assert len(stage.sessions) == 1
+
+
+async def test_a_late_frame_is_not_computed() -> None:
+    swarm = Swarm(Span(0, 4))
+    terms = swarm.terms(3, 8)
+    await swarm.open(terms)
+    stage = swarm.stages[swarm.peers[0]]
+    link = stage.attach(CLIENT)
+    message = frame_message(terms, SendFrame(0, 0, (1, 2, 3), True, True), None)
+    message.deadline_ms = NOW_MS - 1
+    stage.on_frame(message, CLIENT, link)
+    [answer] = list(drained(link))
+    assert answer.fault.code == "deadline"
+    assert swarm.held() == 0
+
+
+async def test_a_forged_last_voucher_is_refused_and_the_session_still_ends() -> None:
+    swarm = Swarm(Span(0, 4))
+    terms = swarm.terms(3, 8)
+    await swarm.open(terms)
+    stage = swarm.stages[swarm.peers[0]]
+    forged = seal(key_of("stranger"), SessionVoucher(session_id=terms.session_id, epoch=1))
+    request = session_pb2.CloseRequest(session_id=terms.session_id, epoch=1, voucher=forged)
+    with pytest.raises(BadSignature):
+        await stage.close(request, CLIENT)
+    assert swarm.held() == 0

@@ -141,6 +141,7 @@ class Generation:
                     request,
                     source=self._around.account.peer,
                     now_ms=self._around.clock_ms(),
+                    alternates=0,
                 )
             except NoRoute as error:
                 if refusals:
@@ -267,7 +268,8 @@ class Generation:
                 match action:
                     case SendFrame():
                         books.sent(action.traversal, action.first_position, action.ids)
-                        await pipeline.send(action, voucher)
+                        deadline_ms = self._around.clock_ms() + round(STALL_TIMEOUT_S * 1000)
+                        pipeline.send(action, voucher, deadline_ms)
                         voucher = None
                     case Deliver():
                         self._token_times.append(self._around.monotonic_s())

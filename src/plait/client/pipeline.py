@@ -63,6 +63,8 @@ class Pipeline:
         self._dialer = dialer
         self._tasks = tasks
         self._results: asyncio.Queue[stage_pb2.TokenResult | PlaitError] = asyncio.Queue(64)
+        # W3C trace context: one trace per session, sampled nowhere by default.
+        self._traceparent = f"00-{terms.session_id.hex()}-{terms.session_id.hex()[:16]}-00"
         self._first: OutgoingLink | None = None
         self._last: OutgoingLink | None = None
 
@@ -92,8 +94,11 @@ class Pipeline:
         await self._first.wait_open()
         await self._last.wait_open()
 
-    async def send(self, frame: SendFrame, voucher: SignedEnvelope | None) -> None:
-        """Push a frame to the first stage; raises ``NetworkError`` when the link is down."""
+    def send(self, frame: SendFrame, voucher: SignedEnvelope | None, deadline_ms: int) -> None:
+        """Push a frame to the first stage; raises ``NetworkError`` when the link is down.
+
+        No stage computes it after ``deadline_ms``.
+        """
         message = stage_pb2.Frame(
             session_id=self.terms.session_id,
             epoch=self.terms.epoch,
@@ -102,6 +107,8 @@ class Pipeline:
             sample=frame.sample,
             close_chunk=frame.close_chunk,
             voucher=voucher,
+            deadline_ms=deadline_ms,
+            traceparent=self._traceparent,
         )
         if frame.ids:
             message.token_ids.ids.extend(frame.ids)

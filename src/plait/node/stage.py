@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from plait.compute.port import Done, StageCompute, Work
 from plait.errors import (
     CapacityError,
+    DeadlineExceeded,
     NetworkError,
     Overspend,
     PlaitError,
@@ -153,8 +154,12 @@ class Stage:
         if session is None:
             return session_pb2.CloseResponse(settled=False)
         session = self._session_of(request.session_id, request.epoch, caller)
-        if request.HasField("voucher") and session.books is not None:
-            session.books.accept_voucher(request.voucher)
+        try:
+            if request.HasField("voucher") and session.books is not None:
+                session.books.accept_voucher(request.voucher)
+        except PlaitError as error:
+            self._end(session, f"closed with a bad voucher: {error}")
+            raise
         self._free(session)
         log.info("session closed", session=session.id.hex(), reason=request.reason[:80])
         return session_pb2.CloseResponse(settled=await self._settler.settle(session))
@@ -190,6 +195,8 @@ class Stage:
             width=self._compute.width,
             vocabulary=self._vocabulary,
         )
+        if 0 < frame.deadline_ms < self._clock_ms():
+            raise DeadlineExceeded("the frame came after its deadline")
         books = session.require_books()
         if frame.voucher is not None:
             books.accept_voucher(frame.voucher)
@@ -230,7 +237,12 @@ class Stage:
             self._compute.free(job.session.id)
             return
         if done.error is not None:
-            log.warning("step failed", session=job.session.id.hex(), error=repr(done.error))
+            log.warning(
+                "step failed",
+                session=job.session.id.hex(),
+                trace=job.frame.traceparent,
+                error=repr(done.error),
+            )
             code = done.error.code if isinstance(done.error, PlaitError) else "compute"
             self._fail(job.session, code, str(done.error))
             return
