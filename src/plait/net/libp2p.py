@@ -252,13 +252,13 @@ class _HostProgram:
         self._host.get_network().register_notifee(_Links(self._changed))
         # One stack in strict order, or trio finds its nurseries misnested.
         async with contextlib.AsyncExitStack() as stack:
+            self._nursery = await stack.enter_async_context(trio.open_nursery())
             await stack.enter_async_context(self._host.run([self._listen]))
             if not self._host.get_transport_addrs():
                 raise NetworkError(f"cannot listen on {self._listen}")
             await stack.enter_async_context(background_trio_service(self._pubsub))
             await stack.enter_async_context(background_trio_service(self._router))
             await self._pubsub.wait_until_ready()
-            self._nursery = await stack.enter_async_context(trio.open_nursery())
             ready()
             try:
                 await trio.sleep_forever()
