@@ -53,6 +53,10 @@ class Testnet:
         """``testnet status`` by node name."""
         return {node["name"]: node for node in self.control("status", as_json=True)["nodes"]}
 
+    def run(self, prompt: str, *arguments: str) -> dict[str, Any]:
+        """One generation."""
+        return self.json("run", self.model, prompt, "--network", str(self.network), *arguments)
+
     def control(self, command: str, *nodes: str, as_json: bool = False) -> dict[str, Any]:
         """Run ``plait testnet COMMAND [NODE]`` on this testnet."""
         arguments = ("testnet", command, *nodes, "--dir", str(self.directory))
@@ -91,14 +95,15 @@ def run_plait(
 def testnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartTestnet]:
     """Give ``testnet(model, stages, replicas)``: a testnet of that shape, shared by the session.
 
-    A test that kills or stops nodes asks for its own with ``fresh=True``. All end with the
-    session.
+    Without ``stages`` it is the default: three spans and a second host of the first. A test
+    that leaves a testnet other than it found it asks for its own with ``fresh=True``. All end
+    with the session.
     """
-    started: dict[tuple[str, int, int], Testnet] = {}
+    started: dict[tuple[str, int | None, int], Testnet] = {}
     with contextlib.ExitStack() as ends:
 
         def start(
-            model: str = TINY, stages: int = 2, replicas: int = 1, *, fresh: bool = False
+            model: str = TINY, stages: int | None = None, replicas: int = 1, *, fresh: bool = False
         ) -> Testnet:
             shape = (model, stages, replicas)
             if shape in started and not fresh:
@@ -112,10 +117,12 @@ def testnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartTestnet]:
 
 
 @contextlib.contextmanager
-def _running(folder: Path, model: str, stages: int, replicas: int) -> Iterator[Testnet]:
+def _running(folder: Path, model: str, stages: int | None, replicas: int) -> Iterator[Testnet]:
     environment = {f"XDG_{name}_HOME": str(folder / name) for name in ("STATE", "CONFIG", "DATA")}
     made = Testnet(folder / "net", model, environment)
-    shape = ["--model", model, "--stages", str(stages), "--replicas", str(replicas)]
+    shape = ["--model", model]
+    if stages is not None:
+        shape += ["--stages", str(stages), "--replicas", str(replicas)]
     try:
         finished = run_plait(
             environment,

@@ -30,8 +30,6 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, *, raw: bool) -> tuple[int,
 
 def check_lengths(prompt_tokens: int, max_tokens: int, context_length: int) -> None:
     """Raise ``ConfigError`` when prompt and answer do not fit the model's context."""
-    if max_tokens < 1:
-        raise ConfigError("--max-tokens must be at least 1")
     if prompt_tokens + max_tokens > context_length:
         room = context_length - prompt_tokens
         raise ConfigError(
