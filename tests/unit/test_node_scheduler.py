@@ -39,12 +39,11 @@ def test_batches_keep_each_sessions_order_and_lose_nothing(queued: list[tuple[in
         )
 
 
-def test_a_full_queue_refuses_and_drop_forgets_one_session() -> None:
+def test_a_full_queue_refuses() -> None:
     subject = scheduler(items_max=2)
     subject.add((1, 0, 1))
     subject.add((2, 1, 1))
     with pytest.raises(CapacityError):
         subject.add((3, 2, 1))
-    subject.drop(1)
-    assert subject.take() == [(2, 1, 1)]
+    assert subject.take() == [(1, 0, 1), (2, 1, 1)]
     assert subject.take() == []

@@ -3,7 +3,7 @@
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -103,13 +103,23 @@ class Client:
                 await self._stop.wait()
 
         try:
-            asyncio.run(live())
+            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+                runner.run(live())
         except BaseException as error:
             if started.done():
                 raise
             started.set_exception(error)
         finally:
             self._loop = None
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where the node extra has brought it, asyncio otherwise."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 async def _next(source: AsyncGenerator[TextDelta | Answer, None]) -> TextDelta | Answer | None:

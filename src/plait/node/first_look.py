@@ -1,5 +1,7 @@
 """A first look at the network, before a node joins it: who is there, and is it us?"""
 
+from dataclasses import replace
+
 import grpc
 import grpc.aio
 
@@ -14,14 +16,17 @@ from plait.v1 import offer_pb2, offer_pb2_grpc
 PROBE_TIMEOUT_S = 1.0
 
 
-async def look_around(network: NetworkFile, peer: PeerId) -> View:
-    """Return what the bootstrap nodes know; empty if none answers.
+async def look_around(network: NetworkFile, peer: PeerId, own_address: str) -> View:
+    """Return what the other bootstrap nodes know; empty if none answers.
+
+    ``own_address`` is the public address this node is about to serve.
 
     Raises ``ConfigError`` if a node with our own identity runs already: its data folder was
     copied. Our own last offer may be in view after a restart, but then nobody answers at its
     address.
     """
-    async with NetworkWatch(network, peer) as watch:
+    others = tuple(node for node in network.bootstrap if node.public_address != own_address)
+    async with NetworkWatch(replace(network, bootstrap=others), peer) as watch:
         await watch.settled()
         view = watch.view()
     offer = view.offers.get(peer)

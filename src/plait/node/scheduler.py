@@ -5,7 +5,7 @@ Frames of one session stay in order because a later one depends on the cache of 
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -50,11 +50,3 @@ class Scheduler(Generic[T]):
             seen.add(key)
         self._queue = later
         return batch
-
-    def drop(self, key: Hashable) -> None:
-        """Forget what is queued for a session that ended."""
-        self._queue = deque(_without(self._queue, self.key, key))
-
-
-def _without(items: Iterable[T], key_of: Callable[[T], Hashable], key: Hashable) -> Iterable[T]:
-    return (item for item in items if key_of(item) != key)

@@ -7,7 +7,6 @@ thread; the event loop never computes. A fault in one session never touches its 
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from plait.compute.port import Done, StageCompute, Work
@@ -27,6 +26,7 @@ from plait.logs import get_logger
 from plait.net.link_stream import Outbox
 from plait.network_file import NetworkFile
 from plait.node.admission import Refused, StageIdentity, examine, refusal
+from plait.node.compute_thread import ComputeThread
 from plait.node.neighbours import Neighbours
 from plait.node.scheduler import Scheduler
 from plait.node.sessions import HOLD_MS, SessionTable, StageSession
@@ -81,11 +81,13 @@ class Stage:
         self._view = view
         self._clock_ms = clock_ms
         self._vocabulary = vocabulary
-        self._on_step = on_step
-        self._scheduler: Scheduler[_Job] = Scheduler(
-            key=lambda job: job.session.id, rows=lambda job: job.frame.rows
+        self._thread: ComputeThread[_Job] = ComputeThread(
+            compute.step,
+            Scheduler(key=lambda job: job.session.id, rows=lambda job: job.frame.rows),
+            _work,
+            self._finish,
+            on_step,
         )
-        self._queued = asyncio.Event()
         self._callers: dict[PeerId, list[ResponseOutbox]] = {}
         self._arrival: dict[SessionId, ResponseOutbox] = {}
         neighbours.on_response = self.on_response
@@ -94,7 +96,7 @@ class Stage:
     @property
     def frames_queued(self) -> int:
         """Frames that wait for the compute thread."""
-        return len(self._scheduler)
+        return self._thread.queued
 
     # Opening and closing ------------------------------------------------------------
 
@@ -213,24 +215,11 @@ class Stage:
         if frame.rows == 0:
             self._push_on(job, Done(hidden=None, drawn=None, error=None))
             return
-        self._scheduler.add(job)
-        self._queued.set()
+        self._thread.submit(job)
 
     async def compute_forever(self) -> None:
-        """Compute what is queued, batch after batch, on one thread."""
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute") as thread:
-            while True:
-                await self._queued.wait()
-                self._queued.clear()
-                while jobs := self._scheduler.take():
-                    works = [_work(job) for job in jobs]
-                    started_s = loop.time()
-                    results = await loop.run_in_executor(thread, self._compute.step, works)
-                    if len(works) == works[0].rows == 1:
-                        self._on_step((loop.time() - started_s) * 1e6)
-                    for job, done in zip(jobs, results, strict=True):
-                        self._finish(job, done)
+        """Compute what is queued until cancelled."""
+        await self._thread.run()
 
     def _finish(self, job: _Job, done: Done) -> None:
         if self.sessions.get(job.session.id) is not job.session:
@@ -374,7 +363,6 @@ class Stage:
     def _free(self, session: StageSession) -> None:
         self.sessions.remove(session.id)
         self._arrival.pop(session.id, None)
-        self._scheduler.drop(session.id)
         self._compute.free(session.id)
 
     def expire(self) -> None:

@@ -95,7 +95,7 @@ async def start_stage(
     check_loadable(local, config.span, config.dtype)
     trusted = TrustedCertificates()
     ports = _Ports.bind(me, trusted)
-    view = await look_around(network, me.peer)
+    view = await look_around(network, me.peer, ports.public_address)
     compute, speed_us = await _load_compute(me, local, view)
     tasks = await stack.enter_async_context(TaskScope())
     control = Libp2pControlPlane(

@@ -1,0 +1,85 @@
+"""The compute thread: batches, order, errors and its end."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from plait.compute.port import Done, Work
+from plait.errors import CapacityError
+from plait.node import compute_thread
+from plait.node.compute_thread import ComputeThread
+from plait.node.scheduler import Scheduler
+from plait.types import SessionId
+
+
+def work(job: int) -> Work:
+    return Work(SessionId(bytes([job]) * 16), 0, (1,), None)
+
+
+class Recorder:
+    """A step that can be held back, and what came of it."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.batches: list[int] = []
+        self.threads: set[str] = set()
+        self.done: list[int] = []
+        self.finished = asyncio.Event()
+
+    def step(self, works: Sequence[Work]) -> list[Done]:
+        assert self.go.wait(5)
+        self.batches.append(len(works))
+        self.threads.add(threading.current_thread().name)
+        return [Done() for _ in works]
+
+    def on_done(self, job: int, done: Done) -> None:
+        self.done.append(job)
+        if len(self.done) == 6:
+            self.finished.set()
+
+
+def thread_of(recorder: Recorder) -> ComputeThread[int]:
+    scheduler: Scheduler[int] = Scheduler(key=lambda job: job, rows=lambda job: 1, rows_max=4)
+    return ComputeThread(recorder.step, scheduler, work, recorder.on_done, lambda elapsed_us: None)
+
+
+async def test_what_has_queued_is_computed_together_off_the_loop() -> None:
+    recorder = Recorder()
+    subject = thread_of(recorder)
+    for job in range(6):
+        subject.submit(job)
+    recorder.go.set()
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(subject.run())
+        async with asyncio.timeout(5):
+            await recorder.finished.wait()
+        running.cancel()
+    assert recorder.batches == [4, 2]
+    assert recorder.done == list(range(6))
+    assert recorder.threads == {"compute"}
+    assert subject.queued == 0
+
+
+async def test_a_step_that_raises_ends_the_thread_with_its_error() -> None:
+    recorder = Recorder()
+
+    def step(works: Sequence[Work]) -> list[Done]:
+        raise ValueError("a bug")
+
+    recorder.step = step  # type: ignore[method-assign]
+    subject = thread_of(recorder)
+    subject.submit(1)
+    with pytest.raises(ValueError, match="a bug"):
+        async with asyncio.timeout(5):
+            await subject.run()
+
+
+async def test_a_flood_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute_thread, "QUEUED_MAX", 2)
+    subject = thread_of(Recorder())
+    subject.submit(1)
+    subject.submit(2)
+    with pytest.raises(CapacityError):
+        subject.submit(3)
