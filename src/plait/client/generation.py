@@ -45,7 +45,9 @@ log = get_logger(__name__)
 
 ATTEMPTS_MAX = 4
 STALL_TIMEOUT_S = 60.0
-RESERVATION_TTL_MS = 3_600_000
+RESERVATION_TTL_MS_MIN = 300_000
+RESERVATION_TTL_MS_MAX = 12 * 3_600_000
+"""Credit stays set aside for as long, if a stage vanishes without releasing it."""
 KEY_CERT_TTL_MS = 86_400_000
 EVIDENCE_WAIT_S = 3.0
 _EVIDENCE_POLL_S = 0.1
@@ -187,9 +189,8 @@ class Generation:
             handoff_salt=secrets.token_bytes(32),
         )
         offers = tuple(_known(around.envelope_of(stage.offer)) for stage in chosen.stages)
-        opening = opening_to_message(
-            terms, self._order.sampling, now_ms, now_ms + RESERVATION_TTL_MS
-        )
+        expires_ms = now_ms + _session_ms_max(chosen)
+        opening = opening_to_message(terms, self._order.sampling, now_ms, expires_ms)
         return _Opened(
             pipeline=Pipeline(
                 terms, [stage.offer for stage in chosen.stages], around.dialer, around.tasks
@@ -233,7 +234,7 @@ class Generation:
                 lane.number,
                 sequence,
                 around.clock_ms(),
-                RESERVATION_TTL_MS,
+                _session_ms_max(opened.plan),
                 route_digest(opened.terms),
             )
             lane.save(sequence, reservation)
@@ -369,6 +370,13 @@ class Generation:
             seed=self._order.sampling.seed,
             bundle=bundle,
         )
+
+
+def _session_ms_max(chosen: Plan) -> int:
+    """How long the session may take: three times the prediction, and some minutes."""
+    predicted = chosen.predicted
+    predicted_s = predicted.ttft_s + predicted.tpot_s * chosen.request.max_tokens
+    return min(RESERVATION_TTL_MS_MIN + round(3_000 * predicted_s), RESERVATION_TTL_MS_MAX)
 
 
 def _known(envelope: SignedEnvelope | None) -> SignedEnvelope:

@@ -60,6 +60,7 @@ class Pipeline:
         self.terms = terms
         self.stage_certs: list[SignedEnvelope] = []
         self._offers = tuple(offers)
+        self._held: set[PeerId] = set()
         self._dialer = dialer
         self._tasks = tasks
         self._results: asyncio.Queue[stage_pb2.TokenResult | PlaitError] = asyncio.Queue(64)
@@ -135,7 +136,9 @@ class Pipeline:
             voucher=voucher,
             reason=reason,
         )
-        settled = await asyncio.gather(*(self._close_one(offer, request) for offer in self._offers))
+        # Whoever did not say yes holds nothing, or lets go of it within two seconds.
+        held = [offer for offer in self._offers if offer.peer in self._held]
+        settled = await asyncio.gather(*(self._close_one(offer, request) for offer in held))
         for link in (self._first, self._last):
             if link is not None:
                 link.outbox.close()
@@ -170,6 +173,7 @@ class Pipeline:
         response = await _call(offer.peer, stub.Open(request, timeout=OPEN_TIMEOUT_S))
         if response.HasField("refusal"):
             raise _refused(offer.peer, response.refusal)
+        self._held.add(offer.peer)
         cert: SignedEnvelope = response.stage_cert
         return cert
 
