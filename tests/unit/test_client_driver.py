@@ -37,7 +37,11 @@ def test_every_position_is_fed_once_and_every_draw_is_accounted(
     draws = [10 + i for i in range(end_after - 1)] + [END]
     draws += [99] * max_tokens
     driver = Driver(
-        tuple(range(100, 100 + prompt)), max_tokens, frozenset({END}), Accounting(chunk, prefill)
+        tuple(range(100, 100 + prompt)),
+        max_tokens,
+        frozenset({END}),
+        Accounting(chunk, prefill),
+        vocabulary_size=200,
     )
     delivered, reason = run(driver, draws)
     expected = draws[: min(max_tokens, end_after)]
@@ -58,7 +62,7 @@ def test_every_position_is_fed_once_and_every_draw_is_accounted(
 
 
 def test_a_repeated_result_is_dropped_and_a_wrong_one_is_the_peers_fault() -> None:
-    driver = Driver((5, 6, 7), 4, frozenset({END}), Accounting(32, 2))
+    driver = Driver((5, 6, 7), 4, frozenset({END}), Accounting(32, 2), 100)
     driver.start()
     driver.on_result(0, [], [])
     assert driver.on_result(0, [], []) == []
@@ -68,8 +72,19 @@ def test_a_repeated_result_is_dropped_and_a_wrong_one_is_the_peers_fault() -> No
         driver.on_result(1, [], [])
 
 
+@pytest.mark.parametrize(
+    ("token", "logprob"), [(100, -1.0), (7, float("nan")), (7, float("-inf")), (7, 0.5)]
+)
+def test_an_impossible_draw_is_not_delivered(token: int, logprob: float) -> None:
+    driver = Driver((5,), 8, frozenset({END}), Accounting(), 100)
+    driver.start()
+    with pytest.raises(RemoteProtocolError):
+        driver.on_result(0, [token], [logprob])
+    assert driver.drawn == []
+
+
 def test_the_closing_frame_has_no_rows() -> None:
-    driver = Driver((5,), 8, frozenset({END}), Accounting())
+    driver = Driver((5,), 8, frozenset({END}), Accounting(), 100)
     driver.start()
     driver.on_result(0, [11], [-0.1])
     [close] = driver.on_result(1, [END], [-0.1])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from plait.compute.port import Done, Work
-from plait.errors import CapacityError
+from plait.errors import CapacityError, LocalProtocolError
 from plait.node import compute_thread
 from plait.node.compute_thread import ComputeThread
 from plait.node.scheduler import Scheduler
@@ -62,18 +62,28 @@ async def test_what_has_queued_is_computed_together_off_the_loop() -> None:
     assert subject.queued == 0
 
 
-async def test_a_step_that_raises_ends_the_thread_with_its_error() -> None:
-    recorder = Recorder()
+async def test_a_step_that_raises_fails_its_own_jobs_only() -> None:
+    outcomes: asyncio.Queue[Done] = asyncio.Queue()
+    fail = [True]
 
     def step(works: Sequence[Work]) -> list[Done]:
-        raise ValueError("a bug")
+        if fail.pop():
+            fail.append(False)
+            raise ValueError("a bug")
+        fail.append(False)
+        return [Done() for _ in works]
 
-    recorder.step = step  # type: ignore[method-assign]
-    subject = thread_of(recorder)
-    subject.submit(1)
-    with pytest.raises(ValueError, match="a bug"):
-        async with asyncio.timeout(5):
-            await subject.run()
+    scheduler: Scheduler[int] = Scheduler(key=lambda job: job, rows=lambda job: 1)
+    subject = ComputeThread(
+        step, scheduler, work, lambda job, done: outcomes.put_nowait(done), lambda elapsed_us: None
+    )
+    async with asyncio.TaskGroup() as tasks, asyncio.timeout(5):
+        running = tasks.create_task(subject.run())
+        subject.submit(1)
+        assert isinstance((await outcomes.get()).error, LocalProtocolError)
+        subject.submit(2)
+        assert (await outcomes.get()).error is None
+        running.cancel()
 
 
 async def test_a_flood_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

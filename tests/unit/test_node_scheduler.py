@@ -1,22 +1,19 @@
 """The scheduler: batches, order within a session, bounds."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.errors import CapacityError
 from plait.node.scheduler import Scheduler
 
 Item = tuple[int, int, int]
 """Session, place in its order, rows."""
 
 
-def scheduler(rows_max: int = 8, items_max: int = 100) -> Scheduler[Item]:
+def scheduler(rows_max: int = 8) -> Scheduler[Item]:
     return Scheduler(
         key=lambda item: item[0],
         rows=lambda item: item[2],
         rows_max=rows_max,
-        items_max=items_max,
     )
 
 
@@ -37,13 +34,3 @@ def test_batches_keep_each_sessions_order_and_lose_nothing(queued: list[tuple[in
         assert [place for s, place, _ in taken if s == session] == sorted(
             place for s, place, _ in items if s == session
         )
-
-
-def test_a_full_queue_refuses() -> None:
-    subject = scheduler(items_max=2)
-    subject.add((1, 0, 1))
-    subject.add((2, 1, 1))
-    with pytest.raises(CapacityError):
-        subject.add((3, 2, 1))
-    assert subject.take() == [(1, 0, 1), (2, 1, 1)]
-    assert subject.take() == []

@@ -1,5 +1,6 @@
 """Settlement: on disk before it is sent, tried again until the ledger has it."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,22 @@ class FakeLedger:
         if self.failures:
             raise self.failures.pop(0)
         return 5
+
+
+class SlowLedger(FakeLedger):
+    """Answers when told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = asyncio.Event()
+        self.answer = asyncio.Event()
+
+    async def settle(
+        self, request: SignedEnvelope, cert: SignedEnvelope, voucher: SignedEnvelope
+    ) -> int:
+        self.asked.set()
+        await self.answer.wait()
+        return await super().settle(request, cert, voucher)
 
 
 def session_with_voucher() -> StageSession:
@@ -81,6 +98,20 @@ async def test_a_refused_settlement_is_kept_aside_for_a_person(tmp_path: Path) -
         assert not await subject.settle(session_with_voucher())
         await subject.retry_once()
     assert spooled(tmp_path) == [".refused"]
+
+
+async def test_a_settlement_under_way_is_not_presented_twice(tmp_path: Path) -> None:
+    ledger = SlowLedger()
+    async with TaskScope() as tasks:
+        subject = settler(tmp_path, ledger, tasks)
+        closing = tasks.create_task(subject.settle(session_with_voucher()))
+        await ledger.asked.wait()
+        await subject.retry_once()
+        ledger.answer.set()
+        assert await closing
+        await subject.retry_once()
+    assert len(ledger.presented) == 1
+    assert spooled(tmp_path) == []
 
 
 async def test_without_a_voucher_there_is_nothing_to_present(tmp_path: Path) -> None:

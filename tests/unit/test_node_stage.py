@@ -217,6 +217,7 @@ async def generate(swarm: Swarm, terms: SessionTerms, prompt: tuple[int, ...]) -
         terms.max_tokens,
         frozenset({0}),
         Accounting(terms.chunk_tokens, terms.prefill_chunk_tokens),
+        VOCABULARY_SIZE,
     )
     books, voucher = ClientBooks(terms, CLIENT_LEDGER), None
     async with asyncio.TaskGroup() as tasks:
@@ -421,6 +422,29 @@ async def test_frames_out_of_place_end_only_their_session() -> None:
     )
     assert list(drained(link)) == []
     assert len(stage.sessions) == 1
+
+
+async def test_empty_chunks_and_floods_end_their_session() -> None:
+    swarm = Swarm(Span(0, 4))
+    terms = swarm.terms(3, 8)
+    await swarm.open(terms)
+    stage = swarm.stages[swarm.peers[0]]
+    link = stage.attach(CLIENT)
+    empty = frame_message(terms, SendFrame(0, 2, (), False, True), None)
+    stage.on_frame(empty, CLIENT, link)
+    [answer] = list(drained(link))
+    assert answer.fault.code == "protocol-remote"
+    await swarm.open(terms)
+    for position in range(3):
+        frame = SendFrame(position, position, (1,), position == 2, close_chunk=False)
+        stage.on_frame(frame_message(terms, frame, None), CLIENT, link)
+    [session] = stage.sessions
+    session.frames_queued = 16
+    frame = SendFrame(3, 3, (1,), True, close_chunk=False)
+    stage.on_frame(frame_message(terms, frame, None), CLIENT, link)
+    [answer] = list(drained(link))
+    assert "queued" in answer.fault.reason
+    assert swarm.held() == 0
 
 
 async def test_a_late_frame_is_not_computed() -> None:

@@ -150,6 +150,9 @@ def _report_bug(error: Exception, wants_json: bool) -> int:
 
 def _write_error(code: str, message: str, remedy: str, wants_json: bool) -> None:
     sys.stdout.flush()
+    from plait.ledger.report import printable
+
+    message = printable(message)  # a peer's words may be in it
     print(f"error: {message}", file=sys.stderr)
     if remedy:
         print(f"try: {remedy}", file=sys.stderr)

@@ -65,8 +65,8 @@ def run(
         bundle=bundle is not None,
         **_peers(pin, only, ignore),
     )
-    if bundle is not None and not bundle.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {bundle} does not exist")
+    if bundle is not None:
+        _check_writable(bundle)
     text = sys.stdin.read() if prompt == "-" else prompt
     with _client(network) as client:
         answer = _stream(client, model, text, options, show=not json_output)
@@ -96,6 +96,8 @@ def chat(
     network: Network = None,
 ) -> None:
     """Talk with a model. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
+    from plait.ledger.report import printable
+
     options = _options(
         max_tokens=max_tokens,
         max_price=max_price,
@@ -108,6 +110,7 @@ def chat(
     )
     messages = [{"role": "system", "content": system}] if system else []
     with _client(network) as client:
+        client.check_model(model)
         while line := _ask():
             messages.append({"role": "user", "content": line})
             try:
@@ -117,11 +120,22 @@ def chat(
                 messages.pop()
                 continue
             except PlaitError as error:
-                print(f"error: {error}", file=sys.stderr)
+                if not sys.stdin.isatty():
+                    raise
+                print(f"error: {printable(str(error))}", file=sys.stderr)
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": answer.text})
             print(f"({_figures(answer)})", file=sys.stderr)
+
+
+def _check_writable(bundle: Path) -> None:
+    """Fail before anything is paid for."""
+    try:
+        with bundle.open("ab"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot write the bundle {bundle}: {error.strerror}") from error
 
 
 def _ask() -> str:

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,11 @@ LANES = 64
 
 @dataclass(slots=True)
 class Lane:
-    """One lane, locked to this process while in use."""
+    """One lane, locked to this process while in use.
+
+    A new lane gets a random number: a folder that lost its lane files then starts lanes that
+    the ledger has never seen, instead of signing used numbers again.
+    """
 
     number: int
     _path: Path
@@ -35,6 +40,7 @@ class Lane:
             return 1, None
         try:
             state = json.loads(self._path.read_text())
+            self.number = int(state["lane"])
             pending = state["pending"]
             envelope = SignedEnvelope.FromString(bytes.fromhex(pending)) if pending else None
             return int(state["next"]), envelope
@@ -44,7 +50,11 @@ class Lane:
     def save(self, next_sequence: int, pending: SignedEnvelope | None) -> None:
         """Make the state durable before returning."""
         text = json.dumps(
-            {"next": next_sequence, "pending": pending.SerializeToString().hex() if pending else ""}
+            {
+                "lane": self.number,
+                "next": next_sequence,
+                "pending": pending.SerializeToString().hex() if pending else "",
+            }
         )
         part = self._path.with_suffix(".part")
         with part.open("w") as file:
@@ -84,7 +94,7 @@ class Account:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue
-                yield Lane(number, lanes / f"{number}.json")
+                yield Lane(secrets.randbits(32), lanes / f"{number}.json")
                 return
         raise CapacityError(f"all {LANES} lanes of the account are in use", retry_after_s=1.0)
 

@@ -17,6 +17,8 @@ from plait.router.view import View
 
 ResultT = TypeVar("ResultT")
 
+CANCEL_TIMEOUT_S = 8.0
+
 
 class Client:
     """A client of one network; a context manager. See ``AsyncClient`` for the arguments."""
@@ -65,6 +67,10 @@ class Client:
         """The route that would be taken now, or why there is none; JSON-ready."""
         return self._client.explain(model, prompt_tokens, options or Options())
 
+    def check_model(self, model: str) -> None:
+        """Raise ``ModelError`` unless the model is known and its tokenizer is here."""
+        self._client.check_model(model)
+
     def wait_settled(self) -> None:
         """Return once the first offers are in and their links are measured, or after 3 s."""
         self._call(self._client.wait_settled())
@@ -88,11 +94,21 @@ class Client:
         if self._loop is None:
             work.close()
             raise LocalProtocolError("use the client as a context manager: with Client(…)")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        ended = threading.Event()
+
+        async def attended() -> ResultT:
+            try:
+                return await work
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(attended(), self._loop)
         try:
             return future.result()
         except BaseException:
-            future.cancel()
+            # Ctrl-C, say. The session must be closed before anything else is asked of it.
+            if future.cancel():
+                ended.wait(CANCEL_TIMEOUT_S)
             raise
 
     def _run(self, started: "concurrent.futures.Future[None]") -> None:

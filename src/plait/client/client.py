@@ -31,8 +31,6 @@ from plait.types import MILLION, Microcredits, PeerId, Sampling, Span
 
 T = TypeVar("T")
 
-_STREAM_QUEUE_MAX = 4096
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -91,11 +89,9 @@ class Options:
 
 @dataclass(slots=True)
 class _Stream:
-    """Tokens of one generation on their way to an async iterator."""
+    """Tokens of one generation on their way to an async iterator; ``max_tokens`` bounds them."""
 
-    queue: "asyncio.Queue[tuple[int, float] | None]" = field(
-        default_factory=lambda: asyncio.Queue(_STREAM_QUEUE_MAX)
-    )
+    queue: "asyncio.Queue[tuple[int, float] | None]" = field(default_factory=asyncio.Queue)
 
     def emit(self, token_id: int, logprob: float) -> None:
         self.queue.put_nowait((token_id, logprob))
@@ -189,6 +185,10 @@ class AsyncClient:
             shape = local.manifest.shape
             return explain_failure(error, self.view(), shape, request, _clock_ms())
 
+    def check_model(self, model: str) -> None:
+        """Raise ``ModelError`` unless the model is known and its tokenizer is here."""
+        self._load(model)
+
     async def wait_settled(self) -> None:
         """Return once the first offers are in and their links are measured, or after 3 s."""
         await _entered(self._watch).settled()
@@ -243,6 +243,7 @@ class AsyncClient:
             prompt_ids=ids,
             sampling=options.sampling(tokenizer.end_ids),
             route=options.route_request(len(ids)),
+            vocabulary_size=local.manifest.vocabulary_size,
             manifest=local.manifest.payload,
             want_bundle=options.bundle,
         )

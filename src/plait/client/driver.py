@@ -5,6 +5,7 @@ used once, so a late or repeated result is dropped. Positions are explicit: fram
 prompt starts where frame k-1 ended, and each drawn token is fed back at the next position.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -69,6 +70,7 @@ class Driver:
         max_tokens: int,
         end_ids: frozenset[int],
         accounting: Accounting,
+        vocabulary_size: int,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.drawn: list[int] = []
@@ -76,6 +78,7 @@ class Driver:
         self._max_tokens = max_tokens
         self._end_ids = end_ids
         self._accounting = accounting
+        self._vocabulary_size = vocabulary_size
         self._prefill = self._prefill_frames()
         self._draws_in_chunk = 0
         self._finish: FinishReason | None = None
@@ -107,6 +110,10 @@ class Driver:
             return []
         if traversal > sent.traversal or len(ids) != int(sent.sample) or len(logprobs) != len(ids):
             raise RemoteProtocolError("the last stage answered a frame that was not sent")
+        if any(token_id >= self._vocabulary_size for token_id in ids):
+            raise RemoteProtocolError("the last stage drew a token outside the vocabulary")
+        if not all(math.isfinite(logprob) and logprob <= 0 for logprob in logprobs):
+            raise RemoteProtocolError("the last stage gave an impossible log-probability")
         if self._finish is not None:
             return [Finish(self._finish)]
         if not sent.sample:

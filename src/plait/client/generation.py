@@ -76,6 +76,7 @@ class Order:
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     route: RouteRequest
+    vocabulary_size: int
     manifest: bytes
     want_bundle: bool
 
@@ -116,6 +117,7 @@ class Generation:
             self._order.route.max_tokens,
             frozenset(self._order.sampling.end_ids),
             Accounting(opened.terms.chunk_tokens, opened.terms.prefill_chunk_tokens),
+            self._order.vocabulary_size,
         )
         reason = "aborted"
         try:
@@ -283,7 +285,9 @@ class Generation:
             except SessionLost as error:
                 delivered = len(driver.token_ids)
                 raise SessionLost(
-                    f"{error} ({delivered} tokens were delivered)", resumable_from=delivered
+                    f"{error} ({delivered} tokens were delivered)",
+                    resumable_from=delivered,
+                    remedy=error.remedy,
                 ) from error
             sent = driver.in_flight
             actions = driver.on_result(result.traversal, list(result.ids), list(result.logprobs))

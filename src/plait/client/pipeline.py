@@ -159,8 +159,16 @@ class Pipeline:
             if peer == self.terms.stages[-1].peer and message.result.epoch == self.terms.epoch:
                 self._offer_result(message.result)
         elif kind == "fault" and message.fault.session_id == self.terms.session_id:
-            fault = message.fault
-            self._offer_result(SessionLost(f"stage {fault.peer_id}: {fault.code}: {fault.reason}"))
+            self._offer_result(self._lost(peer, message.fault))
+
+    def _lost(self, sender: PeerId, fault: stage_pb2.SessionFault) -> SessionLost:
+        peers = [stage.peer for stage in self.terms.stages]
+        # Only stages of the route can be to blame; a name from elsewhere is the sender's word.
+        blamed = fault.peer_id if fault.peer_id in peers else sender
+        return SessionLost(
+            f"stage {peers.index(PeerId(blamed))} ({blamed}) failed: {fault.code}: {fault.reason}",
+            remedy="run it again: the router avoids a dead node within seconds",
+        )
 
     def _offer_result(self, answer: stage_pb2.TokenResult | PlaitError) -> None:
         # One traversal is in flight, so a full queue means a peer that floods.

@@ -13,9 +13,11 @@ from contextlib import suppress
 from typing import Generic, TypeVar
 
 from plait.compute.port import Done, Work
-from plait.errors import CapacityError
+from plait.errors import CapacityError, LocalProtocolError
+from plait.logs import get_logger
 from plait.node.scheduler import Scheduler
 
+log = get_logger(__name__)
 JobT = TypeVar("JobT")
 
 QUEUED_MAX = 1024
@@ -50,12 +52,12 @@ class ComputeThread(Generic[JobT]):
 
     def submit(self, job: JobT) -> None:
         """Queue a job; raises ``CapacityError`` when too many wait."""
-        if self._incoming.qsize() >= QUEUED_MAX:
+        if self.queued >= QUEUED_MAX:
             raise CapacityError("the stage has too many frames queued")
         self._incoming.put(job)
 
     async def run(self) -> None:
-        """Compute until cancelled; a step that raises ends this with its exception."""
+        """Compute until cancelled; a step that raises fails its own jobs only."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
         thread = threading.Thread(
@@ -75,7 +77,7 @@ class ComputeThread(Generic[JobT]):
                 jobs = self._scheduler.take()
                 works = [self._work_of(job) for job in jobs]
                 started_s = time.perf_counter()
-                results = self._step(works)
+                results = self._step_safely(works)
                 elapsed_us = (time.perf_counter() - started_s) * 1e6
                 loop.call_soon_threadsafe(self._deliver, jobs, results, elapsed_us)
         except Exception as error:  # noqa: BLE001 - the top of a thread: the loop raises it
@@ -84,6 +86,14 @@ class ComputeThread(Generic[JobT]):
         else:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(ended.set_result, None)
+
+    def _step_safely(self, works: Sequence[Work]) -> list[Done]:
+        try:
+            return self._step(works)
+        except Exception as error:
+            log.exception("a step failed as a whole")
+            failure = LocalProtocolError(f"the stage failed: {type(error).__name__}")
+            return [Done(error=failure) for _ in works]
 
     def _fill(self) -> bool:
         """Move what has come to the scheduler, waiting if there is nothing; False to stop."""

@@ -9,28 +9,26 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from plait.errors import CapacityError
-
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class Scheduler(Generic[T]):
-    """A bounded queue of work, ``key`` naming the session and ``rows`` the size of an item."""
+    """A queue of work, ``key`` naming the session and ``rows`` the size of an item.
+
+    Whoever adds bounds it.
+    """
 
     key: Callable[[T], Hashable]
     rows: Callable[[T], int]
     rows_max: int = 512
-    items_max: int = 1024
     _queue: deque[T] = field(default_factory=deque)
 
     def __len__(self) -> int:
         return len(self._queue)
 
     def add(self, item: T) -> None:
-        """Queue an item; raises ``CapacityError`` when the queue is full."""
-        if len(self._queue) >= self.items_max:
-            raise CapacityError("the stage has too many frames queued")
+        """Queue an item."""
         self._queue.append(item)
 
     def take(self) -> list[T]:

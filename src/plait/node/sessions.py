@@ -6,7 +6,7 @@ the signed terms name, in the right epoch, with a traversal number not seen befo
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from plait.errors import CapacityError, RemoteProtocolError
 from plait.ledger.stage_books import StageBooks
@@ -30,6 +30,9 @@ class StageSession:
     books: StageBooks | None = None
     next_traversal: int = 0
     next_position: int = 0
+    frames_queued: int = 0
+    closed: TokenCounts = field(default_factory=TokenCounts)
+    """The counts at the last frame that closed a chunk."""
 
     @property
     def id(self) -> SessionId:
@@ -72,7 +75,14 @@ class StageSession:
         return self.books
 
     def admit_frame(
-        self, *, epoch: int, traversal: int, first_position: int, rows: int, sample: bool
+        self,
+        *,
+        epoch: int,
+        traversal: int,
+        first_position: int,
+        rows: int,
+        sample: bool,
+        close_chunk: bool,
     ) -> TokenCounts:
         """Check a frame's place in the sequence and the credit window; return the counts after it.
 
@@ -87,7 +97,11 @@ class StageSession:
         if first_position > self.next_position or first_position + rows > self.tokens_max:
             raise RemoteProtocolError(f"a frame at position {first_position} does not fit")
         counts = self.terms.counts_after(first_position, rows, sample)
+        if rows == 0 and (counts == self.closed or self.frames_queued):
+            raise RemoteProtocolError("there is nothing to close, or not yet")
         self.require_books().admit(counts)
+        if close_chunk:
+            self.closed = counts
         self.next_traversal += 1
         self.next_position = first_position + rows
         return counts

@@ -1,4 +1,7 @@
-"""Presenting vouchers to the ledger. A voucher is on disk before it is sent.
+"""Presenting vouchers to the ledger. A voucher is in a file before it is sent.
+
+The file survives the process, not a power cut: that costs a fsync per session, and the
+client's own settlement of the same voucher pays all stages.
 
 A settlement that the ledger did not acknowledge is tried again every few seconds, and
 after a restart: settling twice pays once.
@@ -45,6 +48,7 @@ class Settler:
         self._clock_ms = clock_ms
         self._tasks = tasks
         self._running: set[asyncio.Task[None]] = set()
+        self._presenting: set[Path] = set()
         spool_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     async def settle(self, session: StageSession) -> bool:
@@ -76,13 +80,28 @@ class Settler:
         )
         path = self._spool_dir / f"{session.id.hex()}-{session.terms.epoch}"
         part = path.with_suffix(".part")
-        part.write_bytes(message.SerializeToString())
-        part.replace(path)
+        try:
+            part.write_bytes(message.SerializeToString())
+            part.replace(path)
+        except OSError as error:
+            log.error("a settlement could not be kept on disk", reason=str(error))
+            return None
         return path
 
     async def _present(self, path: Path) -> bool:
+        if path in self._presenting:
+            return False
+        self._presenting.add(path)
+        try:
+            return await self._present_alone(path)
+        finally:
+            self._presenting.discard(path)
+
+    async def _present_alone(self, path: Path) -> bool:
         try:
             message = SettleRequest.FromString(path.read_bytes())
+        except FileNotFoundError:
+            return True  # settled meanwhile
         except DecodeError:
             log.error("a spooled settlement is damaged", file=str(path))
             path.replace(path.with_suffix(".refused"))
@@ -101,7 +120,7 @@ class Settler:
     async def _present_quietly(self, path: Path) -> None:
         try:
             await self._present(path)
-        except PlaitError as error:
+        except (PlaitError, OSError) as error:
             log.info("settlement waits", session=path.name, reason=str(error))
 
     async def retry_forever(self) -> None:

@@ -43,6 +43,9 @@ ResponseOutbox = Outbox[stage_pb2.LinkResponse]
 
 _CONFIRM_LINK_TIMEOUT_S = 3.0
 
+FRAMES_QUEUED_MAX = 16
+"""Frames of one session that may wait; a driver has one traversal in flight."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Job:
@@ -199,6 +202,8 @@ class Stage:
         )
         if 0 < frame.deadline_ms < self._clock_ms():
             raise DeadlineExceeded("the frame came after its deadline")
+        if session.frames_queued >= FRAMES_QUEUED_MAX:
+            raise RemoteProtocolError("too many frames of one session are queued")
         books = session.require_books()
         if frame.voucher is not None:
             books.accept_voucher(frame.voucher)
@@ -208,6 +213,7 @@ class Stage:
             first_position=frame.first_position,
             rows=frame.rows,
             sample=frame.sample,
+            close_chunk=frame.close_chunk,
         )
         books.received(frame.traversal, frame.first_position, frame.rows, frame.payload)
         self.sessions.touch(session, self._clock_ms())
@@ -216,12 +222,14 @@ class Stage:
             self._push_on(job, Done(hidden=None, drawn=None, error=None))
             return
         self._thread.submit(job)
+        session.frames_queued += 1
 
     async def compute_forever(self) -> None:
         """Compute what is queued until cancelled."""
         await self._thread.run()
 
     def _finish(self, job: _Job, done: Done) -> None:
+        job.session.frames_queued -= 1
         if self.sessions.get(job.session.id) is not job.session:
             self._compute.free(job.session.id)
             return
@@ -239,6 +247,9 @@ class Stage:
             self._push_on(job, done)
         except PlaitError as error:
             self._fail(job.session, error.code, str(error))
+        except Exception as error:
+            log.exception("a result could not be passed on", session=job.session.id.hex())
+            self._fail(job.session, "internal", type(error).__name__)
 
     def _push_on(self, job: _Job, done: Done) -> None:
         session, frame, books = job.session, job.frame, job.session.require_books()
