@@ -26,7 +26,7 @@ FUNCTION_LINES_MAX = 70
 CORE = {"types", "errors", "identity", "envelope", "network_file", "prices_wire", "v1"}
 CORES = CORE | {"router", "ledger"}
 ENGINES = CORES | {"logs", "task_scope", "model", "compute", "net", "ledger.service"}
-EVERYTHING = ENGINES | {"node", "client", "locate", "testnet", "cli"}
+EVERYTHING = ENGINES | {"node", "client", "gateway", "locate", "testnet", "cli"}
 
 # What each package may import of plait, besides itself.
 ALLOWED = {
@@ -46,7 +46,8 @@ ALLOWED = {
     "net": CORES | {"logs", "task_scope"},
     "ledger.service": CORES | {"logs", "net", "task_scope"},
     "node": ENGINES,
-    "client": ENGINES,
+    "client": ENGINES | {"locate"},
+    "gateway": ENGINES | {"client"},
     "testing": ENGINES | {"node", "client", "testnet"},
     "testnet": ENGINES | {"node", "client"},
     "cli": EVERYTHING | {""},

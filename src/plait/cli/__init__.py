@@ -22,6 +22,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "run": Command("plait.cli.run", "run", "Generate an answer to one prompt."),
     "chat": Command("plait.cli.run", "chat", "Talk with a model."),
+    "serve": Command("plait.cli.serve", "serve", "An OpenAI-compatible API on this machine."),
     "testnet": Command("plait.cli.testnet", "app", "A real network on this machine."),
     "node": Command("plait.cli.node", "app", "Serve a span of a model's layers."),
     "net": Command("plait.cli.net", "app", "Create and show networks."),
@@ -55,7 +56,7 @@ def overview() -> str:
             "  --help                Show this message; COMMAND --help says more.",
             "",
             f"Exit codes: {_EXIT_CODES};",
-            "the others are in the documentation.",
+            "all of them: docs/exit-codes.md.",
             "",
             "Example:",
             "  plait testnet up --model smollm2-135m --detach",
@@ -76,6 +77,9 @@ def main() -> int:
     if arguments in (["--version"], ["-V"], ["version"]):
         print(f"plait {__version__}")
         return 0
-    from plait.cli.root import invoke
+    try:
+        from plait.cli.root import invoke
 
-    return invoke(arguments)
+        return invoke(arguments)
+    except KeyboardInterrupt:  # while importing
+        return 130

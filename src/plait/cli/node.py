@@ -45,6 +45,7 @@ def run(
 ) -> None:
     """Run a node in the foreground until SIGTERM or Ctrl-C, which end it cleanly."""
     from plait.locate import network_path, node_dir
+    from plait.net.port import peer_of_multiaddr
     from plait.node.config import NodeConfig
     from plait.node.daemon import main
     from plait.types import Prices, Span
@@ -55,6 +56,14 @@ def run(
         raise ConfigError(
             f"--span {span}: {error}", remedy="--span 0:10, or --span auto"
         ) from error
+    for multiaddr in bootstrap or ():
+        try:
+            peer_of_multiaddr(multiaddr)
+        except ValueError as error:
+            raise ConfigError(
+                f"--bootstrap {multiaddr}: {error}",
+                remedy="--bootstrap /ip4/127.0.0.1/tcp/4001/p2p/12D3Koo…",
+            ) from error
     config = NodeConfig(
         name="node",
         network_file=network_path(network),

@@ -19,11 +19,13 @@ def peers(network: Network = None, json_output: Json = False) -> None:
 
     with _client(network) as client:
         client.wait_settled()
-        view = client.view()
+        view, me = client.view(), client.peer
     rows = [
         {
             "peer": offer.peer,
+            "model_digest": offer.model_digest.hex(),
             "span": offer.span,
+            "rtt_ms": _milliseconds(view.link_rtt_us(me, offer.peer)),
             "state": offer.state,
             "numeric_class": offer.numeric_class,
             "region": offer.region,
@@ -42,6 +44,7 @@ def peers(network: Network = None, json_output: Json = False) -> None:
         "peer",
         "span",
         "state",
+        "rtt_ms",
         "region",
         "price_output",
         "sessions_active",
@@ -112,3 +115,7 @@ def quote(
         f"{predicted.price_microcredits} microcredits at most, first token after "
         f"{predicted.ttft_s:.2f} s, then {predicted.tpot_s * 1000:.1f} ms per token"
     )
+
+
+def _milliseconds(rtt_us: int | None) -> float | None:
+    return None if rtt_us is None else round(rtt_us / 1000, 2)

@@ -185,7 +185,8 @@ def _summarise(answer: "Answer", bundle: Path | None) -> None:
     steps = " → ".join(f"{step.peer[-8:]} [{step.span}]" for step in answer.route)
     print(f"\nroute     {steps}", file=sys.stderr)
     print(f"answer    {_figures(answer)}", file=sys.stderr)
-    print(f"receipts  {answer.receipts_verified} verified", file=sys.stderr)
+    pending = "" if answer.settled else "; settlement is pending, the stages will try again"
+    print(f"receipts  {answer.receipts_verified} verified{pending}", file=sys.stderr)
     if bundle is not None:
         print(f"evidence  {bundle} (check it with: plait verify {bundle})", file=sys.stderr)
 

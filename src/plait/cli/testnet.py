@@ -47,23 +47,25 @@ def up(
 
     Example: plait testnet up -n 4 --model smollm2-135m --detach
     """
+    from plait.compute.load import check_loadable
     from plait.model import catalog
     from plait.testnet import launch
     from plait.testnet.layout import place
 
     directory = (directory or default_testnet_dir()).resolve()
-    layers = catalog.load(model).manifest.shape.layers
-    placed = place(layers, nodes=nodes, stages=stages, replicas=replicas)
+    local = catalog.load(model)
+    check_loadable(local, None, dtype)
+    placed = place(local.manifest.layers, nodes=nodes, stages=stages, replicas=replicas)
     process = launch.start(directory, placed, model=model, dtype=dtype, with_parent=not detach)
     with suppress(ValueError):  # only the main thread may: elsewhere the default stays
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.default_int_handler)
-    remember_testnet(directory)
     stays = False
     try:
         launch.wait_until_ready(directory, process, timeout_s=launch.START_TIMEOUT_S, tell=status)
         launch.issue_credit(directory)
         launch.wait_until_routable(directory, model, timeout_s=launch.ROUTE_TIMEOUT_S)
+        remember_testnet(directory)
         _show(directory, as_json)
         stays = detach
         if not detach:

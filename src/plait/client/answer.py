@@ -45,6 +45,8 @@ class Answer:
     cost_microcredits: Microcredits
     receipts_verified: int
     seed: int
+    settled: bool = False
+    """Whether every stage has presented the last voucher to the ledger."""
     bundle: bytes | None = None
 
     @property
@@ -75,6 +77,7 @@ class Answer:
             "cost_microcredits": self.cost_microcredits,
             "receipts_verified": self.receipts_verified,
             "seed": self.seed,
+            "settled": self.settled,
         }
 
     def _repr_html_(self) -> str:

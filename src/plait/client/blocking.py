@@ -14,6 +14,7 @@ from plait.client.prompt import Prompt
 from plait.errors import LocalProtocolError
 from plait.router.plan import Plan
 from plait.router.view import View
+from plait.types import PeerId
 
 ResultT = TypeVar("ResultT")
 
@@ -23,7 +24,9 @@ CANCEL_TIMEOUT_S = 8.0
 class Client:
     """A client of one network; a context manager. See ``AsyncClient`` for the arguments."""
 
-    def __init__(self, network: Path | str, *, account: Path | str | None = None) -> None:
+    def __init__(
+        self, network: Path | str | None = None, *, account: Path | str | None = None
+    ) -> None:
         self._client = AsyncClient(network, account=account)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -48,6 +51,11 @@ class Client:
             self._loop.call_soon_threadsafe(self._stop.set)
         if self._thread is not None:
             self._thread.join()
+
+    @property
+    def peer(self) -> PeerId:
+        """Our own peer id, which is also our account."""
+        return self._client.account.peer
 
     def view(self) -> View:
         """The offers and links known now."""

@@ -18,6 +18,7 @@ from plait.client.generation import Generation, Order, Surroundings
 from plait.client.prompt import Prompt, check_lengths, prompt_ids
 from plait.errors import ConfigError, LocalProtocolError, NoRoute, PeerUnreachable, PlaitError
 from plait.ledger.service.remote import RemoteLedger
+from plait.locate import client_dir, network_path
 from plait.model.catalog import LocalModel, load
 from plait.model.tokenizer import Tokenizer
 from plait.net.watch import NetworkWatch
@@ -100,15 +101,17 @@ class _Stream:
 class AsyncClient:
     """A client of one network; an async context manager.
 
-    ``network`` is the path of a network file; ``account`` the folder with the client's
-    keys. Needs neither torch nor libp2p: it learns offers from nodes' public ports and
-    checks every signature.
+    ``network`` is the path of a network file, by default the last testnet's; ``account`` is
+    the folder with the client's keys, by default the one that the commands use. Needs neither
+    torch nor libp2p: it learns offers from nodes' public ports and checks every signature.
     """
 
-    def __init__(self, network: Path | str, *, account: Path | str | None = None) -> None:
-        path = Path(network)
+    def __init__(
+        self, network: Path | str | None = None, *, account: Path | str | None = None
+    ) -> None:
+        path = network_path(Path(network) if network is not None else None)
         self.network: NetworkFile = load_network_file(path)
-        self._folder = Path(account) if account is not None else path.parent / "client"
+        self._folder = Path(account) if account is not None else client_dir(path)
         self._models: dict[str, tuple[LocalModel, Tokenizer]] = {}
         self._stack = AsyncExitStack()
         self._tasks: TaskScope | None = None

@@ -57,6 +57,10 @@ class Dialer:
                 raise PeerUnreachable(f"{offer.peer}: {error.details()}") from error
         self._greeted[offer.peer] = (offer.incarnation, response.expires_ms)
 
+    def forget(self, peer: PeerId) -> None:
+        """Greet this peer again before the next call: it may have let go of our certificate."""
+        self._greeted.pop(peer, None)
+
     async def close(self) -> None:
         """Close the shared channels."""
         channels = [cached for _, cached in self._unary.values()]

@@ -125,12 +125,13 @@ class Generation:
             reason = finish
         finally:
             closing = opened.pipeline.close(books.voucher, reason)
-            await asyncio.shield(self._around.tasks.create_task(closing))
+            settled = await asyncio.shield(self._around.tasks.create_task(closing))
         text = decode(driver.token_ids)
         bundle = None
         if self._order.want_bundle:
             bundle = await self._bundle(opened, books, driver, text, finish)
-        return self._answer(opened, books, driver, text, finish, started_s, bundle)
+        answer = self._answer(opened, books, driver, text, finish, started_s)
+        return replace(answer, settled=settled, bundle=bundle)
 
     # Opening ------------------------------------------------------------------------
 
@@ -355,7 +356,6 @@ class Generation:
         text: str,
         finish: FinishReason,
         started_s: float,
-        bundle: bytes | None,
     ) -> Answer:
         times = self._token_times
         return Answer(
@@ -372,7 +372,6 @@ class Generation:
             cost_microcredits=books.cost,
             receipts_verified=books.receipts_verified,
             seed=self._order.sampling.seed,
-            bundle=bundle,
         )
 
 

@@ -178,7 +178,11 @@ class Pipeline:
     async def _open_one(self, offer: Offer, request: session_pb2.OpenRequest) -> SignedEnvelope:
         await self._dialer.greet(offer)
         stub = stage_pb2_grpc.StageServiceStub(self._dialer.peer_channel(offer))
-        response = await _call(offer.peer, stub.Open(request, timeout=OPEN_TIMEOUT_S))
+        try:
+            response = await _call(offer.peer, stub.Open(request, timeout=OPEN_TIMEOUT_S))
+        except StageUnreachable:
+            self._dialer.forget(offer.peer)
+            raise
         if response.HasField("refusal"):
             raise _refused(offer.peer, response.refusal)
         self._held.add(offer.peer)

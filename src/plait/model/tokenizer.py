@@ -9,7 +9,8 @@ import codecs
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Self
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -19,6 +20,9 @@ from plait.model.byte_level import to_bytes
 from plait.model.gguf_reader import GgufFile
 from plait.model.local import LocalModel
 from plait.model.manifest import tokenizer_digest
+
+if TYPE_CHECKING:
+    import jinja2
 
 _CONTROL, _USER_DEFINED = 3, 4
 # Names under which models end an answer, besides the declared end token.
@@ -205,15 +209,22 @@ def _facts(gguf: GgufFile, backend: tokenizers.Tokenizer) -> Facts:
     )
 
 
-def _render(facts: Facts, messages: list[dict[str, str]]) -> str:
-    from jinja2 import TemplateError  # 50 ms that only chats need
+@lru_cache(maxsize=16)
+def _template(source: str) -> "jinja2.Template":
+    """Compile a chat template in a sandbox; raises ``jinja2.TemplateError``."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _refuse
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    return environment.from_string(source)
+
+
+def _render(facts: Facts, messages: list[dict[str, str]]) -> str:
+    from jinja2 import TemplateError  # 50 ms that only chats need
+
     try:
-        return environment.from_string(facts.chat_template).render(
+        return _template(facts.chat_template).render(
             messages=messages,
             add_generation_prompt=True,
             bos_token=facts.begin_token,

@@ -4,7 +4,7 @@ Nothing here needs to be believed: a watcher checks every signature, a Hello is 
 the caller's peer key, and a probe promises nothing.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from plait.v1.identity_pb2 import ChannelCert
 
 CALLERS_MAX = 4096
 WATCHERS_MAX = 512
+WATCHERS_PER_HOST_MAX = 128
 ENVELOPES_PER_MESSAGE = 256
 HELLO_TTL_MS_MAX = 24 * 3_600_000
 
@@ -102,15 +103,16 @@ class DirectoryServicer(offer_pb2_grpc.DirectoryServiceServicer):
         self._trusted = trusted
         self._probe = probe
         self._clock_ms = clock_ms
-        self._watchers = 0
+        self._watchers: Counter[str] = Counter()
 
     async def Watch(
         self, request: offer_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[offer_pb2.WatchResponse]:
         """Send all that is valid, then every change."""
-        if self._watchers >= WATCHERS_MAX:
+        host = context.peer().rpartition(":")[0]
+        if self._watchers.total() >= WATCHERS_MAX or self._watchers[host] >= WATCHERS_PER_HOST_MAX:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watchers")
-        self._watchers += 1
+        self._watchers[host] += 1
         try:
             with self._gossip.subscription() as changes:
                 known = self._gossip.envelopes()
@@ -120,7 +122,8 @@ class DirectoryServicer(offer_pb2_grpc.DirectoryServiceServicer):
                 while True:
                     yield _told(await changes.get())
         finally:
-            self._watchers -= 1
+            self._watchers[host] -= 1
+            self._watchers += Counter()  # drops what is zero
 
     async def Probe(
         self, request: offer_pb2.ProbeRequest, context: Context

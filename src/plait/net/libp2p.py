@@ -215,15 +215,21 @@ def _close_socket(connection: INetConn) -> None:
         layer.socket.close()
 
 
-def _check_free(listen: str) -> None:
-    """Raise ``NetworkError`` if the port is taken: libp2p would silently share it."""
+def check_free(listen: str) -> None:
+    """Raise ``NetworkError`` if a port is taken: libp2p would silently share it.
+
+    ``listen`` reads ``/ip4|ip6/<address>/tcp/<port>``.
+    """
     _, family, address, _, port, *_ = listen.split("/")
     with socket.socket(socket.AF_INET6 if family == "ip6" else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, int(port)))
         except OSError as error:
-            raise NetworkError(f"cannot listen on {listen}: {error.strerror}") from error
+            raise NetworkError(
+                f"cannot listen on {listen}: {error.strerror}",
+                remedy="stop what uses it, or choose another --p2p-port (0 takes a free one)",
+            ) from error
 
 
 class _HostProgram:
@@ -248,7 +254,7 @@ class _HostProgram:
     async def run(self, bridge: Bridge, ready: Callable[[], None]) -> None:
         """Run until cancelled."""
         self._bridge = bridge
-        _check_free(str(self._listen))
+        check_free(str(self._listen))
         self._host.get_network().register_notifee(_Links(self._changed))
         # One stack in strict order, or trio finds its nurseries misnested.
         async with contextlib.AsyncExitStack() as stack:

@@ -24,7 +24,7 @@ from plait.model.local import LocalModel
 from plait.model.manifest import FP32_BYTES, Manifest
 from plait.net.directory import DirectoryServicer, TrustedCertificates
 from plait.net.gossip import Gossip
-from plait.net.libp2p import Libp2pControlPlane
+from plait.net.libp2p import Libp2pControlPlane, check_free
 from plait.net.links import LinkMeter
 from plait.net.membership import Membership
 from plait.net.tls import (
@@ -93,6 +93,8 @@ async def start_stage(
         raise ConfigError("the network file names no ledger authority")
     local = load(config.model or "")
     check_loadable(local, config.span, config.dtype)
+    listen = f"/ip4/{config.host}/tcp/{config.p2p_port}"
+    check_free(listen)
     trusted = TrustedCertificates()
     ports = _Ports.bind(me, trusted)
     view = await look_around(network, me.peer, ports.public_address)
@@ -100,7 +102,7 @@ async def start_stage(
     tasks = await stack.enter_async_context(TaskScope())
     control = Libp2pControlPlane(
         me.peer_key,
-        listen=f"/ip4/{config.host}/tcp/{config.p2p_port}",
+        listen=listen,
         bootstrap=_bootstrap(me),
     )
     await stack.enter_async_context(control)
@@ -195,7 +197,7 @@ def _bind(host: str, port: int, credentials: grpc.ServerCredentials) -> tuple[gr
         return server, f"{host}:{server.add_secure_port(f'{host}:{port}', credentials)}"
     except RuntimeError as error:
         raise ConfigError(
-            f"cannot listen on {host}:{port}: the port is in use",
+            f"cannot listen on {host}:{port}: the port is in use, or the address is not ours",
             remedy="stop what uses it, or choose another port (0 takes a free one)",
         ) from error
 

@@ -1,0 +1,61 @@
+"""``plait serve``: the OpenAI-compatible gateway."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plait.errors import ConfigError
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: chosen free.")] = 4700,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="One key, or sha256:HEX of one, per line; mode 0600.")
+    ] = None,
+    bundles: Annotated[
+        bool, typer.Option("--bundles", help="Collect the evidence of every answer.")
+    ] = False,
+    sessions_max: Annotated[int, typer.Option(min=1, help="Most answers at once.")] = 256,
+    network: Annotated[
+        Path | None, typer.Option(help="Network file; by default the last testnet started.")
+    ] = None,
+) -> None:
+    """Serve the network under OpenAI's HTTP API until SIGTERM or Ctrl-C.
+
+    The address for clients is http://127.0.0.1:4700/v1. Answers are paid from this client's
+    account, so any other address than loopback needs API keys.
+
+    Example: plait serve --port 4700
+    """
+    try:
+        from plait.gateway.config import GatewayConfig
+        from plait.gateway.keys import load_keys
+        from plait.gateway.server import serve as run
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the gateway needs {error.name}, which is not installed",
+            remedy="pip install 'plait[gateway]'",
+        ) from error
+    from plait import __version__
+    from plait.cli.output import status
+    from plait.locate import client_dir, network_path
+
+    config = GatewayConfig(
+        host=host,
+        port=port,
+        keys=None if api_key_file is None else load_keys(api_key_file),
+        always_bundle=bundles,
+        sessions_max=sessions_max,
+        version=__version__,
+    )
+    path = network_path(network)
+    raise typer.Exit(
+        run(
+            config,
+            path,
+            client_dir(network),
+            lambda url: status(f"serving {url}/v1, page at {url}/; Ctrl-C ends it"),
+        )
+    )

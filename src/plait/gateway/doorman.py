@@ -1,0 +1,90 @@
+"""Who comes in: request ids, the Host check, API keys and response counts, for every request.
+
+Without keys the gateway listens on loopback only; a page in the user's browser could reach
+it there under a name of its own (DNS rebinding) or with a form. So the Host must be this
+machine's, and bodies must be declared as JSON, which a browser asks permission for.
+"""
+
+import base64
+import binascii
+import secrets
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from plait.gateway.config import GatewayConfig, is_loopback
+from plait.gateway.failure import ApiError
+from plait.gateway.metrics import Metrics
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
+BROWSER_PATHS = frozenset({"/", "/page.css", "/metrics"})
+"""Where a browser's own password prompt is good enough: they change nothing."""
+
+
+class Doorman:
+    """ASGI middleware; puts ``request_id`` and ``owner`` into the request's state."""
+
+    def __init__(self, app: ASGIApp, config: GatewayConfig, metrics: Metrics) -> None:
+        self._app, self._config, self._metrics = app, config, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request in, or answer it here."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = secrets.token_hex(16)
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-content-type-options"] = "nosniff"
+                route = getattr(scope.get("route"), "path", "none")
+                self._metrics.requests.labels(route, str(message["status"])).inc()
+            await send(message)
+
+        headers = Headers(scope=scope)
+        try:
+            self._check_host(headers)
+            state["owner"] = self._owner(scope["path"], headers)
+        except ApiError as error:
+            response = error.response()
+            if error.status == 401 and scope["path"] in BROWSER_PATHS:
+                response.headers["www-authenticate"] = 'Basic realm="plait"'
+            await response(scope, receive, marked)
+            return
+        await self._app(scope, receive, marked)
+
+    def _check_host(self, headers: Headers) -> None:
+        if self._config.keys is not None:
+            return  # Whoever has a key is meant to come in, perhaps through a proxy.
+        host = headers.get("host", "").strip()
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        if host and not is_loopback(name.lower()):
+            message = f"this gateway serves this machine only, not {name!r}"
+            raise ApiError(403, message, code="host_not_allowed")
+
+    def _owner(self, path: str, headers: Headers) -> str:
+        keys = self._config.keys
+        if keys is None or path in OPEN_PATHS:
+            return ""
+        key = _key(headers.get("authorization", ""), basic=path in BROWSER_PATHS)
+        owner = keys.owner_of(key) if key else None
+        if owner is None:
+            message = "the API key is missing or wrong: send Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key")
+        return owner
+
+
+def _key(authorization: str, *, basic: bool) -> str:
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if basic and scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    return ""

@@ -1,0 +1,140 @@
+"""Errors as HTTP: one table from the error tree to status, type and code."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from plait.errors import (
+    CapacityError,
+    ConfigError,
+    DeadlineExceeded,
+    LedgerError,
+    ModelError,
+    NetworkError,
+    NoRoute,
+    PlaitError,
+    RemoteProtocolError,
+    SessionLost,
+    VerificationError,
+)
+
+INVALID = "invalid_request_error"
+
+# The first class that fits decides; a subclass stands before its base.
+_TABLE: tuple[tuple[type[PlaitError], int, str, str], ...] = (
+    (ConfigError, 400, INVALID, "invalid_request"),
+    (ModelError, 404, INVALID, "model_not_found"),
+    (NoRoute, 503, "route_error", "no_route"),
+    (DeadlineExceeded, 504, "timeout_error", "deadline_exceeded"),
+    (NetworkError, 503, "network_error", "network_unreachable"),
+    (CapacityError, 503, "overloaded_error", "overloaded"),
+    (LedgerError, 402, "insufficient_quota", "insufficient_quota"),
+    (SessionLost, 503, "session_error", "session_lost"),
+    (RemoteProtocolError, 502, "peer_error", "peer_broke_protocol"),
+    (VerificationError, 502, "peer_error", "verification_failed"),
+)
+_AGAIN_S = 1.0
+_PASSING = frozenset({429, 502, 503, 504})
+
+
+class ApiError(Exception):
+    """An answer that is an error. ``retry`` None follows from the status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        kind: str = INVALID,
+        param: str | None = None,
+        retry: bool | None = None,
+        retry_after_s: float | None = None,
+        remedy: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.kind = kind
+        self.param = param
+        self.retry = status in _PASSING if retry is None else retry
+        self.retry_after_s = retry_after_s
+        self.remedy = remedy
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object, with ``remedy`` where there is one."""
+        error = {
+            "message": str(self),
+            "type": self.kind,
+            "param": self.param,
+            "code": self.code,
+        }
+        if self.remedy:
+            error["remedy"] = self.remedy
+        return {"error": error}
+
+    def headers(self) -> dict[str, str]:
+        """Whether and when to try again, for SDKs that would guess from the status."""
+        headers = {"x-should-retry": "true" if self.retry else "false"}
+        if self.retry and self.status in (429, 503):
+            after_s = _AGAIN_S if self.retry_after_s is None else self.retry_after_s
+            # Retry-After knows whole seconds only: 0 would invite a storm.
+            headers["retry-after"] = str(max(1, round(after_s)))
+        return headers
+
+    def response(self) -> Response:
+        """The error as a whole response."""
+        return json_response(self.body(), self.status, self.headers())
+
+
+def refused(param: str, why: str) -> ApiError:
+    """A field that we understand and cannot honour."""
+    return ApiError(400, why, code="unsupported_parameter", param=param)
+
+
+def invalid(param: str | None, why: str) -> ApiError:
+    """A field with a value that makes no sense."""
+    return ApiError(400, why, code="invalid_value", param=param)
+
+
+def of(error: Exception) -> ApiError:
+    """The HTTP side of any error; what is not ours to tell stays in the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, TimeoutError):
+        return ApiError(
+            504, "the answer took too long", kind="timeout_error", code="deadline_exceeded"
+        )
+    for kind, status, type_, code in _TABLE:
+        if isinstance(error, kind):
+            return ApiError(
+                status,
+                str(error),
+                kind=type_,
+                code=code,
+                param=_param(error),
+                # A bound that no route keeps will not be kept in a second either.
+                retry=False if isinstance(error, NoRoute) and not error.missing else None,
+                retry_after_s=error.retry_after_s if isinstance(error, CapacityError) else None,
+                remedy=error.remedy,
+            )
+    return ApiError(500, "the gateway failed; see its log", kind="api_error", code="internal_error")
+
+
+def _param(error: Exception) -> str | None:
+    if isinstance(error, ModelError):
+        return "model"
+    if isinstance(error, NoRoute) and error.cheapest is not None:
+        return "provider.max_price"
+    return None
+
+
+def json_response(
+    value: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A JSON response."""
+    return Response(
+        msgspec.json.encode(value), status, headers=headers, media_type="application/json"
+    )

@@ -1,0 +1,277 @@
+"""Request bodies: decoded strictly where it matters, unknown fields accepted.
+
+A field that we understand and cannot honour is refused by name rather than ignored.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from plait.gateway.failure import INVALID, ApiError, invalid, refused
+
+BodyT = TypeVar("BodyT")
+
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Choices = Annotated[int, Meta(ge=1, le=8)]
+TokenIds = list[Count]
+
+STOPS_MAX = 16
+STOP_CHARACTERS_MAX = 256
+
+
+class StreamOptions(Struct):
+    """How to stream."""
+
+    include_usage: bool | None = None
+
+
+class MaxPrice(Struct):
+    """OpenRouter's object; only a price for the whole request can be kept."""
+
+    request: Count | None = None
+    prompt: float | None = None
+    completion: float | None = None
+    image: float | None = None
+
+
+class Provider(Struct):
+    """Routing, in OpenRouter's vocabulary; providers are peer ids, prices microcredits."""
+
+    sort: Literal["latency", "price", "throughput", "weighted"] | None = None
+    only: list[str] | None = None
+    ignore: list[str] | None = None
+    max_price: Count | MaxPrice | None = None
+    order: list[str] | None = None
+    data_collection: Literal["allow", "deny"] | None = None
+    zdr: bool | None = None
+    quantizations: list[str] | None = None
+
+
+class PlaitFields(Struct):
+    """What only Plait has: evidence, and bounds on predicted times."""
+
+    bundle: bool = False
+    ttft_s: Annotated[float, Meta(gt=0)] | None = None
+    tpot_s: Annotated[float, Meta(gt=0)] | None = None
+
+
+class Part(Struct):
+    """A part of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(Struct):
+    """A chat message."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | None = None
+    tool_calls: list[Any] | None = None
+
+
+class Generating(Struct, kw_only=True):
+    """What both kinds of completion take."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    max_tokens: Positive | None = None
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    seed: Seed | None = None
+    n: Choices | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    logit_bias: dict[str, float] | None = None
+    provider: Provider | None = None
+    plait: PlaitFields | None = None
+
+
+class ChatRequest(Generating, kw_only=True):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    tool_choice: Any = None
+    response_format: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+
+
+class CompletionRequest(Generating, kw_only=True):
+    """``POST /v1/completions``."""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    logprobs: Count | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class QuoteRequest(Struct, kw_only=True):
+    """``POST /v1/quote``: a prompt's length, or messages or a prompt to measure."""
+
+    model: str
+    prompt_tokens: Positive | None = None
+    messages: list[Message] | None = None
+    prompt: str | None = None
+    max_tokens: Positive | None = None
+    provider: Provider | None = None
+    plait: PlaitFields | None = None
+
+
+class TokenizeRequest(Struct, kw_only=True):
+    """``POST /tokenize``, as vLLM has it; ``model`` may be left out."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeRequest(Struct, kw_only=True):
+    """``POST /detokenize``."""
+
+    tokens: TokenIds
+    model: str | None = None
+
+
+def decoder(kind: type[BodyT]) -> Callable[[bytes], BodyT]:
+    """A function from a body to ``kind`` that raises ``ApiError`` naming the wrong field."""
+    json = msgspec.json.Decoder(kind)
+
+    def decode(body: bytes) -> BodyT:
+        try:
+            return json.decode(body)
+        except msgspec.ValidationError as error:
+            raise invalid(_field(str(error)), str(error)) from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            message = f"the body is not JSON: {error}"
+            raise ApiError(400, message, kind=INVALID, code="invalid_json") from error
+
+    return decode
+
+
+def _field(message: str) -> str | None:
+    if missing := re.search(r"missing required field `(\w+)`", message):
+        return missing[1]
+    path = re.search(r"at `\$\.?(.*)`$", message)
+    return path[1] or None if path else None
+
+
+def check_common(request: Generating) -> None:
+    """Raise ``ApiError`` for what no answer can honour."""
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_p": 0}
+    for name, nothing in neutral.items():
+        if getattr(request, name) not in (None, nothing):
+            raise refused(name, f"{name} is not supported: it must be {nothing}")
+    if request.logit_bias:
+        raise refused("logit_bias", "logit_bias is not supported")
+    if request.stream_options is not None and not request.stream:
+        raise invalid("stream_options", "stream_options goes with stream: true only")
+
+
+def check_chat(request: ChatRequest) -> None:
+    """Raise ``ApiError`` for what a chat asks and we cannot do."""
+    check_common(request)
+    for name in ("tools", "functions"):
+        if getattr(request, name):
+            raise refused(name, f"{name} are not supported")
+    if request.tool_choice not in (None, "none", "auto"):
+        raise refused("tool_choice", "tool_choice is not supported: there are no tools")
+    format_ = (request.response_format or {}).get("type", "text")
+    if format_ != "text":
+        raise refused("response_format", f"response_format {format_!r} is not supported")
+    if set(request.modalities or ()) - {"text"}:
+        raise refused("modalities", "only text is supported")
+    if request.top_logprobs:
+        raise refused("top_logprobs", "only the drawn token's logprob is known: use 0")
+    _check_logprobs_and_stop(request, wanted=bool(request.logprobs))
+
+
+def check_completion(request: CompletionRequest) -> None:
+    """Raise ``ApiError`` for what a completion asks and we cannot do."""
+    check_common(request)
+    if request.suffix:
+        raise refused("suffix", "suffix is not supported")
+    if request.best_of not in (None, 1, request.n):
+        raise refused("best_of", "best_of is not supported")
+    if request.logprobs:
+        raise refused("logprobs", "only the drawn token's logprob is known: use 0")
+    if request.echo and request.logprobs is not None:
+        raise refused("echo", "the prompt's logprobs are not known: echo goes without logprobs")
+    _check_logprobs_and_stop(request, wanted=request.logprobs is not None)
+
+
+def _check_logprobs_and_stop(request: Generating, *, wanted: bool) -> None:
+    if wanted and stops_of(request):
+        raise refused("logprobs", "logprobs together with stop is not supported")
+
+
+def stops_of(request: Generating) -> tuple[str, ...]:
+    """The stop sequences; raises ``ApiError`` for an empty one, or too much of them."""
+    stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    if not all(stops):
+        raise invalid("stop", "a stop sequence must not be empty")
+    if len(stops) > STOPS_MAX or any(len(stop) > STOP_CHARACTERS_MAX for stop in stops):
+        raise invalid(
+            "stop",
+            f"at most {STOPS_MAX} stop sequences of at most {STOP_CHARACTERS_MAX} characters",
+        )
+    return stops
+
+
+def plain_messages(messages: list[Message]) -> list[dict[str, str]]:
+    """Messages as the chat template takes them; raises ``ApiError`` for anything but text."""
+    return [
+        {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": _text(message, f"messages[{index}]"),
+        }
+        for index, message in enumerate(messages)
+    ]
+
+
+def _text(message: Message, where: str) -> str:
+    if message.tool_calls:
+        raise refused(f"{where}.tool_calls", "tool calls are not supported")
+    if message.role in ("tool", "function"):
+        raise refused(f"{where}.role", f"messages of role {message.role!r} are not supported")
+    if message.content is None:
+        raise invalid(f"{where}.content", "the message has no content")
+    if isinstance(message.content, str):
+        return message.content
+    for number, part in enumerate(message.content):
+        if part.type != "text":
+            why = f"content of type {part.type!r} is not supported, only text"
+            raise refused(f"{where}.content[{number}].type", why)
+    return "\n".join(part.text or "" for part in message.content)
+
+
+def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
+    """The prompts of a completion, each text or token ids; raises ``ApiError`` for a mixture."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [item for item in prompt if isinstance(item, int)]
+    if ids and len(ids) == len(prompt):
+        return [ids]
+    texts = [item for item in prompt if not isinstance(item, int)]
+    if not texts or len(texts) != len(prompt) or len({type(item) for item in texts}) > 1:
+        raise invalid("prompt", "a prompt is a text, texts, token ids, or lists of token ids")
+    return texts

@@ -1,0 +1,96 @@
+"""The process: one event loop, one client, one port, and a clean end."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import uvicorn
+
+from plait.client import AsyncClient
+from plait.errors import ConfigError
+from plait.gateway.app import Gateway
+from plait.gateway.config import GatewayConfig
+
+_BACKLOG = 1024
+_LAST_WORDS_S = 5
+
+
+def serve(
+    config: GatewayConfig, network: Path, account: Path, announce: Callable[[str], None]
+) -> int:
+    """Serve until SIGTERM or Ctrl-C; ``announce`` gets the address once it is open.
+
+    Returns the exit code. Raises ``ConfigError`` if the port cannot be had.
+    """
+    listener = listen(config.host, config.port)
+    with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(config, network, account, listener, announce))
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; raises ``ConfigError`` if the address is taken or not ours."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
+        return socket.create_server(
+            (str(address[0]), int(address[1])), family=family, backlog=_BACKLOG
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}",
+            remedy="plait serve --port 0 takes a free port",
+        ) from error
+
+
+async def _serve(
+    config: GatewayConfig,
+    network: Path,
+    account: Path,
+    listener: socket.socket,
+    announce: Callable[[str], None],
+) -> None:
+    async with AsyncClient(network, account=account) as client:
+        gateway = Gateway(client, client.network.network_id, config)
+        server = _Server(
+            uvicorn.Config(
+                gateway.app(),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                lifespan="off",
+                timeout_graceful_shutdown=_LAST_WORDS_S,
+            )
+        )
+
+        def stop() -> None:
+            gateway.in_progress.close()
+            server.should_exit = True
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        host, port = listener.getsockname()[:2]
+        announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        await server.serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: uvicorn would raise them again once it has ended."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Capture nothing."""
+        yield
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

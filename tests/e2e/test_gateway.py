@@ -1,0 +1,201 @@
+"""``plait serve`` as a process on a real testnet, asked over plain HTTP."""
+
+import asyncio
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plait.client import AsyncClient
+
+MODEL = "tiny-random"
+MESSAGES = [{"role": "user", "content": "Tell me about the sea."}]
+START_LINES_MAX = 50
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
+Net = Any
+"""The ``Testnet`` of conftest, which pytest does not let us import."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A running gateway."""
+
+    port: int
+    process: "subprocess.Popen[str]"
+
+    def connect(self) -> http.client.HTTPConnection:
+        """A new connection to it."""
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+
+    def ask(
+        self, method: str, path: str, body: object = None
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """One request and its whole response."""
+        connection = self.connect()
+        try:
+            data = None if body is None else json.dumps(body)
+            connection.request(method, path, data, {"content-type": "application/json"})
+            response = connection.getresponse()
+            return response, response.read()
+        finally:
+            connection.close()
+
+    def chat(self, **fields: Any) -> tuple[http.client.HTTPResponse, bytes]:
+        """A chat."""
+        body = {"model": MODEL, "messages": MESSAGES, "temperature": 0} | fields
+        return self.ask("POST", "/v1/chat/completions", body)
+
+
+def start(net: Net) -> Served:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "plait", "serve", "--port", "0", "--network", str(net.network)],
+        env=os.environ | net.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for _ in range(START_LINES_MAX):
+        line = process.stderr.readline()
+        if found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", line):
+            return Served(int(found[1]), process)
+        if not line:
+            break
+    process.kill()
+    pytest.fail(f"the gateway did not start: {line}")
+
+
+@pytest.fixture(scope="module")
+def net(testnet: Callable[..., Net]) -> Net:
+    """Four nodes: three spans and a second host of the first."""
+    return testnet()
+
+
+@pytest.fixture(scope="module")
+def served(net: Net) -> Iterator[Served]:
+    gateway = start(net)
+    try:
+        yield gateway
+    finally:
+        gateway.process.kill()
+        gateway.process.communicate()
+
+
+def test_models_and_readiness(served: Served) -> None:
+    _, answer = served.chat(max_tokens=1)  # By then the network is known.
+    assert "choices" in json.loads(answer)
+    response, body = served.ask("GET", "/ready")
+    assert (response.status, json.loads(body)["models"]) == (200, [MODEL])
+    [model] = json.loads(served.ask("GET", "/v1/models")[1])["data"]
+    assert (model["id"], model["coverage"]["hosts"]) == (MODEL, 4)
+
+
+def test_an_answer_is_the_same_whole_streamed_and_from_the_command_line(
+    net: Net, served: Served
+) -> None:
+    response, body = served.chat(max_tokens=12)
+    whole = json.loads(body)
+    text = whole["choices"][0]["message"]["content"]
+    assert response.headers["x-plait-route"].startswith("0:3=12D3")
+    assert whole["usage"]["cost"] > 0
+    response, body = served.chat(max_tokens=12, stream=True, stream_options={"include_usage": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, done = [part.removeprefix("data: ") for part in body.decode().strip().split("\n\n")]
+    assert done == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(delta.get("content", "") for delta in deltas) == text
+    assert chunks[-1]["usage"] == whole["usage"]
+    printed = net.run(MESSAGES[0]["content"], "--max-tokens", "12")
+    assert printed["text"] == text
+    assert printed["completion_tokens"] == whole["usage"]["completion_tokens"]
+
+
+def test_a_bundle_can_be_fetched_and_verified(net: Net, served: Served, tmp_path: Path) -> None:
+    response, _ = served.chat(max_tokens=8, plait={"bundle": True})
+    response, bundle = served.ask("GET", response.headers["x-plait-bundle"])
+    assert response.status == 200
+    path = tmp_path / "bundle.json"
+    path.write_bytes(bundle)
+    report = net.json("verify", str(path), "--network", str(net.network))
+    assert report["outcome"] == "verified"
+
+
+def test_a_stop_sequence_ends_the_answer_early(served: Served) -> None:
+    text = json.loads(served.chat(max_tokens=24)[1])["choices"][0]["message"]["content"]
+    stop = text[len(text) // 2 :][:2]
+    body = json.loads(served.chat(max_tokens=24, stop=[stop])[1])
+    assert body["choices"][0]["message"]["content"] == text[: text.index(stop)]
+    assert body["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_leaving_a_stream_frees_the_stages(net: Net, served: Served) -> None:
+    fields = {"model": MODEL, "messages": MESSAGES, "max_tokens": 1500, "stream": True, "seed": 3}
+    connection = served.connect()
+    async with AsyncClient(net.network) as client, asyncio.timeout(20):
+        await client.wait_settled()
+        headers = {"content-type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(fields), headers)
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: ")
+        # Other processes' state: there is nothing of ours to wait on.
+        while not busy(client):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        response.close()
+        connection.close()
+        while busy(client):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    metrics = served.ask("GET", "/metrics")[1].decode()
+    assert "plait_gateway_sessions_active 0.0" in metrics
+
+
+def busy(client: AsyncClient) -> bool:
+    """Whether any stage says that it holds a session or its pages."""
+    return any(
+        offer.sessions_active or offer.kv_tokens_free < offer.kv_tokens_total
+        for offer in client.view().offers.values()
+    )
+
+
+def test_a_bound_that_cannot_be_kept_and_a_model_that_is_unknown(served: Served) -> None:
+    response, body = served.chat(provider={"max_price": 0})
+    assert (response.status, response.headers["x-should-retry"]) == (503, "false")
+    assert json.loads(body)["error"]["param"] == "provider.max_price"
+    assert served.chat(model="none")[0].status == 404
+
+
+def test_sigterm_ends_streams_and_the_process(net: Net) -> None:
+    gateway = start(net)
+    try:
+        connection = gateway.connect()
+        fields = {"model": MODEL, "messages": MESSAGES, "max_tokens": 1500, "stream": True}
+        headers = {"content-type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(fields), headers)
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: ")
+        gateway.process.send_signal(signal.SIGTERM)
+        rest = response.read().decode()
+        assert json.loads(rest.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
+        connection.close()
+        assert gateway.process.wait(20) == 0
+    finally:
+        gateway.process.kill()
+        gateway.process.communicate()
+
+
+def test_unsafe_and_impossible_addresses_are_refused(net: Net, served: Served) -> None:
+    network = ("--network", str(net.network))
+    refused = net.plait("serve", "--host", "0.0.0.0", *network, expect=3)
+    assert "API keys" in refused.stderr
+    refused = net.plait("serve", "--port", str(served.port), *network, expect=3)
+    assert f"127.0.0.1:{served.port}" in refused.stderr

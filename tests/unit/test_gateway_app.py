@@ -1,0 +1,716 @@
+"""The gateway as an ASGI application over a scripted client: no network, no server."""
+
+import asyncio
+import base64
+import hashlib
+import json
+from collections.abc import AsyncGenerator, Callable, Iterator, MutableMapping
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from plait.client import Answer, Options, RouteStep, TextDelta
+from plait.client.prompt import Prompt
+from plait.errors import (
+    CapacityError,
+    ConfigError,
+    DeadlineExceeded,
+    LedgerError,
+    NoRoute,
+    PeerUnreachable,
+    PlaitError,
+    RemoteProtocolError,
+    SessionLost,
+    VerificationError,
+)
+from plait.gateway.app import Gateway
+from plait.gateway.config import GatewayConfig
+from plait.gateway.keys import KeyRing
+from plait.model import catalog
+from plait.model.tokenizer import Tokenizer
+from plait.router.cost import Prediction
+from plait.router.plan import Plan, plan
+from plait.router.view import Offer, View
+from plait.testing.accounting import NOW_MS, key_of
+from plait.testing.offers import paper_offer
+from plait.types import Microcredits, Span
+
+MODEL = "tiny-random"
+PREDICTED = Prediction(ttft_s=0.1, tpot_s=0.01, price_microcredits=Microcredits(50))
+KEY = "correct-horse-battery-staple"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(catalog.MODELS_DIR_VARIABLE, str(tmp_path_factory.mktemp("models")))
+        yield
+
+
+def tiny_offer(name: str, span: Span) -> Offer:
+    return replace(paper_offer(name, span), model_digest=catalog.load(MODEL).manifest.shape.digest)
+
+
+@dataclass
+class FakeUpstream:
+    """Streams the same pieces for every prompt; fails and waits when told to."""
+
+    pieces: tuple[str, ...] = ("Hel", "lo", " there")
+    error: Exception | None = None
+    after: int = 0
+    bundle: bytes | None = None
+    gate: asyncio.Event | None = None
+    spans: tuple[Span, ...] = (Span(0, 5), Span(5, 8))
+    asked: list[tuple[str, Prompt, Options]] = field(default_factory=list)
+    cancelled: int = 0
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def view(self) -> View:
+        offers = [tiny_offer(f"node {span}", span) for span in self.spans]
+        return View({offer.peer: offer for offer in offers}, {})
+
+    def plan(self, model: str, prompt_tokens: int, options: Options) -> Plan:
+        request = options.route_request(prompt_tokens)
+        shape = catalog.load(model).manifest.shape
+        return plan(self.view(), shape, request, source=key_of("me").peer_id, now_ms=NOW_MS)
+
+    async def stream(
+        self, model: str, prompt: Prompt, options: Options | None = None
+    ) -> AsyncGenerator[TextDelta | Answer, None]:
+        assert options is not None
+        self.asked.append((model, prompt, options))
+        self.started.set()
+        finished = False
+        try:
+            for number, piece in enumerate(self.pieces):
+                if self.error is not None and number == self.after:
+                    raise self.error
+                yield TextDelta(piece, (number + 97,))
+                if self.gate is not None:
+                    await self.gate.wait()
+            finished = True
+            yield self._answer(options)
+        finally:
+            self.cancelled += not finished
+
+    def _answer(self, options: Options) -> Answer:
+        count = len(self.pieces)
+        return Answer(
+            text="".join(self.pieces),
+            token_ids=tuple(range(97, 97 + count)),
+            logprobs=tuple(-0.5 * number for number in range(count)),
+            prompt_tokens=5,
+            finish_reason="stop",
+            route=tuple(RouteStep(key_of(f"node {span}").peer_id, span) for span in self.spans),
+            epochs=1,
+            ttft_s=0.1,
+            tpot_s=0.01,
+            predicted=PREDICTED,
+            cost_microcredits=Microcredits(7),
+            receipts_verified=4,
+            seed=options.seed or 0,
+            bundle=self.bundle if options.bundle else None,
+        )
+
+
+@dataclass
+class Reply:
+    """A response, collected."""
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def events(self) -> list[Any]:
+        lines = [line for line in self.body.decode().split("\n\n") if line.startswith("data: ")]
+        data = [line.removeprefix("data: ") for line in lines]
+        return [item if item == "[DONE]" else json.loads(item) for item in data]
+
+    def deltas(self) -> str:
+        chunks = [event for event in self.events() if event != "[DONE]" and "choices" in event]
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
+@dataclass
+class Caller:
+    """Calls the application as a server would."""
+
+    upstream: FakeUpstream = field(default_factory=FakeUpstream)
+    config: GatewayConfig = field(default_factory=lambda: GatewayConfig(version="1.2"))
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.gateway = Gateway(self.upstream, "net-1", self.config)
+        self.app = self.gateway.app()
+
+    async def __call__(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        raw: bytes | None = None,
+        left: asyncio.Event | None = None,
+        on_body: Callable[[bytes], None] | None = None,
+        **headers: str,
+    ) -> Reply:
+        data = raw if raw is not None else b"" if body is None else json.dumps(body).encode()
+        lines = {"host": "127.0.0.1", "content-type": "application/json"} | self.headers
+        lines |= {name.replace("_", "-"): value for name, value in headers.items()}
+        path, _, query = path.partition("?")
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "query_string": query.encode(),
+            "headers": [(name.encode(), value.encode()) for name, value in lines.items() if value],
+        }
+        reply, requests = Reply(), [{"type": "http.request", "body": data, "more_body": False}]
+
+        async def receive() -> MutableMapping[str, Any]:
+            if requests:
+                return requests.pop()
+            await (left or asyncio.Event()).wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                reply.status = message["status"]
+                reply.headers = {k.decode(): v.decode() for k, v in message["headers"]}
+            else:
+                reply.body += message.get("body", b"")
+                if on_body is not None:
+                    on_body(message.get("body", b""))
+
+        async with asyncio.timeout(10):
+            await self.app(scope, receive, send)
+        return reply
+
+    async def chat(self, **fields: Any) -> Reply:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]} | fields
+        return await self("POST", "/v1/chat/completions", body)
+
+    async def complete(self, prompt: object, **fields: Any) -> Reply:
+        return await self("POST", "/v1/completions", {"model": MODEL, "prompt": prompt} | fields)
+
+
+# Answers ------------------------------------------------------------------------------
+
+
+async def test_a_chat_answers_with_its_bill() -> None:
+    call = Caller()
+    reply = await call.chat()
+    body = reply.json()
+    assert reply.status == 200
+    assert body["object"] == "chat.completion"
+    [choice] = body["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Hello there", "refusal": None}
+    assert (choice["finish_reason"], choice["logprobs"]) == ("stop", None)
+    prompt = body["usage"]["prompt_tokens"]
+    assert body["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": 3,
+        "total_tokens": prompt + 3,
+        "cost": 7,
+    }
+    [account] = body["plait"]["answers"]
+    assert [step["start"] for step in account["route"]] == [0, 5]
+    first = key_of("node 0:5").peer_id
+    assert reply.headers["x-plait-route"].startswith(f"0:5={first},5:8=")
+    assert reply.headers["x-plait-cost-microcredits"] == "7"
+    assert body["id"] == "chatcmpl-" + reply.headers["x-request-id"]
+    _, _, options = call.upstream.asked[0]
+    assert (options.temperature, options.top_p, options.max_tokens) == (1.0, 1.0, 256)
+
+
+async def test_messages_become_what_the_template_takes() -> None:
+    call = Caller()
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
+    reply = await call.chat(messages=messages, temperature=0, top_p=0, top_k=-1, user="x", store=1)
+    assert reply.status == 200
+    _, prompt, options = call.upstream.asked[0]
+    assert prompt == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one\ntwo"},
+    ]
+    assert (options.temperature, options.top_k) == (0.0, 0)
+    assert options.top_p > 0
+
+
+async def test_routing_follows_openrouters_words() -> None:
+    call = Caller()
+    provider = {"sort": "price", "only": ["a"], "ignore": ["b"], "max_price": {"request": 9}}
+    await call.chat(provider=provider, plait={"ttft_s": 2.0, "bundle": True})
+    _, _, options = call.upstream.asked[0]
+    assert (options.sort, options.max_price, options.ttft_s) == ("price", 9, 2.0)
+    assert (options.only, options.ignore) == (frozenset("a"), frozenset("b"))
+    assert options.bundle
+
+
+async def test_a_stream_is_role_text_reason_usage_done() -> None:
+    reply = await Caller().chat(stream=True, stream_options={"include_usage": True})
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    *chunks, usage, done = reply.events()
+    assert done == "[DONE]"
+    assert usage["choices"] == []
+    assert (usage["usage"]["completion_tokens"], usage["usage"]["cost"]) == (3, 7)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert [delta["content"] for delta in deltas[1:-1]] == ["Hel", "lo", " there"]
+    assert deltas[-1] == {}
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + ["stop"]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert chunks[-1]["plait"]["answers"][0]["cost_microcredits"] == 7
+    assert "usage" not in (await Caller().chat(stream=True)).events()[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_sequence_cuts_and_ends_the_session(stream: bool) -> None:
+    call = Caller(FakeUpstream(pieces=("ab", "cE", "ND", "never", "sent")))
+    reply = await call.chat(stop=["END", "zzz"], stream=stream)
+    if stream:
+        assert reply.deltas() == "abc"
+        last = reply.events()[-2]
+        account, choice = last["plait"]["answers"][0], last["choices"][0]
+    else:
+        body = reply.json()
+        account, choice = body["plait"]["answers"][0], body["choices"][0]
+        assert choice["message"]["content"] == "abc"
+        assert body["usage"]["completion_tokens"] == 3
+    assert choice["finish_reason"] == "stop"
+    assert account["cost_is_estimate"]
+    assert account["cost_microcredits"] > 0
+    assert call.upstream.cancelled == 1
+
+
+async def test_what_only_looked_like_a_stop_is_delivered() -> None:
+    call = Caller(FakeUpstream(pieces=("ab", "EN")))
+    assert (await call.chat(stop="END")).json()["choices"][0]["message"]["content"] == "abEN"
+    assert (await call.chat(stop="END", stream=True)).deltas() == "abEN"
+
+
+async def test_choices_draw_with_seeds_of_their_own() -> None:
+    call = Caller()
+    body = (await call.chat(n=3, seed=-1)).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert [options.seed for _, _, options in call.upstream.asked] == [2**63 - 1, 0, 1]
+    single = (await Caller().chat()).json()["usage"]["prompt_tokens"]
+    assert body["usage"]["prompt_tokens"] == single
+    assert (body["usage"]["completion_tokens"], body["usage"]["cost"]) == (9, 21)
+    chunks = (await call.chat(n=2, stream=True)).events()[:-1]
+    assert sorted({chunk["choices"][0]["index"] for chunk in chunks}) == [0, 1]
+
+
+async def test_logprobs_of_the_drawn_tokens() -> None:
+    call = Caller()
+    content = (await call.chat(logprobs=True)).json()["choices"][0]["logprobs"]["content"]
+    assert [entry["logprob"] for entry in content] == [0.0, -0.5, -1.0]
+    assert [bytes(entry["bytes"]).decode() for entry in content] == [e["token"] for e in content]
+    chunks = (await call.chat(logprobs=True, stream=True)).events()
+    assert chunks[-2]["choices"][0]["logprobs"]["content"] == content
+    old = (await call.complete("x", logprobs=0)).json()["choices"][0]["logprobs"]
+    assert old["tokens"] == [entry["token"] for entry in content]
+    assert old["token_logprobs"] == [0.0, -0.5, -1.0]
+    assert old["text_offset"][0] == 0
+
+
+async def test_completions_take_texts_and_token_ids() -> None:
+    call = Caller()
+    body = (await call.complete(["one", "two"], n=2, echo=True)).json()
+    assert body["object"] == "text_completion"
+    texts = [choice["text"] for choice in body["choices"]]
+    assert texts == ["oneHello there"] * 2 + ["twoHello there"] * 2
+    ids = Tokenizer.load(catalog.load(MODEL)).encode("some words")
+    assert (await call.complete(ids)).status == 200
+    assert (await call.complete([ids, ids])).status == 200
+    assert all(options.raw for _, _, options in call.upstream.asked)
+    assert [prompt for _, prompt, _ in call.upstream.asked][-1] == "some words"
+    chunks = (await call.complete("x", stream=True)).events()
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == "Hello there"
+
+
+@pytest.mark.parametrize("prompt", [[], ["a", 1], [[1], "a"], "", [10**9], [0], 7])
+async def test_a_prompt_that_is_none_is_refused(prompt: object) -> None:
+    reply = await Caller().complete(prompt)
+    assert (reply.status, reply.json()["error"]["param"]) == (400, "prompt")
+
+
+async def test_the_answer_must_fit_the_context() -> None:
+    call = Caller()
+    reply = await call.chat(max_completion_tokens=2040)
+    error = reply.json()["error"]
+    assert (reply.status, error["code"]) == (400, "context_length_exceeded")
+    assert error["param"] == "max_tokens"
+    long = "word " * 5000
+    assert (await call.complete(long)).json()["error"]["code"] == "context_length_exceeded"
+    ids = Tokenizer.load(catalog.load(MODEL)).encode("a " * 1000)
+    assert (await call.complete("a " * 1000)).status == 200
+    assert call.upstream.asked[-1][2].max_tokens == min(256, 2048 - len(ids))
+
+
+# Refusals and errors ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{}]}, "functions"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"presence_penalty": -1}, "presence_penalty"),
+        ({"logprobs": True, "top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "stop": "x"}, "logprobs"),
+        ({"modalities": ["audio"]}, "modalities"),
+        ({"stream_options": {}}, "stream_options"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"n": 9}, "n"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0].type",
+        ),
+        ({"model": None}, "model"),
+        ({"provider": {"max_price": {"prompt": 1}}}, "provider.max_price.prompt"),
+        ({"provider": {"data_collection": "deny"}}, "provider.data_collection"),
+        ({"provider": {"order": ["a"]}}, "provider.order"),
+    ],
+)
+async def test_what_cannot_be_honoured_is_refused_by_name(
+    fields: dict[str, Any], param: str
+) -> None:
+    call = Caller()
+    reply = await call.chat(**fields)
+    error = reply.json()["error"]
+    assert (reply.status, error["param"]) == (400, param)
+    assert {"message", "type", "param", "code"} <= error.keys()
+    assert reply.headers["x-should-retry"] == "false"
+    assert not call.upstream.asked
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"echo": True, "logprobs": 0}, "echo"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+    ],
+)
+async def test_completions_refuse_too(fields: dict[str, Any], param: str) -> None:
+    reply = await Caller().complete("x", **fields)
+    assert (reply.status, reply.json()["error"]["param"]) == (400, param)
+
+
+ERRORS: list[tuple[Exception, int, str, str]] = [
+    (ConfigError("x"), 400, "invalid_request", "false"),
+    (NoRoute("x", missing=[(0, 1)]), 503, "no_route", "true"),
+    (NoRoute("x", cheapest=5), 503, "no_route", "false"),
+    (DeadlineExceeded("x"), 504, "deadline_exceeded", "true"),
+    (PeerUnreachable("x"), 503, "network_unreachable", "true"),
+    (CapacityError("x", retry_after_s=3), 503, "overloaded", "true"),
+    (LedgerError("x"), 402, "insufficient_quota", "false"),
+    (SessionLost("x"), 503, "session_lost", "true"),
+    (RemoteProtocolError("x"), 502, "peer_broke_protocol", "true"),
+    (VerificationError("x"), 502, "verification_failed", "true"),
+    (PlaitError("x"), 500, "internal_error", "false"),
+    (RuntimeError("a secret"), 500, "internal_error", "false"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "code", "retry"), ERRORS)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_error_before_the_first_token_is_a_status(
+    error: Exception, status: int, code: str, retry: str, stream: bool
+) -> None:
+    reply = await Caller(FakeUpstream(error=error)).chat(stream=stream)
+    assert (reply.status, reply.json()["error"]["code"]) == (status, code)
+    assert reply.headers["x-should-retry"] == retry
+    assert ("retry-after" in reply.headers) == (status == 503 and retry == "true")
+    assert b"secret" not in reply.body
+    if isinstance(error, CapacityError):
+        assert reply.headers["retry-after"] == "3"
+
+
+async def test_an_error_in_a_stream_ends_it_without_done() -> None:
+    call = Caller(FakeUpstream(error=SessionLost("a stage died"), after=2))
+    reply = await call.chat(stream=True)
+    assert reply.status == 200
+    assert reply.deltas() == "Hello"
+    assert reply.events()[-1]["error"]["code"] == "session_lost"
+    assert (await call.chat()).status == 503
+
+
+async def test_an_unknown_model_and_one_without_a_pipeline() -> None:
+    call = Caller()
+    reply = await call.chat(model="none")
+    assert (reply.status, reply.json()["error"]["code"]) == (404, "model_not_found")
+    reply = await call.chat(model="smollm2-135m")
+    assert (reply.status, reply.json()["error"]["param"]) == (404, "model")
+    assert "plait models pull" in reply.json()["error"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    "raw", [b"{", b"", b"\xff", b"[" * 100_000, b"[]", b'{"model": "\\ud800"}']
+)
+async def test_a_body_that_is_not_a_request(raw: bytes) -> None:
+    reply = await Caller()("POST", "/v1/chat/completions", raw=raw)
+    assert reply.status == 400
+
+
+async def test_bodies_are_json_and_bounded() -> None:
+    call = Caller(config=GatewayConfig(body_bytes_max=100))
+    assert (await call("POST", "/tokenize", raw=b"x" * 101)).status == 413
+    assert (await call("POST", "/tokenize", {}, content_type="text/plain")).status == 415
+    assert (await call("POST", "/tokenize", {}, content_type="")).status == 415
+    assert (await call("PUT", "/tokenize")).status == 405
+    reply = await call("GET", "/nowhere")
+    assert (reply.status, reply.json()["error"]["code"]) == (404, "not_found")
+
+
+# Sessions -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_leaving_cancels_the_session(stream: bool) -> None:
+    left = asyncio.Event()
+    upstream = FakeUpstream(gate=asyncio.Event())
+    call = Caller(upstream)
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": stream}
+    async with asyncio.TaskGroup() as group:
+        group.create_task(call("POST", "/v1/chat/completions", body, left=left))
+        await upstream.started.wait()
+        assert call.gateway.in_progress.sessions == 1
+        left.set()
+    assert upstream.cancelled == 1
+    assert call.gateway.in_progress.sessions == 0
+
+
+async def test_closing_ends_every_answer_and_takes_no_more() -> None:
+    call = Caller(FakeUpstream(gate=asyncio.Event()))
+
+    def close(data: bytes) -> None:
+        if b"Hel" in data:
+            call.gateway.in_progress.close()
+
+    body = {"model": MODEL, "prompt": "x", "stream": True}
+    reply = await call("POST", "/v1/completions", body, on_body=close)
+    assert reply.events()[-1]["error"]["code"] == "overloaded"
+    assert call.upstream.cancelled == 1
+    assert (await call.chat()).status == 503
+    assert (await call("GET", "/ready")).status == 503
+
+
+async def test_comments_keep_a_slow_stream_alive() -> None:
+    gate = asyncio.Event()
+    call = Caller(FakeUpstream(gate=gate), GatewayConfig(keep_alive_s=0.001))
+
+    def note(data: bytes) -> None:
+        if data.startswith(b": "):
+            gate.set()
+
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True}
+    reply = await call("POST", "/v1/chat/completions", body, on_body=note)
+    assert b"\n\n: keep-alive\n\n" in reply.body
+    assert reply.deltas() == "Hello there"
+    assert reply.events()[-1] == "[DONE]"
+
+
+async def test_an_answer_that_takes_too_long_is_a_504() -> None:
+    call = Caller(FakeUpstream(gate=asyncio.Event()), GatewayConfig(request_timeout_s=0.01))
+    reply = await call.chat()
+    assert (reply.status, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert call.upstream.cancelled == 1
+
+
+async def test_answers_at_once_are_bounded() -> None:
+    call = Caller(config=GatewayConfig(sessions_max=2))
+    reply = await call.chat(n=3)
+    assert (reply.status, reply.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert reply.headers["retry-after"] == "1"
+    assert (await call.chat(n=2)).status == 200
+    assert (await call.complete(["x"] * 33)).status == 400
+
+
+# Models, tokens, evidence -------------------------------------------------------------
+
+
+async def test_models_are_those_with_a_complete_pipeline() -> None:
+    call = Caller()
+    [model] = (await call("GET", "/v1/models")).json()["data"]
+    assert (model["id"], model["object"], model["context_length"]) == (MODEL, "model", 2048)
+    assert model["coverage"] == {"layers": 8, "hosts": 2, "hosts_per_layer_min": 1}
+    assert model["price"]["completion_microcredits_per_million"] > 0
+    assert (await call("GET", f"/v1/models/{MODEL}")).json() == model
+    reply = await call("GET", "/v1/models/some/body/else")
+    assert (reply.status, reply.json()["error"]["code"]) == (404, "model_not_found")
+    assert (await call("GET", "/ready")).json()["models"] == [MODEL]
+    broken = Caller(FakeUpstream(spans=(Span(0, 5),)))
+    assert (await broken("GET", "/v1/models")).json()["data"] == []
+    assert (await broken("GET", "/ready")).status == 503
+    assert (await broken("POST", "/tokenize", {"prompt": "x"})).status == 404
+
+
+async def test_tokens_and_back() -> None:
+    call = Caller()
+    reply = (await call("POST", "/tokenize", {"prompt": "some words", "model": MODEL})).json()
+    assert reply["count"] == len(reply["tokens"])
+    back = await call("POST", "/detokenize", {"tokens": reply["tokens"]})
+    assert back.json()["prompt"] == "some words"
+    messages = [{"role": "user", "content": "hi"}]
+    chat = (await call("POST", "/tokenize", {"messages": messages})).json()
+    assert chat["count"] == (await call.chat()).json()["usage"]["prompt_tokens"]
+    assert (await call("POST", "/tokenize", {})).status == 400
+    assert (await call("POST", "/detokenize", {"tokens": [10**6]})).status == 400
+    assert (await call("POST", "/detokenize", {"tokens": [-1]})).status == 400
+    info = (await call("GET", f"/tokenizer_info?model={MODEL}")).json()
+    assert (info["eos_token"], info["max_model_len"]) == ("<|im_end|>", 2048)
+
+
+async def test_a_quote_is_the_plan() -> None:
+    call = Caller()
+    body = {"model": MODEL, "prompt_tokens": 10, "max_tokens": 20}
+    quote = (await call("POST", "/v1/quote", body)).json()
+    planned = call.upstream.plan(MODEL, 10, Options(max_tokens=20)).predicted
+    assert quote["price_microcredits"] == planned.price_microcredits
+    assert [step["start"] for step in quote["route"]] == [0, 5]
+    assert (await call("POST", "/v1/quote", {"model": MODEL})).status == 400
+    measured = await call("POST", "/v1/quote", {"model": MODEL, "prompt": "some words"})
+    assert measured.json()["prompt_tokens"] > 0
+    refused = await call("POST", "/v1/quote", body | {"provider": {"max_price": 1}})
+    assert (refused.status, refused.json()["error"]["param"]) == (503, "provider.max_price")
+
+
+async def test_bundles_are_kept_when_asked_for() -> None:
+    call = Caller(FakeUpstream(bundle=b'{"a":1}'))
+    assert (await call.chat()).json()["plait"]["answers"][0]["bundle"] is None
+    reply = await call.chat(plait={"bundle": True})
+    found = await call("GET", reply.headers["x-plait-bundle"])
+    assert (found.status, found.body) == (200, b'{"a":1}')
+    assert (await call("GET", "/v1/bundles/none")).status == 404
+    two = (await call.chat(n=2, plait={"bundle": True}, stream=True)).events()
+    accounts = [e["plait"]["answers"][0] for e in two if e != "[DONE]" and "plait" in e]
+    paths = {account["bundle"] for account in accounts}
+    assert len(paths) == 2
+    assert [(await call("GET", path)).status for path in sorted(paths)] == [200, 200]
+    every = Caller(FakeUpstream(bundle=b"{}"), GatewayConfig(always_bundle=True))
+    assert "x-plait-bundle" in (await every.chat()).headers
+
+
+# The door and the gateway itself ------------------------------------------------------
+
+
+def with_keys(*keys: str) -> GatewayConfig:
+    digests = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+    return GatewayConfig(host="0.0.0.0", keys=KeyRing(digests))
+
+
+async def test_keys_open_the_door() -> None:
+    call = Caller(FakeUpstream(bundle=b"{}"), with_keys(KEY, KEY + "2"))
+    reply = await call.chat()
+    error = reply.json()["error"]
+    assert (reply.status, error["code"]) == (401, "invalid_api_key")
+    assert reply.headers["x-should-retry"] == "false"
+    assert not call.upstream.asked
+    for path in ("/health", "/ready", "/version"):
+        assert (await call("GET", path)).status == 200
+    for wrong in ("Bearer nope", f"Basic {KEY}", KEY, "Bearer", "Bearer \xff"):
+        assert (await call("GET", "/v1/models", authorization=wrong)).status == 401
+    call.headers = {"authorization": f"Bearer {KEY}", "host": "plait.example.org"}
+    reply = await call.chat(plait={"bundle": True})
+    path = reply.headers["x-plait-bundle"]
+    assert (await call("GET", path)).status == 200
+    assert (await call("GET", path, authorization=f"Bearer {KEY}2")).status == 404
+
+
+async def test_a_browser_may_use_its_own_prompt_for_the_page_only() -> None:
+    call = Caller(config=with_keys(KEY))
+    reply = await call("GET", "/")
+    assert (reply.status, reply.headers["www-authenticate"]) == (401, 'Basic realm="plait"')
+    basic = "Basic " + base64.b64encode(f"me:{KEY}".encode()).decode()
+    assert (await call("GET", "/", authorization=basic)).status == 200
+    assert (await call("GET", "/", authorization="Basic %%")).status == 401
+    assert (await call("GET", "/v1/models", authorization=basic)).status == 401
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:4700", 200),
+        ("localhost", 200),
+        ("LOCALHOST:1", 200),
+        ("[::1]:4700", 200),
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example:4700", 403),
+    ],
+)
+async def test_without_keys_the_host_must_be_this_machine(host: str, status: int) -> None:
+    assert (await Caller()("GET", "/health", host=host)).status == status
+
+
+async def test_without_keys_any_bearer_passes() -> None:
+    call = Caller(headers={"authorization": "Bearer whatever"})
+    assert (await call.chat()).status == 200
+
+
+async def test_metrics_and_page_show_the_same_spend() -> None:
+    call = Caller()
+    await call.chat()
+    await call.chat(model="none")
+    text = (await call("GET", "/metrics")).body.decode()
+    assert 'plait_gateway_cost_microcredits_total{model="tiny-random"} 7.0' in text
+    assert 'endpoint="/v1/chat/completions",status="404"' in text
+    assert "plait_gateway_sessions_active 0.0" in text
+    page = await call("GET", "/")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    html = page.body.decode()
+    assert "<td>3</td><td>7</td>" in html
+    assert key_of("node 0:5").peer_id in html
+    assert "<script" not in html
+    assert "http" not in html.replace("http-equiv", "")
+    assert (await call("GET", "/page.css")).headers["content-type"].startswith("text/css")
+
+
+async def test_the_description_covers_every_route() -> None:
+    call = Caller()
+    document = (await call("GET", "/openapi.json")).json()
+    assert (await call("GET", "/version")).json() == {"version": "1.2"}
+    assert document["info"]["version"] == "1.2"
+    for path, operations in document["paths"].items():
+        for method in operations:
+            reply = await call(method.upper(), path.replace("{id}", "x"), {})
+            assert reply.status < 500, path
+            assert b'"not_found"' not in reply.body, path
+            assert reply.status != 405, path
+    references = json.dumps(document).split('"$ref": "#/components/schemas/')[1:]
+    names = {reference.partition('"')[0] for reference in references}
+    assert names <= document["components"]["schemas"].keys()
+
+
+async def test_the_fake_is_closed_like_the_client() -> None:
+    """The fake's stream counts as cancelled when it is closed early, and only then."""
+    upstream = FakeUpstream()
+    async with aclosing(upstream.stream(MODEL, "x", Options())) as stream:
+        await anext(stream)
+    assert upstream.cancelled == 1
+    async with aclosing(upstream.stream(MODEL, "x", Options())) as stream:
+        assert isinstance([item async for item in stream][-1], Answer)
+    assert upstream.cancelled == 1
