@@ -49,6 +49,14 @@ class Bootstrap:
 
 
 @dataclass(frozen=True, slots=True)
+class Witness:
+    """Who watches that the authorities' logs only grow: its note key's name and public key."""
+
+    name: str
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkFile:
     """The parsed and verified network file. DER certificates, raw 32-byte keys."""
 
@@ -60,6 +68,9 @@ class NetworkFile:
     bootstrap: tuple[Bootstrap, ...]
     audit_rate_percent: int = 2
     allowed_peers: frozenset[PeerId] = frozenset()
+    witnesses: tuple[Witness, ...] = ()
+    witness_quorum: int = 0
+    """How many witnesses must have cosigned a checkpoint; 0 asks for none."""
 
     def admits(self, peer: PeerId) -> bool:
         """Whether the peer may take part."""
@@ -77,6 +88,8 @@ class NetworkFile:
             f"audit_rate_percent = {self.audit_rate_percent}",
             f"allowed_peers = [{', '.join(map(_quoted, sorted(self.allowed_peers)))}]",
         ]
+        if self.witness_quorum:
+            lines.append(f"witness_quorum = {self.witness_quorum}")
         for authority in self.authorities:
             lines += [
                 "",
@@ -96,6 +109,13 @@ class NetworkFile:
                 f"multiaddr = {_quoted(node.multiaddr)}",
                 f"public_address = {_quoted(node.public_address)}",
                 f'certificate = "{base64.b64encode(node.certificate).decode()}"',
+            ]
+        for witness in self.witnesses:
+            lines += [
+                "",
+                "[[witness]]",
+                f"name = {_quoted(witness.name)}",
+                f'key = "{witness.key.hex()}"',
             ]
         return "\n".join(lines) + "\n"
 
@@ -132,7 +152,7 @@ def parse_network_file(data: bytes, name: str = "network.toml") -> NetworkFile:
         head = document["network"]
         if head["admission"] not in _ADMISSIONS:
             raise ValueError(f"admission must be one of {', '.join(_ADMISSIONS)}")
-        return NetworkFile(
+        network = NetworkFile(
             network_id=str(head["id"]),
             founder=_peer(head["founder"]),
             admission=head["admission"],
@@ -141,10 +161,14 @@ def parse_network_file(data: bytes, name: str = "network.toml") -> NetworkFile:
             bootstrap=tuple(_bootstrap(item) for item in document.get("bootstrap", [])),
             audit_rate_percent=int(head.get("audit_rate_percent", 2)),
             allowed_peers=frozenset(_peer(item) for item in head.get("allowed_peers", [])),
+            witnesses=tuple(_witness(item) for item in document.get("witness", [])),
+            witness_quorum=int(head.get("witness_quorum", 0)),
         )
+        _check_witnesses(network)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"the network file {name} is not valid: {detail}") from error
+    return network
 
 
 def _quoted(text: str) -> str:
@@ -182,6 +206,25 @@ def _bootstrap(item: dict[str, Any]) -> Bootstrap:
         public_address=str(item["public_address"]),
         certificate=base64.b64decode(item["certificate"], validate=True),
     )
+
+
+def _witness(item: dict[str, Any]) -> Witness:
+    name = str(item["name"])
+    if not name or "+" in name or any(letter.isspace() for letter in name):
+        raise ValueError("a witness's name has no spaces and no +")
+    return Witness(name=name, key=_key(item["key"]))
+
+
+def _check_witnesses(network: NetworkFile) -> None:
+    # A cosignature does not cover its witness's name, so that one key is one witness.
+    names = {witness.name for witness in network.witnesses}
+    keys = {witness.key for witness in network.witnesses}
+    if not len(names) == len(keys) == len(network.witnesses):
+        raise ValueError("two witnesses have one name or key")
+    if keys.intersection(authority.log_key for authority in network.authorities):
+        raise ValueError("a log is its own witness")
+    if not 0 <= network.witness_quorum <= len(keys):
+        raise ValueError("witness_quorum is more than there are witnesses")
 
 
 def _check_signature(network: NetworkFile, data: bytes, signature: bytes, name: str) -> None:

@@ -18,7 +18,7 @@ from plait.cli.root import invoke
 from plait.envelope import digest, seal
 from plait.identity import SigningKey, load_key, save_key
 from plait.ledger.certs import make_key_cert
-from plait.ledger.checkpoint import Checkpoint
+from plait.ledger.checkpoint import Checkpoint, sign_checkpoint
 from plait.ledger.journal_audit import audit_journal
 from plait.ledger.merkle import leaf_hash, root_of
 from plait.ledger.service.authority import AuthorityKeys, serve_authority
@@ -162,6 +162,31 @@ async def reserved_session(world: World) -> pb.SettleRequest:
     return pb.SettleRequest(
         request=seal(PAYEE_LEDGER, request), payee_cert=payee_cert, voucher=voucher
     )
+
+
+@pytest.mark.slow
+def test_a_log_is_compared_with_an_earlier_checkpoint(
+    world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    saved, proof = tmp_path / "saved", tmp_path / "proof.json"
+    run(world, capsys, "issue", world.client, "7", "--order-id", "dd")
+    note = run(world, capsys, "checkpoint")
+    saved.write_text(note)
+    assert run_json(world, capsys, "checkpoint")["witnesses"] == []
+    size = run_json(world, capsys, "compare", str(saved))["tree_size"]
+    assert size == int(note.splitlines()[1])
+    run(world, capsys, "issue", world.client, "7", "--order-id", "ee")
+    assert f"from {size} to {size + 1}" in run(world, capsys, "compare", str(saved))
+    for forged in (size, size + 9):
+        saved.write_text(sign_checkpoint(LOG, "log.example/net-1", forged, bytes(32)))
+        run(world, capsys, "compare", str(saved), code=1)
+    saved.write_text(sign_checkpoint(LOG, "log.example/net-1", size + 1, bytes(32)))
+    run(world, capsys, "compare", str(saved), "--proof", str(proof), code=1)
+    assert PEER.peer_id in run(world, capsys, "fork", str(proof))
+    assert run_json(world, capsys, "fork", str(proof))["culprit"] == PEER.peer_id
+    run(world, capsys, "fork", str(saved), code=1)
+    run(world, capsys, "fork", str(tmp_path / "none"), code=3)
+    run(world, capsys, "compare", str(saved), "--proof", str(tmp_path / "no" / "file"), code=3)
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,16 @@ from google.protobuf.message import Message
 from plait.envelope import digest, pae, seal
 from plait.identity import peer_id_of
 from plait.ledger.bundle import build_bundle
+from plait.ledger.checkpoint import sign_checkpoint
+from plait.ledger.cosignature import cosign
+from plait.ledger.fork import ForkProof, LogFork, ReservationFork, write_fork_proof
 from plait.ledger.handoff import HandoffChain, ids_payload
 from plait.ledger.terms import SessionTerms
 from plait.ledger.voucher import Transcript
+from plait.network_file import Witness
 from plait.testing.accounting import (
     NETWORK_ID,
+    NOW_MS,
     PaperSession,
     Plot,
     cert_of,
@@ -27,7 +32,7 @@ from plait.testing.accounting import (
     paper_network,
 )
 from plait.v1.identity_pb2 import SignedEnvelope
-from plait.v1.ledger_pb2 import SessionVoucher, StageReceipt
+from plait.v1.ledger_pb2 import BudgetReservation, SessionVoucher, StageReceipt
 
 FOLDER = Path(__file__).parent
 GROUP_ORDER = 2**252 + 27742317777372353535851937790883648493
@@ -46,6 +51,8 @@ def documents() -> dict[str, Json]:
         "receipt.json": receipts(),
         "voucher.json": vouchers(),
         "bundle.json": bundles(),
+        "witness.json": witnesses(),
+        "fork.json": forks(),
     }
 
 
@@ -272,6 +279,76 @@ def bundles() -> Json:
             case("other prompt", build_bundle(false_ring, client).decode(), "false", "ring"),
             case("edited text", honest.replace("Hi “", "Ho “"), "false", "seal"),
             case("new line at the end", honest + "\n", "false", "encoding"),
+        ],
+    }
+
+
+def witnesses() -> Json:
+    """Cosignatures, and bundles of a network that asks for two of three."""
+    names = [f"witness.example/{number}" for number in range(3)]
+    keys = [key_of(name) for name in names]
+    network = paper_network(
+        witnesses=tuple(Witness(name, key.public) for name, key in zip(names, keys, strict=True)),
+        witness_quorum=2,
+    )
+    note, time_s = str(PARTS.checkpoint), NOW_MS // 1000
+    lines = [cosign(key, name, note, time_s) for name, key in zip(names, keys, strict=True)]
+    forged = cosign(keys[2], names[2], note.replace("\n6\n", "\n7\n"), time_s)
+    bundle = {
+        "cosigned": note + lines[0] + lines[2],
+        "cosigned by one": note + lines[0],
+        "cosigned by one twice": note + lines[0] + cosign(keys[0], names[0], note, time_s + 1),
+        "cosigned by a stranger": note + lines[0] + cosign(key_of("x"), names[1], note, time_s),
+        "a forged cosignature": note + lines[0] + lines[1] + forged,
+    }
+    outcomes = ["verified", "incomplete", "incomplete", "incomplete", "false"]
+    return {
+        "about": "Cosignatures (cosignature/v1) of one checkpoint, and bundles with them.",
+        "network_toml": network.to_toml(),
+        "note": note,
+        "cosignatures": [
+            {"name": name, "seed": key.seed.hex(), "time_s": time_s, "line": line}
+            for name, key, line in zip(names, keys, lines, strict=True)
+        ],
+        "bundles": [
+            case(
+                name,
+                build_bundle(replace(PARTS, checkpoint=signed), key_of("client")).decode(),
+                outcome,
+                *(["witnesses"] if outcome == "false" else []),
+            )
+            for (name, signed), outcome in zip(bundle.items(), outcomes, strict=True)
+        ],
+    }
+
+
+def forks() -> Json:
+    """Fork proofs, and what proves nothing."""
+    origin, key = paper_network().authorities[0].log_origin, key_of("authority log")
+    notes = [sign_checkpoint(key, origin, 7, bytes([root]) * 32) for root in (1, 2)]
+    larger = sign_checkpoint(key, origin, 8, bytes([2]) * 32)
+    first = PARTS.reservation
+    message = BudgetReservation.FromString(first.payload)
+    message.amount += 1
+    second = seal(key_of("client ledger"), message)
+    message.sequence += 1
+    next_one = seal(key_of("client ledger"), message)
+    certs = (cert_of("client"), cert_of("client"))
+    proofs: list[tuple[str, ForkProof, str]] = [
+        ("two trees", LogFork(origin, (notes[0], notes[1])), paper_network().authorities[0].peer),
+        ("two reservations", ReservationFork((first, second), certs), key_of("client").peer_id),
+        ("one tree twice", LogFork(origin, (notes[0], notes[0])), ""),
+        ("two sizes", LogFork(origin, (notes[0], larger)), ""),
+        ("another log", LogFork("other.example", (notes[0], notes[1])), ""),
+        ("one reservation twice", ReservationFork((first, first), certs), ""),
+        ("two numbers", ReservationFork((first, next_one), certs), ""),
+    ]
+    return {
+        "about": "Fork proofs, byte for byte. Without a culprit they prove nothing.",
+        "network_toml": paper_network().to_toml(),
+        "proofs": [
+            {"name": name, "culprit": culprit, "data": write_fork_proof(proof).decode()}
+            for name, proof, culprit in proofs
         ],
     }
 

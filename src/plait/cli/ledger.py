@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from plait.ledger.balances import Entry
     from plait.ledger.service.remote import RemoteLedger
     from plait.network_file import Authority, NetworkFile
+    from plait.types import Digest
     from plait.v1.identity_pb2 import SignedEnvelope
 
 app = typer.Typer(help="Accounts, history and the log.", no_args_is_help=True)
@@ -165,24 +166,90 @@ def settle(
 
 @app.command()
 def checkpoint(network: Network = None, json_output: Json = False) -> None:
-    """Show the log's last signed checkpoint, checked against the network file's key."""
+    """Show the log's last signed checkpoint, checked against the network file's keys."""
     from plait.cli.output import emit_json
     from plait.ledger.checkpoint import open_checkpoint
+    from plait.ledger.cosignature import open_cosignatures
 
     authority = _authority(network)
     note = _ask(network, lambda ledger: ledger.checkpoint())
     opened = open_checkpoint(note, authority.log_origin, authority.log_key)
+    cosignatures = open_cosignatures(note, _network_file(network).witnesses)
     if json_output:
         emit_json(
             {
                 "origin": opened.origin,
                 "tree_size": opened.size,
                 "root_hash": opened.root,
+                "witnesses": [cosignature.name for cosignature in cosignatures],
                 "note": note,
             }
         )
     else:
         print(note, end="")
+
+
+@app.command()
+def compare(
+    earlier: Annotated[Path, typer.Argument(help="A checkpoint saved before, or got elsewhere.")],
+    proof: Annotated[Path, typer.Option(help="Where to write the proof of a fork.")] = Path(
+        "fork-proof.json"
+    ),
+    network: Network = None,
+    json_output: Json = False,
+) -> None:
+    """Check that the log only grew since a checkpoint. Exit code 1 if it did not."""
+    from plait.cli.output import emit_json
+    from plait.errors import BadProof
+    from plait.ledger.checkpoint import open_checkpoint
+    from plait.ledger.merkle import verify_consistency
+
+    authority = _authority(network)
+    origin, log_key = authority.log_origin, authority.log_key
+    saved = _read_bytes(earlier).decode(errors="replace")
+    known = open_checkpoint(saved, origin, log_key)
+
+    async def fetch(ledger: "RemoteLedger") -> "tuple[str, list[Digest]]":
+        note = await ledger.checkpoint()
+        size = open_checkpoint(note, origin, log_key).size
+        grown = 0 < known.size < size
+        return note, await ledger.consistency(known.size, size) if grown else []
+
+    note, hashes = _ask(network, fetch)
+    current = open_checkpoint(note, origin, log_key)
+    if known.size == current.size and known.root != current.root:
+        _write_log_fork(proof, origin, saved, note)
+        raise BadProof(f"the log forked at size {known.size}: the proof is in {proof}")
+    if current.size < known.size:
+        raise BadProof(f"the log shrank from {known.size} to {current.size} entries")
+    if known.size > 0:
+        verify_consistency(known.size, current.size, known.root, current.root, hashes)
+    if json_output:
+        emit_json({"origin": origin, "earlier_size": known.size, "tree_size": current.size})
+    else:
+        print(f"{origin} only grew: from {known.size} to {current.size} entries")
+
+
+@app.command()
+def fork(
+    proof: Annotated[Path, typer.Argument(help="A fork proof, as a file.")],
+    network: Network = None,
+    json_output: Json = False,
+) -> None:
+    """Check offline that somebody signed twice. Exit code 1 if the file proves nothing."""
+    from plait.cli.output import emit_json
+    from plait.errors import BadProof
+    from plait.ledger.fork import check_fork_proof, read_fork_proof
+
+    try:
+        opened = read_fork_proof(_read_bytes(proof))
+    except ValueError as error:
+        raise BadProof(f"{proof} is no fork proof: {error}") from error
+    verdict = check_fork_proof(opened, _network_file(network))
+    if json_output:
+        emit_json({"culprit": verdict.culprit, "statement": verdict.statement})
+    else:
+        print(f"proven: {verdict.culprit} {verdict.statement}")
 
 
 @app.command()
@@ -343,6 +410,25 @@ def _peer(account: str) -> str:
     except ValueError as error:
         raise ConfigError(f"not a peer id: {account}", remedy="plait ledger balance") from error
     return account
+
+
+def _write_log_fork(path: Path, origin: str, first: str, second: str) -> None:
+    from plait.ledger.fork import LogFork, write_fork_proof
+
+    try:
+        path.write_bytes(write_fork_proof(LogFork(origin, (first, second))))
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    from plait.ledger.fork import FORK_BYTES_MAX
+
+    try:
+        with path.open("rb") as file:
+            return file.read(FORK_BYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _now_ms() -> int:

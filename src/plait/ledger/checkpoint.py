@@ -1,8 +1,9 @@
 """Checkpoints: signed tree heads as C2SP signed notes (c2sp.org/tlog-checkpoint).
 
 The key name equals the log's origin. Parsing is strict: the one canonical spelling of
-each line, no extension lines. Signatures by unknown keys (witnesses) are ignored, as the
-specification demands; a bad signature under the known key refuses the whole note.
+each line, no extension lines. Signatures by unknown keys are ignored, as the specification
+demands (those of witnesses are opened in ``cosignature``); a bad signature under the known
+key refuses the whole note.
 """
 
 import base64
@@ -31,6 +32,15 @@ class Checkpoint:
     root: Digest
 
 
+@dataclass(frozen=True, slots=True)
+class NoteLine:
+    """One signature line of a note, not yet verified."""
+
+    name: str
+    key_id: bytes
+    signature: bytes
+
+
 def key_id(name: str, public_key: bytes) -> bytes:
     """The 4-byte id of an Ed25519 note key (c2sp.org/signed-note)."""
     return hashlib.sha256(name.encode() + b"\n" + _ED25519 + public_key).digest()[:4]
@@ -38,15 +48,15 @@ def key_id(name: str, public_key: bytes) -> bytes:
 
 def sign_note(key: SigningKey, name: str, text: str) -> str:
     """Sign a text that ends in a newline; raises ``ValueError`` for an unusable name or text."""
-    _check_name(name)
+    check_name(name)
     if not text.endswith("\n") or _has_control(text):
         raise ValueError("a note's text ends in a newline and has no other control character")
     signature = key_id(name, key.public) + key.sign(text.encode())
     return f"{text}\n{_SIGNATURE_START}{name} {base64.b64encode(signature).decode()}\n"
 
 
-def open_note(note: str, name: str, public_key: bytes) -> str:
-    """Return the text of a note signed by the named key; raises ``BadSignature``."""
+def parse_note(note: str) -> tuple[str, tuple[NoteLine, ...]]:
+    """The text of a note and its signature lines, none verified; raises ``BadSignature``."""
     if len(note) > NOTE_SIZE_MAX or _has_control(note):
         raise BadSignature("the note is too long or holds characters it must not")
     text, separator, tail = note.rpartition("\n\n")
@@ -55,9 +65,14 @@ def open_note(note: str, name: str, public_key: bytes) -> str:
     lines = tail[:-1].split("\n")
     if len(lines) > SIGNATURES_MAX:
         raise BadSignature(f"the note has more than {SIGNATURES_MAX} signatures")
-    text += "\n"
+    return f"{text}\n", tuple(map(_signature, lines))
+
+
+def open_note(note: str, name: str, public_key: bytes) -> str:
+    """Return the text of a note signed by the named key; raises ``BadSignature``."""
+    text, lines = parse_note(note)
     expected = (name, key_id(name, public_key))
-    known = [signature for *key, signature in map(_signature, lines) if tuple(key) == expected]
+    known = [line.signature for line in lines if (line.name, line.key_id) == expected]
     if len(known) != 1:
         raise BadSignature(f"the note has {len(known)} signatures by {name}, not one")
     verify(public_key, known[0], text.encode())
@@ -93,17 +108,23 @@ def open_checkpoint(text: str, origin: str, log_key: bytes) -> Checkpoint:
     return Checkpoint(origin, size, Digest(root))
 
 
-def _signature(line: str) -> tuple[str, bytes, bytes]:
-    """Split a signature line into key name, key id and signature; raises ``BadSignature``."""
+def check_name(name: str) -> None:
+    """Refuse what cannot name a note's key (c2sp.org/signed-note); raises ``ValueError``."""
+    if not name or "+" in name or any(letter.isspace() for letter in name):
+        raise ValueError(f"not a key name: {name[:80]!r}")
+
+
+def _signature(line: str) -> NoteLine:
+    """Split a signature line; raises ``BadSignature``."""
     name, space, encoded = line.removeprefix(_SIGNATURE_START).partition(" ")
     try:
         raw = _canonical_base64(encoded)
-        _check_name(name)
+        check_name(name)
     except ValueError as error:
         raise BadSignature("a signature line of the note is malformed") from error
     if not line.startswith(_SIGNATURE_START) or not space or len(raw) < 5:
         raise BadSignature("a signature line of the note is malformed")
-    return name, raw[:4], raw[4:]
+    return NoteLine(name, raw[:4], raw[4:])
 
 
 def _canonical_base64(text: str) -> bytes:
@@ -114,11 +135,6 @@ def _canonical_base64(text: str) -> bytes:
     if base64.b64encode(raw).decode() != text:
         raise ValueError("not canonical base64")
     return raw
-
-
-def _check_name(name: str) -> None:
-    if not name or "+" in name or any(letter.isspace() for letter in name):
-        raise ValueError(f"not a key name: {name[:80]!r}")
 
 
 def _has_control(text: str) -> bool:

@@ -12,7 +12,13 @@ from plait.ledger.bundle import BundleParts, SealedBundle, read_bundle
 from plait.ledger.receipt import ChunkClose
 from plait.ledger.report import Claim, Findings, Outcome, Report
 from plait.ledger.terms import StageTerms
-from plait.ledger.verify_credit import check_caps, check_journal, check_log, check_reservation
+from plait.ledger.verify_credit import (
+    check_caps,
+    check_journal,
+    check_log,
+    check_reservation,
+    check_witnesses,
+)
 from plait.ledger.verify_receipts import (
     check_closed_ring,
     check_handoffs,
@@ -44,7 +50,13 @@ _NEVER_CHECKED = (
     "the people: who operates these peers, and whether client and stages all collude",
     "the clocks: every date is the signer's own",
     "the publisher: the manifest is the model's by digest; who made the model is not proven",
-    "the log's other readers: no witness has cosigned, so another history could be shown to them",
+)
+_CREDIT_CLAIMS = "caps, journal and log"
+_NOT_WITNESSED = (
+    "the log's other readers: no witness has cosigned, so another history could be shown to them"
+)
+_WITNESSED = (
+    "the log's other readers: another history could be shown to them if enough witnesses collude"
 )
 
 
@@ -59,6 +71,7 @@ def verify_bundle(data: bytes, network: NetworkFile) -> Report:
     else:
         _check_parts(findings, bundle, network)
     findings.unchecked.extend(_NEVER_CHECKED)
+    findings.unchecked.append(_WITNESSED if network.witness_quorum else _NOT_WITNESSED)
     return findings.report()
 
 
@@ -181,7 +194,8 @@ def _check_credit(
         lambda a: f"granted by the ledger authority {a.peer}",
     )
     if voucher is None or authority is None:
-        findings.blocked("caps, journal and log", "the voucher or the grant")
+        claims = "caps, journal, log and witnesses" if network.witness_quorum else _CREDIT_CLAIMS
+        findings.blocked(claims, "the voucher or the grant")
         return
     findings.claim(
         "caps", lambda: check_caps(parts, voucher), lambda _: "no stage is above its cap"
@@ -196,3 +210,12 @@ def _check_credit(
         lambda: check_log(parts, authority),
         lambda c: f"{len(parts.entries)} entries in {c.origin} at size {c.size}",
     )
+    if network.witness_quorum:
+        findings.claim(
+            "witnesses",
+            lambda: check_witnesses(parts, network, authority),
+            lambda count: (
+                f"{count} of {len(network.witnesses)} witnesses saw this log only grow, "
+                f"{network.witness_quorum} are needed"
+            ),
+        )

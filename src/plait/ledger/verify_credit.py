@@ -10,6 +10,7 @@ from plait.ledger.balances import Entry, EntryKind, entry_from_payload, hold_acc
 from plait.ledger.blame import about
 from plait.ledger.bundle import BundleParts
 from plait.ledger.checkpoint import Checkpoint, open_checkpoint
+from plait.ledger.cosignature import open_cosignatures
 from plait.ledger.merkle import leaf_hash, verify_inclusion
 from plait.ledger.report import Absent
 from plait.ledger.reserve import caps_of, check_grant
@@ -71,6 +72,19 @@ def check_log(parts: BundleParts, authority: Authority) -> Checkpoint:
                 raise BadProof("its index is not that of its proof")
             verify_inclusion(leaf_hash(payload), index, checkpoint.size, hashes, checkpoint.root)
     return checkpoint
+
+
+def check_witnesses(parts: BundleParts, network: NetworkFile, authority: Authority) -> int:
+    """The network's quorum of witnesses cosigned the checkpoint; returns how many did."""
+    if parts.checkpoint is None:
+        raise Absent("the bundle has no checkpoint")
+    open_checkpoint(parts.checkpoint, authority.log_origin, authority.log_key)
+    count = len(open_cosignatures(parts.checkpoint, network.witnesses))
+    if count < network.witness_quorum:
+        raise Absent(
+            f"{count} witnesses have cosigned the checkpoint, {network.witness_quorum} are needed"
+        )
+    return count
 
 
 def _entry(parts: BundleParts, number: int, payload: bytes) -> Entry:

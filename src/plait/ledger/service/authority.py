@@ -6,7 +6,7 @@ decide. A refusal is a gRPC status with the details "code: reason".
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -39,6 +39,7 @@ from plait.ledger.journal import (
 )
 from plait.ledger.service.recorder import LogIdentity, Recorder
 from plait.ledger.service.store import open_store
+from plait.ledger.service.witness import Cosigner, WitnessedLog
 from plait.logs import get_logger
 from plait.network_file import Authority, NetworkFile
 from plait.types import AccountId, Digest, PeerId, SessionId
@@ -154,8 +155,10 @@ class LedgerServicer(LedgerServiceServicer):
         network: NetworkFile,
         key: SigningKey,
         clock_ms: Callable[[], int],
+        witnessed: WitnessedLog | None = None,
     ) -> None:
         self._recorder = recorder
+        self._log = witnessed or WitnessedLog(recorder)
         self._books = recorder.books
         self._network = network
         self._key = key
@@ -237,7 +240,7 @@ class LedgerServicer(LedgerServiceServicer):
         settled = self._books.settled(session_id)
         if len(session_id) != 16 or not indexes:
             raise _Refused("session", "no reservation is known for this session")
-        size, note = await self._recorder.checkpoint(covering=indexes[-1] + 1)
+        size, note = await self._log.checkpoint(covering=indexes[-1] + 1)
         tree = self._recorder.tree
         return pb.GetEvidenceResponse(
             entries=[self._payload(index) for index in indexes],
@@ -254,7 +257,7 @@ class LedgerServicer(LedgerServiceServicer):
         self, request: pb.GetCheckpointRequest, context: Any
     ) -> pb.GetCheckpointResponse:
         """A checkpoint of everything on disk."""
-        _, note = await self._recorder.checkpoint(covering=self._recorder.committed_size)
+        _, note = await self._log.checkpoint(covering=self._recorder.committed_size)
         return pb.GetCheckpointResponse(checkpoint=note)
 
     @_answered
@@ -340,10 +343,12 @@ async def serve_authority(
     tls: tuple[bytes, bytes],
     *,
     clock: Clock | None = None,
+    cosigners: Sequence[Cosigner] = (),
 ) -> AsyncIterator[RunningAuthority]:
     """Serve a ledger authority while the context is open.
 
-    ``tls`` is certificate and key in PEM; port 0 lets the kernel choose. Raises
+    ``tls`` is certificate and key in PEM; port 0 lets the kernel choose. ``cosigners`` are
+    ways to witnesses of the network file, asked for each checkpoint. Raises
     ``ConfigError`` for keys that are not the network file's or an address in use, and
     ``LedgerError`` for a store that cannot be used.
     """
@@ -358,13 +363,16 @@ async def serve_authority(
         store.close()
         raise
     try:
-        servicer = LedgerServicer(recorder, network, keys.ledger, clock.now_ms)
+        witnessed = WitnessedLog(recorder, network.witnesses, network.witness_quorum, cosigners)
+        servicer = LedgerServicer(recorder, network, keys.ledger, clock.now_ms, witnessed)
         server, bound = _server(servicer, host, port, tls)
         await server.start()
         try:
             failure: Exception | None = None
             async with asyncio.TaskGroup() as tasks:
-                chores = tasks.create_task(_chores(recorder, clock), name="ledger-chores")
+                chores = tasks.create_task(
+                    _chores(recorder, witnessed, clock), name="ledger-chores"
+                )
                 try:
                     yield RunningAuthority(host, bound, recorder, recorder.stopped)
                 except Exception as error:  # noqa: BLE001 - raised below, out of the group's wrapping
@@ -402,11 +410,11 @@ def _server(
     return server, bound
 
 
-async def _chores(recorder: Recorder, clock: Clock) -> None:
+async def _chores(recorder: Recorder, witnessed: WitnessedLog, clock: Clock) -> None:
     """Sign checkpoints and void what has expired, until the recorder stops."""
     try:
         while True:
-            await recorder.checkpoint(recorder.committed_size)
+            await witnessed.checkpoint(recorder.committed_size)
             # After a long outage the payees get their grace time again before anything expires.
             if clock.elapsed_ms() >= GRACE_MS:
                 await recorder.expire(clock.expiry_ms())

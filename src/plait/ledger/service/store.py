@@ -15,10 +15,11 @@ from typing import IO
 
 import apsw
 
-from plait.envelope import digest
+from plait.envelope import decode, digest
 from plait.errors import LedgerError
+from plait.ledger.fork import ReservationFork
 from plait.types import AccountId, Digest, PeerId, SessionId
-from plait.v1.identity_pb2 import SignedEnvelope
+from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
 
 SQLITE_VERSION_MIN = (3, 51, 3)
 """Older versions can lose committed data when the WAL is reset."""
@@ -153,6 +154,23 @@ class Store:
         """All double signatures seen."""
         rows = self._reader.execute("SELECT account, first, second FROM forks")
         return [StoredFork(AccountId(row[0]), Digest(row[1]), Digest(row[2])) for row in rows]
+
+    def fork_proofs(self) -> list[ReservationFork]:
+        """Portable proofs of the double signatures seen.
+
+        One is left out if its account's newest certificate is not of the key that signed.
+        """
+        certs = {cert.peer: SignedEnvelope.FromString(cert.envelope) for cert in self.certs()}
+        proofs = []
+        for fork in self.forks():
+            first, second = self.object(fork.first), self.object(fork.second)
+            cert = certs.get(PeerId(fork.account))
+            if first is None or second is None or cert is None:
+                continue
+            key = decode(cert.payload, NodeKeyCert).ledger_key
+            if first.signer == second.signer == key:
+                proofs.append(ReservationFork((first, second), (cert, cert)))
+        return proofs
 
     def certs(self) -> list[StoredCert]:
         """The newest certificate of each peer."""
