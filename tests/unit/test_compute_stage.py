@@ -199,8 +199,8 @@ def test_loading_tells_how_far_it_is(local: LocalModel) -> None:
 
 
 def test_what_cannot_be_is_refused(local: LocalModel) -> None:
-    with pytest.raises(ConfigError, match="fp32 exists"):
-        load_stage(local, Span(0, 8), dtype="bf16")
+    with pytest.raises(ConfigError, match="fp32, bf16, int4, int8"):
+        load_stage(local, Span(0, 8), dtype="fp8")
     with pytest.raises(ConfigError, match="layers 0:8"):
         load_stage(local, Span(4, 9))
     with pytest.raises(ConfigError, match="at least 1"):

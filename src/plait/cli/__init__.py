@@ -31,6 +31,7 @@ COMMANDS = {
     "route": Command("plait.cli.peers", "route", "The route that would be taken, and why."),
     "quote": Command("plait.cli.peers", "quote", "What a request would cost."),
     "ledger": Command("plait.cli.ledger", "app", "Accounts, history and the log."),
+    "bench": Command("plait.cli.bench", "app", "What this machine computes, measured."),
     "verify": Command("plait.cli.verify", "verify", "Check a bundle offline."),
 }
 

@@ -21,7 +21,7 @@ def run(
     span: Annotated[
         str, typer.Option(help="Layers start:end, or auto: what free memory holds and lacks most.")
     ] = "auto",
-    dtype: Annotated[str, typer.Option(help="Only fp32 so far.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, int4, int8 or auto.")] = "fp32",
     price_prompt: Annotated[
         int, typer.Option(min=0, help="Microcredits per million prompt tokens per layer.")
     ] = 5_000,

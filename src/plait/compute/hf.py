@@ -6,7 +6,7 @@ keeps per-layer settings right. transformers' minor version is pinned for this f
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,13 +14,11 @@ from transformers.models.llama.configuration_llama import LlamaConfig as HfConfi
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from plait.compute.kv import KvLayout, SessionKv
+from plait.compute.ragged import Item, LayerProgress
 from plait.errors import LocalProtocolError
 from plait.model.config import EMBEDDING, FINAL_NORM, LlamaConfig
 from plait.model.weights import Rows, Weights
 from plait.types import Span
-
-LayerProgress = Callable[[int, int], None]
-"""Called with (layers loaded, layers to load)."""
 
 _PARTS = {
     "attn_norm": "input_layernorm",
@@ -36,7 +34,14 @@ _PARTS = {
 
 
 class SpanModel:
-    """The layers of a span, with embedding rows if first and norm and head if last."""
+    """The layers of a span, with embedding rows if first and norm and head if last.
+
+    In fp32, to the bit what transformers computes, so one item at a time: a product of
+    several rows adds up in another order than that of one.
+    """
+
+    batches = False
+    numerics = "fp32/torch-sdpa"
 
     def __init__(
         self, config: LlamaConfig, span: Span, base: nn.Module, rows: Rows | None, head: nn.Module
@@ -51,10 +56,10 @@ class SpanModel:
         self._parts = {span: base}
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
-        """[1, len(ids), hidden] for ids in range. Only the first stage can."""
+        """[len(ids), hidden] for ids in range. Only the first stage can."""
         if self._rows is None:
             raise LocalProtocolError(f"span {self.span} has no embedding")
-        return torch.from_numpy(self._rows.fp32(ids))[None]
+        return torch.from_numpy(self._rows.fp32(ids))
 
     def part(self, span: Span) -> nn.Module:
         """The base model of a part of the span; it shares every weight."""
@@ -62,21 +67,23 @@ class SpanModel:
             self._parts[span] = _part(self.base, self.span, span)
         return self._parts[span]
 
-    def forward(self, hidden: torch.Tensor, first_position: int, kv: SessionKv) -> torch.Tensor:
-        """Run [1, rows, hidden] through the session's layers; after the last one it is normed."""
-        positions = torch.arange(first_position, first_position + hidden.shape[1])
+    def run(self, items: Sequence[Item]) -> list[torch.Tensor]:
+        """[rows, hidden] of each item after its session's layers, normed after the last."""
+        return [self._forward(item) for item in items]
+
+    def _forward(self, item: Item) -> torch.Tensor:
+        first, kv = item.first_position, item.kv
         output: torch.Tensor = self.part(kv.span)(
-            inputs_embeds=hidden,
-            position_ids=positions[None],
-            past_key_values=_PositionCache(kv, first_position),
+            inputs_embeds=item.hidden[None],
+            position_ids=torch.arange(first, first + len(item.hidden))[None],
+            past_key_values=_PositionCache(kv, first),
             use_cache=True,
         ).last_hidden_state
-        return output
+        return output[0]
 
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
-        """[vocabulary] for one normed row, [hidden]. Only the last stage can."""
-        result: torch.Tensor = self._head(normed[None])[0]
-        return result
+        """[n, vocabulary] for normed rows, [n, hidden]. Only the last stage can."""
+        return torch.cat([self._head(row[None]) for row in normed])
 
 
 class _PositionCache:

@@ -11,9 +11,12 @@ from plait.model.weights import Weights
 from plait.types import Span
 
 if TYPE_CHECKING:
-    from plait.compute.stage import TorchStage
+    from plait.compute.stage import SpanCompute, TorchStage
 
 KV_TOKENS_MAX = 16_384
+DTYPES = ("fp32", "bf16", "int4", "int8")
+AUTO = "auto"
+"""Chosen when loading; see ``plait.compute.choice``."""
 
 
 def preload() -> None:
@@ -22,14 +25,16 @@ def preload() -> None:
     torch's thread pools come with the first computation; the one thread this starts is
     numpy's OpenBLAS, which handles forks.
     """
+    import plait.compute.hf
     import plait.compute.stage  # noqa: F401
 
 
 def check_loadable(local: LocalModel, span: Span | None, dtype: str) -> None:
     """Raise ``ConfigError`` for a dtype or a span that ``load_stage`` would refuse."""
     layers = local.manifest.layers
-    if dtype != "fp32":
-        raise ConfigError(f"there is no dtype {dtype!r} yet; fp32 exists", remedy="--dtype fp32")
+    if dtype not in (*DTYPES, AUTO):
+        known = ", ".join((*DTYPES, AUTO))
+        raise ConfigError(f"there is no dtype {dtype!r}; {known} exist", remedy="--dtype fp32")
     if span is not None and span.end > layers:
         raise ConfigError(f"span {span} does not fit {local.name}, which has layers 0:{layers}")
 
@@ -45,7 +50,8 @@ def load_stage(
 ) -> "TorchStage":
     """Read, verify and load the span's tensors, and nothing else of the file.
 
-    ``progress`` gets (layers loaded, layers to load). Sets torch's thread count for the
+    ``dtype`` is one of ``DTYPES``, or ``AUTO`` to choose the fastest here whose answers are
+    as good. ``progress`` gets (layers loaded, layers to load). Sets torch's thread count for the
     whole process. Raises ``ConfigError`` for a span, dtype, or number that cannot be, and
     ``ModelError`` naming the tensor that does not match the manifest.
     """
@@ -55,11 +61,26 @@ def load_stage(
 
     import torch
 
-    from plait.compute.hf import load_span
     from plait.compute.stage import TorchStage
 
     torch.set_num_threads(threads)
     with GgufFile.open(local.weights_path) as gguf:
-        model = load_span(Weights(gguf, local.manifest), span, progress)
+        model = _load_span(Weights(gguf, local.manifest), span, dtype, progress)
     shape = local.manifest.shape
     return TorchStage(model, shape, kv_tokens_max=kv_tokens_max, threads=threads)
+
+
+def _load_span(
+    weights: Weights, span: Span, dtype: str, progress: Callable[[int, int], None]
+) -> "SpanCompute":
+    if dtype == AUTO:
+        from plait.compute.choice import choose_dtype
+
+        dtype = choose_dtype(weights, span)
+    if dtype == "fp32":
+        from plait.compute.hf import load_span  # brings transformers, which takes seconds
+
+        return load_span(weights, span, progress)
+    from plait.compute.ragged import load_ragged
+
+    return load_ragged(weights, span, dtype, progress)

@@ -1,17 +1,20 @@
-"""The torch backend: one span, one KV cache, items computed one after the other."""
+"""The torch backend: one span, one KV cache, the items of a step computed together."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 import torch
 
 from plait.compute.admission import check_work
-from plait.compute.hf import SpanModel
-from plait.compute.kv import KvCache, SessionKv
+from plait.compute.kv import KvCache, KvLayout
 from plait.compute.port import Done, Drawn, Work
+from plait.compute.ragged import Item
 from plait.compute.sampling import draw
 from plait.errors import LocalProtocolError, PlaitError, RemoteProtocolError
+from plait.model.config import LlamaConfig
 from plait.types import ModelShape, Sampling, SessionId, Span
 
 _MEASURE_SESSION = SessionId(b"plait/measuring!")
@@ -19,11 +22,45 @@ _MEASURE_PREFILL_ROWS = 64
 _MEASURE_DECODE_STEPS = 5
 
 
+class SpanCompute(Protocol):
+    """The arithmetic of a span: transformers' own, or ours for many items at once."""
+
+    config: LlamaConfig
+    span: Span
+    layout: KvLayout
+
+    @property
+    def batches(self) -> bool:
+        """Whether ``run`` gains from several items."""
+
+    @property
+    def numerics(self) -> str:
+        """dtype/kernel."""
+
+    def embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """[len(ids), hidden] for ids in range. Only the first stage can."""
+
+    def run(self, items: Sequence[Item]) -> list[torch.Tensor]:
+        """[rows, hidden] of each item, whose sessions differ and run the same span."""
+
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """[n, vocabulary] for normed rows, [n, hidden]. Only the last stage can."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A work that was admitted; ``index`` is its place in the batch."""
+
+    index: int
+    work: Work
+    item: Item
+
+
 class TorchStage:
-    """``StageCompute`` over a cut transformers model; made by ``load_stage``."""
+    """``StageCompute`` over the layers of a span; made by ``load_stage``."""
 
     def __init__(
-        self, model: SpanModel, shape: ModelShape, *, kv_tokens_max: int, threads: int
+        self, model: SpanCompute, shape: ModelShape, *, kv_tokens_max: int, threads: int
     ) -> None:
         self._model = model
         self._shape = shape
@@ -70,13 +107,19 @@ class TorchStage:
         """Forget a session; nothing happens if it is unknown."""
         self._kv.free(session)
 
+    @torch.inference_mode()
     def step(self, batch: Sequence[Work]) -> list[Done]:
         """Compute each item; a fault stays with its item."""
-        return [self._outcome(work) for work in batch]
+        outcomes: dict[int, Done] = {}
+        for wave in _waves(batch):
+            ready = [item for index, work in wave if (item := self._admit(index, work, outcomes))]
+            for together in self._groups(ready):
+                self._compute_all(together, outcomes)
+        return [outcomes[index] for index in range(len(batch))]
 
     def numeric_class(self) -> str:
         """Weights / dtype / kernels / wire dtype / threads."""
-        return f"{self._shape.digest.hex()[:16]}/fp32/torch-sdpa/f32/t{self._threads}"
+        return f"{self._shape.digest.hex()[:16]}/{self._model.numerics}/f32/t{self._threads}"
 
     def measure(self) -> tuple[int, int]:
         """(microseconds of one decode step, microseconds per prompt token), both through
@@ -98,46 +141,98 @@ class TorchStage:
         ids = (0,) * rows if first else None
         hidden = None if first else torch.zeros(rows, self.width).numpy()
         started = time.perf_counter()
-        done = self._outcome(Work(_MEASURE_SESSION, position, ids, hidden, sample=True))
+        (done,) = self.step([Work(_MEASURE_SESSION, position, ids, hidden, sample=True)])
         if done.error is not None:
             raise done.error
         return (time.perf_counter() - started) * 1e6
 
-    def _outcome(self, work: Work) -> Done:
+    def _admit(self, index: int, work: Work, outcomes: dict[int, Done]) -> _Ready | None:
+        """The item to compute, or None and an error among the outcomes."""
         try:
-            return self._compute(work)
-        except (PlaitError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError
-            return Done(error=error)
+            kv = self._kv.get(work.session)
+            if kv is None:
+                raise LocalProtocolError(f"session {work.session.hex()} holds no KV pages")
+            check_work(
+                work,
+                first_stage=kv.span.start == 0,
+                width=self.width,
+                vocabulary_size=self._model.config.vocabulary_size,
+                cached=kv.length,
+                reserved=kv.tokens,
+            )
+            return _Ready(index, work, Item(self._input(work), work.first_position, kv))
+        except (PlaitError, RuntimeError, MemoryError) as error:
+            outcomes[index] = Done(error=error)
+            return None
 
-    @torch.inference_mode()
-    def _compute(self, work: Work) -> Done:
-        kv = self._kv.get(work.session)
-        if kv is None:
-            raise LocalProtocolError(f"session {work.session.hex()} holds no KV pages")
-        check_work(
-            work,
-            first_stage=kv.span.start == 0,
-            width=self.width,
-            vocabulary_size=self._model.config.vocabulary_size,
-            cached=kv.length,
-            reserved=kv.tokens,
-        )
-        output = self._model.forward(self._input(work), work.first_position, kv)
-        done = self._result(work, output[0], kv)
-        kv.length = work.first_position + work.rows
-        return done
+    def _groups(self, ready: Sequence[_Ready]) -> Iterable[Sequence[_Ready]]:
+        """What can be computed together: sessions that run the same layers."""
+        if not self._model.batches:
+            return [[one] for one in ready]
+        groups: dict[Span, list[_Ready]] = {}
+        for one in ready:
+            groups.setdefault(one.item.kv.span, []).append(one)
+        return groups.values()
+
+    def _compute_all(self, together: Sequence[_Ready], outcomes: dict[int, Done]) -> None:
+        """Compute a group; if that fails, each alone, so that the fault finds its item."""
+        try:
+            results = self._model.run([one.item for one in together])
+            logits = self._logits(together, results)
+        except (PlaitError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError
+            if len(together) == 1:
+                outcomes[together[0].index] = Done(error=error)
+                return
+            for one in together:
+                self._compute_all([one], outcomes)
+            return
+        for one, result in zip(together, results, strict=True):
+            outcomes[one.index] = self._finished(one, result, logits.get(one.index))
 
     def _input(self, work: Work) -> torch.Tensor:
         if work.ids is not None:
             return self._model.embed(work.ids)
         # A copy: bytes off the wire are read-only, which torch does not take.
-        return torch.tensor(work.hidden)[None]
+        return torch.tensor(work.hidden)
 
-    def _result(self, work: Work, output: torch.Tensor, kv: SessionKv) -> Done:
-        if kv.span.end != self._shape.layers:
-            return Done(hidden=output.contiguous().numpy())
-        if not work.sample:
-            return Done()
-        logits = self._model.logits(output[-1]).numpy()
-        token, logprob = draw(logits, kv.sampling, work.first_position + work.rows)
-        return Done(drawn=Drawn((token,), (logprob,)))
+    def _logits(
+        self, together: Sequence[_Ready], results: Sequence[torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """By index, logits after the last row of the items that draw a token."""
+        drawing = [
+            (one.index, result[-1])
+            for one, result in zip(together, results, strict=True)
+            if one.work.sample and one.item.kv.span.end == self._shape.layers
+        ]
+        if not drawing:
+            return {}
+        indices, rows = zip(*drawing, strict=True)
+        return dict(zip(indices, self._model.logits(torch.stack(rows)), strict=True))
+
+    def _finished(self, one: _Ready, output: torch.Tensor, logits: torch.Tensor | None) -> Done:
+        """Draw if asked to, and only then count the rows as cached."""
+        kv, end = one.item.kv, one.work.first_position + one.work.rows
+        done = Done()
+        if logits is not None:
+            try:
+                token, logprob = draw(logits.numpy(), kv.sampling, end)
+            except PlaitError as error:
+                return Done(error=error)
+            done = Done(drawn=Drawn((token,), (logprob,)))
+        elif kv.span.end != self._shape.layers:
+            done = Done(hidden=output.contiguous().numpy())
+        kv.length = end
+        return done
+
+
+def _waves(batch: Sequence[Work]) -> Iterable[Sequence[tuple[int, Work]]]:
+    """Works in order, each session's later ones in later waves."""
+    waves: list[list[tuple[int, Work]]] = []
+    turns: dict[SessionId, int] = {}
+    for index, work in enumerate(batch):
+        turn = turns.get(work.session, 0)
+        turns[work.session] = turn + 1
+        if turn == len(waves):
+            waves.append([])
+        waves[turn].append((index, work))
+    return waves

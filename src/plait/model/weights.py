@@ -10,7 +10,7 @@ import numpy.typing as npt
 from plait.errors import ModelError
 from plait.model.config import LlamaConfig, read_config
 from plait.model.gguf_reader import GgufFile
-from plait.model.gguf_types import TensorType
+from plait.model.gguf_types import Nibbles, TensorType
 from plait.model.manifest import Manifest, config_digest
 
 
@@ -61,6 +61,13 @@ class Weights:
         raw = self.stored(name)
         entry = self._gguf.tensors[name]
         return entry.type.to_fp32(raw, entry.shape)
+
+    def nibbles(self, name: str) -> tuple[Nibbles, ...]:
+        """Verified weights of a matrix as 4-bit planes, which add up to it; none if its
+        format is not made of any. Raises ``ModelError`` naming the tensor."""
+        entry = self._gguf.tensors[name]
+        rows, width = entry.shape
+        return entry.type.to_nibbles(self.stored(name), (rows, width))
 
     def rows(self, name: str) -> Rows:
         """Verified rows that stay packed until looked up. Raises ``ModelError``."""

@@ -1,0 +1,202 @@
+"""Matrices in fp32, bf16, int4 or int8: fp32 rows in, fp32 rows out, faster in between.
+
+A row's result must not depend on what it is computed with. The 4- and 8-bit kernels add up
+each row alone. bf16 products run through oneDNN, which chooses by the number of rows: few
+rows go in tiles of at most ``NARROW_ROWS``, where it adds up alike, and an item of more
+rows goes alone (``item``), whatever its company.
+
+int4 computes on the file's own codes: Q4_0, Q4_1 and Q4_K as they are, Q8_0 as the sum of
+two 4-bit planes, with scale and offset rounded to bf16. Other formats, and shapes that the
+kernel does not take, fall back to bf16.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from plait.model.gguf_types import NIBBLE_GROUP, Nibbles
+from plait.model.weights import Weights
+
+NARROW_ROWS = 32
+"""Items of more rows than this are computed by themselves."""
+UNPACK_ROWS = 128
+"""From this many rows of one item on, int4 weights are first expanded to bf16."""
+
+KERNELS = {"bf16": "onednn-bf16", "int4": "torch-int4pack32", "int8": "torch-int8pack"}
+_OUTPUTS_MULTIPLE = 16  # what torch's 4-bit packing takes
+
+
+class Linear(Protocol):
+    """``weight @ row`` for rows of fp32."""
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, inputs] -> [n, outputs]; each row's result is the same in any company."""
+
+    def item(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same for all the rows of one item; results may depend on their number."""
+
+
+class Fp32Linear:
+    """Weights as they are. A row's sum depends on its company, by 1e-6: for comparisons."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, inputs] -> [n, outputs]."""
+        return functional.linear(rows, self._weight)
+
+    def item(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Linear.item``."""
+        return self.rows(rows)
+
+
+class Bf16Linear:
+    """Weights and inputs rounded to bf16, added up in fp32, rounded to bf16."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight.bfloat16()
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Linear.rows``."""
+        if len(rows) <= NARROW_ROWS:
+            return self.item(rows)
+        return torch.cat([self.item(tile) for tile in rows.split(NARROW_ROWS)])
+
+    def item(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Linear.item``."""
+        return functional.linear(rows.bfloat16(), self._weight).float()
+
+
+class Int8Linear:
+    """Weights in 8 bits with one scale per output; inputs in bf16."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        scale = weight.abs().amax(1).div(127).clamp(min=1e-30).bfloat16()
+        self._codes = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self._scale = scale
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Linear.rows``."""
+        return torch._weight_int8pack_mm(rows.bfloat16(), self._codes, self._scale).float()
+
+    def item(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Linear.item``."""
+        return self.rows(rows)
+
+
+class Int4Linear:
+    """4-bit codes in groups of 32 with a bf16 scale and offset; inputs in bf16.
+
+    Many rows of one item are multiplied with weights expanded to bf16 on the spot: the
+    4-bit kernel saves reading memory, and with many rows that is not what takes time.
+    """
+
+    def __init__(self, weights: Nibbles) -> None:
+        codes = torch.from_numpy(weights.codes)
+        self._packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        # The kernel computes (code - 8) * scale + zero.
+        zero = weights.offset + np.float32(8) * weights.scale
+        pairs = torch.from_numpy(np.stack([weights.scale, zero], -1)).bfloat16()
+        self._scale_and_zero = pairs.permute(1, 0, 2).contiguous()
+        # [groups, half a group, outputs]: outputs are innermost so that expanding is fast.
+        groups = codes.t().reshape(-1, 2, NIBBLE_GROUP // 2, len(codes))
+        self._bytes = (groups[:, 0] | groups[:, 1] << 4).contiguous()
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Linear.rows``."""
+        return torch._weight_int4pack_mm_for_cpu(
+            rows.bfloat16(), self._packed, NIBBLE_GROUP, self._scale_and_zero
+        ).float()
+
+    def item(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Linear.item``."""
+        if len(rows) < UNPACK_ROWS:
+            return self.rows(rows)
+        return (rows.bfloat16() @ self.expanded()).float()
+
+    def expanded(self) -> torch.Tensor:
+        """[inputs, outputs] in bf16."""
+        groups, half, outputs = self._bytes.shape
+        weight = torch.empty(groups, 2, half, outputs, dtype=torch.bfloat16)
+        weight[:, 0] = self._bytes & 15
+        weight[:, 1] = self._bytes >> 4
+        weight -= 8
+        scale, zero = self._scale_and_zero.permute(2, 0, 1)[:, :, None, None].contiguous()
+        torch.addcmul(zero, weight, scale, out=weight)
+        return weight.view(groups * 2 * half, outputs)
+
+
+class SumLinear:
+    """The sum of matrices of one shape."""
+
+    def __init__(self, terms: Sequence[Linear]) -> None:
+        self._terms = terms
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Linear.rows``."""
+        first, *others = (term.rows(rows) for term in self._terms)
+        return sum(others, first)
+
+    def item(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Linear.item``."""
+        first, *others = (term.item(rows) for term in self._terms)
+        return sum(others, first)
+
+
+class JoinedLinear:
+    """Matrices over the same inputs, their outputs one after the other."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self._parts = parts
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Linear.rows``."""
+        return torch.cat([part.rows(rows) for part in self._parts], 1)
+
+    def item(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Linear.item``."""
+        return torch.cat([part.item(rows) for part in self._parts], 1)
+
+
+def load_linear(weights: Weights, names: Sequence[str], dtype: str) -> Linear:
+    """The matrices ``names``, joined, in ``dtype`` (bf16, int4, int8, or fp32 to compare).
+
+    Raises ``ModelError`` naming a tensor that does not match the manifest.
+    """
+    if dtype == "int4":
+        return _load_int4(weights, names)
+    dense = torch.cat([torch.from_numpy(weights.fp32(name)) for name in names])
+    kinds: dict[str, Callable[[torch.Tensor], Linear]] = {
+        "fp32": Fp32Linear,
+        "bf16": Bf16Linear,
+        "int8": Int8Linear,
+    }
+    return kinds[dtype](dense)
+
+
+def _load_int4(weights: Weights, names: Sequence[str]) -> Linear:
+    planes = [_planes(weights, name) for name in names]
+    if all(len(of_matrix) == 1 for of_matrix in planes):
+        return Int4Linear(_stacked([of_matrix[0] for of_matrix in planes]))
+    if len(names) > 1:
+        return JoinedLinear([_load_int4(weights, [name]) for name in names])
+    if planes[0]:
+        return SumLinear([Int4Linear(plane) for plane in planes[0]])
+    return Bf16Linear(torch.from_numpy(weights.fp32(names[0])))
+
+
+def _planes(weights: Weights, name: str) -> tuple[Nibbles, ...]:
+    planes = weights.nibbles(name)
+    return () if planes and len(planes[0].codes) % _OUTPUTS_MULTIPLE else planes
+
+
+def _stacked(parts: Sequence[Nibbles]) -> Nibbles:
+    return Nibbles(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scale for part in parts]),
+        np.concatenate([part.offset for part in parts]),
+    )

@@ -1,0 +1,49 @@
+"""What ``--dtype auto`` stands for. Slow because torch takes seconds to import."""
+
+import pytest
+
+from plait.compute.load import check_loadable, load_stage
+from plait.model import catalog
+from plait.types import Span
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_cheapest_row_decides_by_how_often_it_is_seen() -> None:
+    from plait.compute.choice import Timing, fastest
+
+    one = Timing("int4", "cpu", {1: 100.0, 4: 200.0, 16: 1600.0})
+    many = Timing("bf16", "cpu", {1: 400.0, 4: 400.0, 16: 400.0})
+    assert one.row_us == pytest.approx(0.5 * 100 + 0.3 * 50 + 0.2 * 100)
+    assert fastest([many, one]) is one
+    crowded = Timing("fp32", "cpu", {1: 1.0, 4: 1.0, 16: 10_000.0})
+    assert fastest([many, one, crowded]) is one
+
+
+def test_every_dtype_is_timed_for_every_number_of_rows() -> None:
+    from plait.compute.choice import SHARES, measured
+
+    table = measured(["fp32", "bf16", "int4"], 64, 128)
+    assert [timing.dtype for timing in table] == ["fp32", "bf16", "int4"]
+    for timing in table:
+        assert timing.step_us.keys() == SHARES.keys()
+        assert all(us > 0 for us in timing.step_us.values())
+
+
+def test_auto_loads_one_of_the_good_dtypes_and_says_which(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plait.compute import choice
+    from plait.compute.choice import Timing
+
+    monkeypatch.setenv(catalog.MODELS_DIR_VARIABLE, str(tmp_path_factory.mktemp("models")))
+    local = catalog.load("tiny-random")
+    check_loadable(local, Span(0, 8), "auto")
+    for wanted in ("fp32", "bf16", "int4"):
+        table = [
+            Timing(dtype, "cpu", dict.fromkeys(choice.SHARES, 1.0 if dtype == wanted else 2.0))
+            for dtype in ("fp32", "bf16", "int4")
+        ]
+        monkeypatch.setattr(choice, "measured", lambda *_, table=table: table)
+        stage = load_stage(local, Span(0, 1), "auto")
+        assert stage.numeric_class().split("/")[1] == wanted

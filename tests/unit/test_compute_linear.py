@@ -1,0 +1,136 @@
+"""The matrices of each dtype: true to the file's weights, and to each row in any company.
+
+Slow because torch takes seconds to import.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from plait.model.gguf_types import BY_NAME, Nibbles
+
+if TYPE_CHECKING:
+    import torch
+
+    from plait.compute.linear import Linear
+
+pytestmark = pytest.mark.slow
+
+OUTPUTS, INPUTS = 48, 512
+BF16_ROUNDING = 2.0**-8
+"""Largest relative error of rounding to bf16, twice over for good measure."""
+
+
+def stored(name: str, seed: int = 5) -> np.ndarray:
+    """Random bytes of a tensor whose scales are plausible numbers."""
+    kind, chance = BY_NAME[name], np.random.default_rng(seed)
+    groups = OUTPUTS * INPUTS // kind.group
+    raw = chance.integers(0, 256, (groups, kind.group_bytes), dtype=np.uint8)
+    halves = (0, 2) if name in ("Q4_1", "Q4_K") else (0,)
+    for start in halves:
+        scales = chance.uniform(-0.1, 0.1, size=(groups, 1)).astype(np.float16)
+        raw[:, start : start + 2] = scales.view(np.uint8)
+    return raw.reshape(-1)
+
+
+def planes(name: str) -> tuple[Nibbles, ...]:
+    return BY_NAME[name].to_nibbles(stored(name), (OUTPUTS, INPUTS))
+
+
+def fp32(name: str) -> np.ndarray:
+    return BY_NAME[name].to_fp32(stored(name), (OUTPUTS, INPUTS))
+
+
+def spread(groups: np.ndarray) -> np.ndarray:
+    return np.repeat(groups, 32, axis=1)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "Q8_0"])
+def test_planes_add_up_to_the_weights(name: str) -> None:
+    total = np.zeros((OUTPUTS, INPUTS), np.float64)
+    for plane in planes(name):
+        assert plane.codes.dtype == np.uint8
+        assert plane.codes.max() == 15
+        total += plane.codes * spread(plane.scale).astype(np.float64) + spread(plane.offset)
+    np.testing.assert_allclose(total, fp32(name), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "Q6_K"])
+def test_other_formats_have_no_planes(name: str) -> None:
+    assert planes(name) == ()
+
+
+def identity() -> "torch.Tensor":
+    import torch
+
+    return torch.eye(INPUTS)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "Q8_0"])
+def test_int4_kernels_see_the_files_weights_but_for_bf16_rounding(name: str) -> None:
+    """Against gguf's own expansion: multiplying with the identity gives the weights."""
+    from plait.compute.linear import Int4Linear, SumLinear
+
+    linear = SumLinear([Int4Linear(plane) for plane in planes(name)])
+    bound = np.zeros((OUTPUTS, INPUTS), np.float32)
+    for plane in planes(name):
+        zero = plane.offset + 8 * plane.scale  # rounded, like the scale and the result
+        away = np.abs(plane.codes.astype(np.float32) - 8) * np.abs(spread(plane.scale))
+        bound += BF16_ROUNDING * (2 * away + 2 * np.abs(spread(zero)))
+    for found in (linear.rows(identity()), linear.item(identity())):
+        assert (np.abs(found.t().numpy() - fp32(name)) <= bound + 1e-6).all()
+
+
+def kernels() -> dict[str, "Linear"]:
+    import torch
+
+    from plait.compute.linear import Bf16Linear, Int4Linear, Int8Linear, JoinedLinear
+
+    dense, four = torch.from_numpy(fp32("Q4_1")), Int4Linear(planes("Q4_1")[0])
+    return {
+        "bf16": Bf16Linear(dense),
+        "int8": Int8Linear(dense),
+        "int4": four,
+        "joined": JoinedLinear([four, Int8Linear(dense)]),
+    }
+
+
+def inputs(rows: int) -> "torch.Tensor":
+    import torch
+
+    return torch.from_numpy(np.random.default_rng(rows).normal(size=(rows, INPUTS))).float()
+
+
+@pytest.mark.parametrize(("kernel", "error"), [("bf16", 5e-3), ("int4", 5e-3), ("int8", 1e-2)])
+@pytest.mark.parametrize("rows", [1, 5, 40, 150])
+def test_products_are_close_to_fp32(kernel: str, error: float, rows: int) -> None:
+    import torch
+
+    linear, given = kernels()[kernel], inputs(rows)
+    wanted = given @ torch.from_numpy(fp32("Q4_1")).t()
+    for found in (linear.rows(given), linear.item(given)):
+        assert found.dtype == torch.float32
+        assert float((found - wanted).norm() / wanted.norm()) < error
+
+
+@pytest.mark.parametrize("kernel", ["bf16", "int4", "int8", "joined"])
+def test_a_row_does_not_depend_on_its_company(kernel: str) -> None:
+    import torch
+
+    linear, given = kernels()[kernel], inputs(100)
+    together = linear.rows(given)
+    for start, end in [(0, 1), (7, 9), (30, 34), (99, 100), (60, 100)]:
+        assert torch.equal(linear.rows(given[start:end]), together[start:end])
+
+
+def test_a_row_that_overflows_harms_no_other() -> None:
+    import torch
+
+    for name, linear in kernels().items():
+        given = inputs(20)
+        wanted = linear.rows(given)
+        given[3] = 3e38
+        found = linear.rows(given)
+        others = [row for row in range(20) if row != 3]
+        assert torch.equal(found[others], wanted[others]), name

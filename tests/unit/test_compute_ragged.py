@@ -1,0 +1,287 @@
+"""Many sessions in one step: each gets, to the bit, what it would get alone.
+
+Slow because torch takes seconds to import.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from plait.compute.load import load_stage
+from plait.compute.port import Done, Work
+from plait.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from plait.model import catalog
+from plait.model.local import LocalModel
+from plait.model.tokenizer import Tokenizer
+from plait.types import Sampling, SessionId, Span
+
+if TYPE_CHECKING:
+    import torch
+
+    from plait.compute.stage import SpanCompute, TorchStage
+
+pytestmark = pytest.mark.slow
+
+SESSIONS = [SessionId(bytes([65 + index]) * 16) for index in range(6)]
+DTYPES = ("bf16", "int4", "int8")
+PROSE = """The sky looks blue because the air scatters short waves of light more than long
+ones. Sunlight holds all colours; on its way through the air, blue light is thrown from
+molecule to molecule and reaches the eye from every side, while red light passes almost
+straight. At sunset the path through the air is longer: most of the blue has been scattered
+out of it before it arrives, and what is left is orange and red. On the Moon there is no air,
+so the sky is black even at noon. Under water everything turns green, since water swallows
+red light within a few metres. Here is a function in Python that adds up a list:
+
+def total(numbers):
+    result = 0
+    for number in numbers:
+        result += number
+    return result
+
+It starts from zero and adds one number after another. For a list without numbers it returns
+zero. The built-in function sum does the same. To find the mean, divide the total by the
+length of the list, but check first that the list is not empty."""
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(catalog.MODELS_DIR_VARIABLE, str(tmp_path_factory.mktemp("models")))
+        return catalog.load("tiny-random")
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> LocalModel:
+    if not catalog.installed("smollm2-135m"):
+        pytest.skip("smollm2-135m is not on this machine")
+    return catalog.load("smollm2-135m")
+
+
+def stage_of(local: LocalModel, dtype: str, span: Span | None = None) -> "TorchStage":
+    return load_stage(local, span or Span(0, local.manifest.layers), dtype)
+
+
+def reserve(stage: "TorchStage", spans: Sequence[Span | None] = (None,) * 6) -> None:
+    for session, span in zip(SESSIONS, spans, strict=True):
+        stage.free(session)
+        stage.reserve(session, 400, Sampling(), span)
+
+
+def ids(index: int, count: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(index).integers(3, 290, count).tolist())
+
+
+def mixed_steps() -> list[list[Work]]:
+    """Prefills of different lengths, then decoding, one of them by several rows, next to
+    a prefill that goes on: narrow and wide items in every order."""
+    lengths = (5, 140, 1, 33, 20, 64)
+    first = [Work(SESSIONS[i], 0, ids(i, n), None, sample=True) for i, n in enumerate(lengths)]
+    then = [
+        Work(SESSIONS[0], 5, ids(10, 1), None, sample=True),
+        Work(SESSIONS[1], 140, ids(11, 70), None, sample=True),
+        Work(SESSIONS[2], 1, ids(12, 4), None, sample=True),
+        Work(SESSIONS[3], 33, ids(13, 1), None, sample=True),
+        Work(SESSIONS[4], 20, ids(14, 40), None, sample=False),
+        Work(SESSIONS[5], 60, ids(15, 9), None, sample=True),
+    ]
+    return [first, then]
+
+
+def same(one: Done, other: Done) -> bool:
+    if one.hidden is None or other.hidden is None:
+        return one == other
+    return np.array_equal(one.hidden, other.hidden)
+
+
+@every_dtype
+@pytest.mark.parametrize("span", [Span(0, 3), Span(0, 8)])
+def test_a_step_of_many_is_each_of_them_alone(local: LocalModel, dtype: str, span: Span) -> None:
+    stage = stage_of(local, dtype, span)
+    reserve(stage)
+    alone = [[stage.step([work])[0] for work in works] for works in mixed_steps()]
+    for order in (1, -1):
+        reserve(stage)
+        for works, wanted in zip(mixed_steps(), alone, strict=True):
+            together = stage.step(works[::order])[::order]
+            assert all(done.error is None for done in together)
+            assert all(map(same, together, wanted))
+
+
+@every_dtype
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_of_many_real_sessions(smollm2: LocalModel, dtype: str, threads: int) -> None:
+    """At the sizes of a real model kernels divide their work in other ways."""
+    stage = load_stage(smollm2, Span(28, 30), dtype, threads)
+    chance = np.random.default_rng(4)
+    lengths = (1, 40, 3, 17, 130, 9)
+    works = [
+        Work(session, 0, None, chance.normal(size=(rows, 576)).astype(np.float32), sample=True)
+        for session, rows in zip(SESSIONS, lengths, strict=True)
+    ]
+    reserve(stage)
+    alone = [stage.step([work])[0] for work in works]
+    reserve(stage)
+    assert stage.step(works) == alone
+    inner = load_stage(smollm2, Span(0, 2), dtype, threads)
+    reserve(inner)
+    prompts = [
+        Work(session, 0, ids(rows, rows), None)
+        for session, rows in zip(SESSIONS, lengths, strict=True)
+    ]
+    alone = [inner.step([work])[0] for work in prompts]
+    reserve(inner)
+    assert all(map(same, inner.step(prompts), alone))
+
+
+@every_dtype
+def test_two_works_of_one_session_happen_one_after_the_other(local: LocalModel, dtype: str) -> None:
+    stage = stage_of(local, dtype)
+    reserve(stage)
+    works = [Work(SESSIONS[0], at, ids(at, 7), None, sample=True) for at in (0, 7, 14)]
+    alone = [stage.step([work])[0] for work in works]
+    reserve(stage)
+    assert stage.step([works[0], Work(SESSIONS[1], 0, (9,), None), *works[1:]])[2:] == alone[1:]
+
+
+def test_sessions_of_different_layers_share_a_step(local: LocalModel) -> None:
+    stage, first = stage_of(local, "int4"), stage_of(local, "int4", Span(0, 3))
+    reserve(first)
+    (wanted,) = first.step([Work(SESSIONS[0], 0, ids(0, 9), None)])
+    reserve(stage, [Span(0, 3), Span(3, 8), *[None] * 4])
+    (whole,) = stage.step([Work(SESSIONS[2], 0, ids(0, 9), None, sample=True)])
+    done = stage.step(
+        [
+            Work(SESSIONS[1], 0, None, wanted.hidden, sample=True),
+            Work(SESSIONS[0], 0, ids(0, 9), None),
+        ]
+    )
+    assert same(done[1], wanted)
+    assert done[0] == whole
+
+
+@every_dtype
+def test_faults_stay_with_their_item(local: LocalModel, dtype: str) -> None:
+    stage = stage_of(local, dtype, Span(3, 8))
+    reserve(stage)
+    rows = np.random.default_rng(1).normal(size=(4, 64)).astype(np.float32)
+    good = Work(SESSIONS[0], 0, None, rows, sample=True)
+    (alone,) = stage.step([good])
+    outcomes = stage.step(
+        [
+            Work(SESSIONS[1], 0, None, rows * np.nan),
+            Work(SESSIONS[2], 0, None, np.full_like(rows, 3e38), sample=True),
+            good,
+            Work(SessionId(b"?" * 16), 0, None, rows),
+            Work(SESSIONS[3], 3, None, rows),
+        ]
+    )
+    assert outcomes[2] == alone
+    kinds = [RemoteProtocolError, LocalProtocolError, RemoteProtocolError]
+    assert [type(outcomes[index].error) for index in (0, 3, 4)] == kinds
+
+
+def test_a_fault_of_the_backend_finds_its_item(
+    local: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plait.compute.kv import SessionKv
+
+    stage = stage_of(local, "int4", Span(0, 3))
+    reserve(stage)
+    works = [Work(session, 0, ids(3, 5), None) for session in SESSIONS[:3]]
+    wanted = stage.step(works[:1])[0]
+    reserve(stage)
+    whole, tokens = SessionKv.write, iter((400, 123, 400))
+
+    def failing(
+        kv: SessionKv, layer: int, first: int, keys: "torch.Tensor", values: "torch.Tensor"
+    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+        if kv.tokens == 123:
+            raise RuntimeError("out of something")
+        return whole(kv, layer, first, keys, values)
+
+    for session in SESSIONS[:3]:
+        stage.free(session)
+        stage.reserve(session, next(tokens), Sampling())
+    monkeypatch.setattr(SessionKv, "write", failing)
+    first, second, third = stage.step(works)
+    assert isinstance(second.error, RuntimeError)
+    assert same(first, wanted)
+    assert same(third, wanted)
+
+
+def log_probabilities(
+    model: "SpanCompute", kv_tokens: int, prompt: Sequence[int], rows: int
+) -> "torch.Tensor":
+    """Of every next token, [len(prompt), vocabulary], ``rows`` at a time."""
+    import torch
+
+    from plait.compute.kv import SessionKv
+    from plait.compute.ragged import Item
+
+    kv = SessionKv(model.layout, kv_tokens, Sampling(), model.span)
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(prompt), rows):
+            (normed,) = model.run([Item(model.embed(prompt[start : start + rows]), start, kv)])
+            found.append(model.logits(normed).log_softmax(-1))
+    return torch.cat(found)
+
+
+def divergence(local: LocalModel, dtype: str, prompt: Sequence[int], rows: int) -> float:
+    """Mean KL of a dtype's next-token distribution from fp32's."""
+    from plait.compute.hf import load_span
+    from plait.compute.ragged import load_ragged
+    from plait.model.gguf_reader import GgufFile
+    from plait.model.weights import Weights
+
+    span = Span(0, local.manifest.layers)
+    with GgufFile.open(local.weights_path) as gguf:
+        weights = Weights(gguf, local.manifest)
+        exact = load_span(weights, span, lambda done, total: None)
+        rough = load_ragged(weights, span, dtype, lambda done, total: None)
+    wanted = log_probabilities(exact, len(prompt), prompt, rows)
+    found = log_probabilities(rough, len(prompt), prompt, rows)
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("rows", [1, 16, 150])
+def test_in_fp32_it_computes_what_transformers_computes(local: LocalModel, rows: int) -> None:
+    """The same forward pass, but for how matrices are multiplied."""
+    assert divergence(local, "fp32", ids(1, 150), rows) < 1e-7
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("int4", 0.005), ("bf16", 0.005), ("int8", 0.01)])
+def test_real_distributions_are_close_to_fp32s(
+    smollm2: LocalModel, dtype: str, limit: float
+) -> None:
+    prompt = Tokenizer.load(smollm2).encode(PROSE)
+    assert len(prompt) > 200
+    assert divergence(smollm2, dtype, prompt, 16) < limit
+
+
+@every_dtype
+def test_a_split_changes_nothing(local: LocalModel, dtype: str) -> None:
+    from plait.testing.reference import equal_spans, run_pipeline
+
+    runs = [
+        run_pipeline([stage_of(local, dtype, s) for s in equal_spans(8, count)], ids(2, 20), 12)
+        for count in (1, 3)
+    ]
+    assert runs[0].tokens == runs[1].tokens
+
+
+@every_dtype
+def test_the_numeric_class_names_dtype_and_kernel(local: LocalModel, dtype: str) -> None:
+    stage = stage_of(local, dtype, Span(0, 1))
+    kernel = {"bf16": "onednn-bf16", "int4": "torch-int4pack32", "int8": "torch-int8pack"}[dtype]
+    digest = local.manifest.digest.hex()[:16]
+    assert stage.numeric_class() == f"{digest}/{dtype}/{kernel}/f32/t1"
+    assert all(figure > 0 for figure in stage.measure())
+
+
+def test_an_unknown_dtype_is_refused(local: LocalModel) -> None:
+    with pytest.raises(ConfigError, match="no dtype 'fp8'"):
+        stage_of(local, "fp8")
