@@ -20,6 +20,7 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 _TYPE_NAMES = {
     "NodeKeyCert": "node-key-cert",
+    "KeyRevocation": "key-revocation",
     "ChannelCert": "channel-cert",
     "NetworkFileDigest": "network-file",
     "Offer": "offer",
@@ -28,9 +29,11 @@ _TYPE_NAMES = {
     "BudgetReservation": "reservation",
     "ReservationGrant": "grant",
     "StageReceipt": "receipt",
+    "DrawStatement": "draws",
     "SessionVoucher": "voucher",
     "SettlementRequest": "settlement",
     "IssueOrder": "issue-order",
+    "LimitOrder": "limit-order",
     "AccountQuery": "account-query",
     "BundleSeal": "bundle-seal",
     "ModelManifest": "model-manifest",

@@ -1,23 +1,34 @@
 """Ed25519 keys, peer ids, key files, and the one strict signature check.
 
 Every signature in Plait is verified by ``verify`` here. It refuses low-order and
-non-canonical public keys and R values and S >= L before any backend sees them, so that
+non-canonical public keys and R values and S >= L before any back end sees them, so that
 OpenSSL and libsodium agree on every input (RFC 8032; the edge cases are those of
-C2SP's CCTV vectors). Peer ids follow the libp2p peer-id specification.
+C2SP's CCTV vectors). libsodium verifies twice as fast and is used where PyNaCl is
+installed. Peer ids follow the libp2p peer-id specification.
 """
 
+import getpass
 import os
 import stat
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import base58
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PrivateKey,
     Ed25519PublicKey,
 )
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
 
 from plait.errors import BadSignature, ConfigError
 from plait.types import PeerId
@@ -25,6 +36,8 @@ from plait.types import PeerId
 # Identity multihash (0x00, 36 bytes) of the protobuf {Type: Ed25519, Data: 32 bytes}.
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
 _PEER_ID_CHARACTERS = 52
+
+REMEMBERED_BYTES_MAX = 2_048
 
 _FIELD_PRIME = 2**255 - 19
 _GROUP_ORDER = 2**252 + 27742317777372353535851937790883648493
@@ -47,6 +60,7 @@ def peer_id_of(public_key: bytes) -> PeerId:
     return PeerId(base58.b58encode(_PEER_ID_PREFIX + public_key).decode())
 
 
+@lru_cache(maxsize=16_384)  # base58 is slow, and the peers are mostly the same
 def public_key_of(peer_id: str) -> bytes:
     """Return the public key inside a peer id; raises ``ValueError`` if it holds none.
 
@@ -61,25 +75,80 @@ def public_key_of(peer_id: str) -> bytes:
     return raw[6:]
 
 
+@lru_cache(maxsize=16_384)
+def _usable_key(public_key: bytes) -> bool:
+    return _canonical_point(public_key)
+
+
 def _canonical_point(encoded: bytes) -> bool:
     y = int.from_bytes(encoded, "little") & _SIGN_BIT_CLEAR
     return y < _FIELD_PRIME and y not in _LOW_ORDER_Y
 
 
 def verify(public_key: bytes, signature: bytes, message: bytes) -> None:
-    """Check an Ed25519 signature strictly; raises ``BadSignature`` with the reason."""
+    """Check an Ed25519 signature strictly; raises ``BadSignature`` with the reason.
+
+    What was found good is remembered for a while: certificates, offers and vouchers come
+    again and again.
+    """
+    if len(message) <= REMEMBERED_BYTES_MAX:
+        _verify_remembered(public_key, signature, message)
+    else:
+        _verify(public_key, signature, message)
+
+
+def _verify(public_key: bytes, signature: bytes, message: bytes) -> None:
     if len(public_key) != 32 or len(signature) != 64:
         raise BadSignature("key or signature has the wrong length")
-    if not _canonical_point(public_key):
+    if not _usable_key(bytes(public_key)):
         raise BadSignature("public key is low-order or not canonical")
     if not _canonical_point(signature[:32]):
         raise BadSignature("R is low-order or not canonical")
     if int.from_bytes(signature[32:], "little") >= _GROUP_ORDER:
         raise BadSignature("S is not canonical")
+    if not _matches(public_key, signature, message):
+        raise BadSignature("signature does not match")
+
+
+_verify_remembered = lru_cache(maxsize=4_096)(_verify)  # an error is not remembered
+
+Matches = Callable[[bytes, bytes, bytes], bool]
+"""Whether a signature that passed the strict check fits key and message."""
+
+
+def openssl_matches(public_key: bytes, signature: bytes, message: bytes) -> bool:
+    """The back end that is always there."""
     try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
-    except (InvalidSignature, ValueError) as error:
-        raise BadSignature("signature does not match") from error
+        _openssl_key(public_key).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+@lru_cache(maxsize=16_384)
+def _openssl_key(public_key: bytes) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(public_key)
+
+
+def libsodium_matches() -> Matches | None:
+    """The faster back end, or ``None`` where PyNaCl is not installed."""
+    try:
+        from nacl.bindings import crypto_sign_open
+        from nacl.exceptions import BadSignatureError
+    except ImportError:
+        return None
+
+    def matches(public_key: bytes, signature: bytes, message: bytes) -> bool:
+        try:
+            crypto_sign_open(signature + message, public_key)
+        except (BadSignatureError, ValueError):
+            return False
+        return True
+
+    return matches
+
+
+_matches: Matches = libsodium_matches() or openssl_matches
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +190,88 @@ class SigningKey:
         return f"SigningKey({self.peer_id})"
 
 
+PASSPHRASE_VARIABLE = "PLAIT_PASSPHRASE_FILE"
+"""Names a file whose first line opens encrypted key files, and encrypts those made from now on."""
+
+_ENCRYPTED = "-----BEGIN ENCRYPTED PRIVATE KEY-----"
+
+
+def passphrase_of_file() -> bytes | None:
+    """The first line of the passphrase file, if one is named; raises ``ConfigError``."""
+    name = os.environ.get(PASSPHRASE_VARIABLE)
+    if not name:
+        return None
+    try:
+        passphrase = Path(name).read_bytes().split(b"\n", 1)[0]
+    except OSError as error:
+        raise ConfigError(f"cannot read the passphrase file {name}: {error.strerror}") from error
+    if not passphrase:
+        raise ConfigError(f"the passphrase file {name} has an empty first line")
+    return passphrase
+
+
+def key_text(key: SigningKey, passphrase: bytes | None) -> str:
+    """A key as the text of a key file: hex, or encrypted PKCS #8 with a passphrase."""
+    if passphrase is None:
+        return key.seed.hex() + "\n"
+    encryption = BestAvailableEncryption(passphrase)
+    return key._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption).decode()
+
+
 def save_key(path: Path, key: SigningKey) -> None:
-    """Write a key file with mode 0600; raises ``ConfigError`` if it exists or cannot be written."""
+    """Write a key file with mode 0600, encrypted if a passphrase file is named.
+
+    Raises ``ConfigError`` if it exists or cannot be written.
+    """
+    text = key_text(key, passphrase_of_file())
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
         raise ConfigError(f"cannot write the key file {path}: {error.strerror}") from error
     with os.fdopen(descriptor, "w") as file:
-        file.write(key.seed.hex() + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def protect_key(path: Path, passphrase: bytes) -> bool:
+    """Encrypt a key file in place; false if it was already. Raises ``ConfigError``.
+
+    What the disk keeps of the replaced file is not wiped.
+    """
+    if path.read_text().startswith(_ENCRYPTED):
+        return False
+    key = load_key(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(key_text(key, passphrase))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write the key file {path}: {error.strerror}") from error
+    return True
+
+
+def _decrypted(path: Path, text: str) -> SigningKey:
+    passphrase = passphrase_of_file()
+    if passphrase is None:
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                f"the key file {path} is encrypted",
+                remedy=f"name a file with its passphrase in {PASSPHRASE_VARIABLE}",
+            )
+        passphrase = getpass.getpass(f"Passphrase of {path}: ").encode()
+    try:
+        private = load_pem_private_key(text.encode(), passphrase)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"the passphrase does not open the key file {path}") from error
+    if not isinstance(private, Ed25519PrivateKey):
+        raise ConfigError(f"the key file {path} holds no Ed25519 key")
+    return SigningKey(private)
 
 
 def load_key(path: Path) -> SigningKey:
@@ -143,6 +283,8 @@ def load_key(path: Path) -> SigningKey:
         raise ConfigError(f"cannot read the key file {path}: {error}") from error
     if stat.S_IMODE(mode) & 0o077:
         raise ConfigError(f"the key file {path} can be read by others", remedy=f"chmod 600 {path}")
+    if text.startswith(_ENCRYPTED):
+        return _decrypted(path, text)
     try:
         seed = bytes.fromhex(text.strip())
         if len(seed) != 32:

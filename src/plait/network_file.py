@@ -50,10 +50,15 @@ class Bootstrap:
 
 @dataclass(frozen=True, slots=True)
 class Witness:
-    """Who watches that the authorities' logs only grow: its note key's name and public key."""
+    """Who watches that the authorities' logs only grow: its note key's name and public key.
+
+    ``address`` and ``certificate`` say where the authorities reach it; empty if they do not.
+    """
 
     name: str
     key: bytes
+    address: str = ""
+    certificate: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,11 @@ class NetworkFile:
                 f"name = {_quoted(witness.name)}",
                 f'key = "{witness.key.hex()}"',
             ]
+            if witness.address:
+                lines += [
+                    f"address = {_quoted(witness.address)}",
+                    f'certificate = "{base64.b64encode(witness.certificate).decode()}"',
+                ]
         return "\n".join(lines) + "\n"
 
     def save(self, path: Path, founder_key: SigningKey) -> None:
@@ -212,7 +222,9 @@ def _witness(item: dict[str, Any]) -> Witness:
     name = str(item["name"])
     if not name or "+" in name or any(letter.isspace() for letter in name):
         raise ValueError("a witness's name has no spaces and no +")
-    return Witness(name=name, key=_key(item["key"]))
+    address = str(item.get("address", ""))
+    certificate = item["certificate"] if address else ""
+    return Witness(name, _key(item["key"]), address, base64.b64decode(certificate, validate=True))
 
 
 def _check_witnesses(network: NetworkFile) -> None:

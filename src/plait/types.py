@@ -1,13 +1,16 @@
 """Shared nouns: spans, prices, token counts, sampling. Values only, no IO."""
 
 from dataclasses import dataclass
-from typing import NewType
+from typing import Literal, NewType
 
 PeerId = NewType("PeerId", str)
 """base58btc identity multihash of an Ed25519 public key, ``12D3Koo…``."""
 
 AccountId = NewType("AccountId", str)
 """A ledger account: a peer id, or a name with a colon for the ledger's own accounts."""
+
+Qos = Literal["interactive", "standard", "batch"]
+"""How urgent a session is: its place in queues, and when it is refused first."""
 
 Microcredits = NewType("Microcredits", int)
 
@@ -95,12 +98,34 @@ class Prices:
         return Microcredits(checked_u64(-(-total // MILLION), "amount"))
 
 
+BIASES_MAX = 300
+TOP_LOGPROBS_MAX = 20
+GRAMMAR_CHARACTERS_MAX = 65_536
+GrammarKind = Literal["json_schema", "regex", "lark"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like: a JSON schema, a regular expression or a Lark grammar."""
+
+    kind: GrammarKind
+    text: str
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.text) <= GRAMMAR_CHARACTERS_MAX:
+            raise ValueError(f"a grammar has 1 to {GRAMMAR_CHARACTERS_MAX} characters")
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the last stage draws tokens. Fixed-point, so that it can be signed.
 
-    ``temperature_micros`` 0 is greedy; ``top_p_micros`` is in (0, 10**6]; ``top_k`` 0 is
-    no limit. The draw at a position depends only on ``seed`` and that position.
+    ``temperature_micros`` 0 is greedy; ``top_p_micros`` is in (0, 10**6]; ``top_k`` and
+    ``min_p_micros`` 0 are no limit. ``logit_bias`` is (id, millionths), ascending by id.
+    Presence and frequency penalties are subtracted for ids already in the answer; the
+    repetition penalty divides (or multiplies, below zero) for ids in prompt or answer. The
+    draw at a position depends only on these values, that position and, with penalties or a
+    grammar, the ids before it.
     """
 
     temperature_micros: int = 0
@@ -108,6 +133,13 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     end_ids: tuple[int, ...] = ()
+    min_p_micros: int = 0
+    presence_penalty_micros: int = 0
+    frequency_penalty_micros: int = 0
+    repetition_penalty_micros: int = MILLION
+    logit_bias: tuple[tuple[int, int], ...] = ()
+    top_logprobs: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature_micros <= 100 * MILLION:
@@ -116,12 +148,45 @@ class Sampling:
             raise ValueError("top_p must be in (0, 1]")
         if self.top_k < 0:
             raise ValueError("top_k must not be negative")
+        if not 0 <= self.min_p_micros <= MILLION:
+            raise ValueError("min_p must be in [0, 1]")
+        for penalty in (self.presence_penalty_micros, self.frequency_penalty_micros):
+            if abs(penalty) > 2 * MILLION:
+                raise ValueError("a penalty must be between -2 and 2")
+        if not 0 < self.repetition_penalty_micros <= 10 * MILLION:
+            raise ValueError("repetition_penalty must be in (0, 10]")
+        if not 0 <= self.top_logprobs <= TOP_LOGPROBS_MAX:
+            raise ValueError(f"top_logprobs must be between 0 and {TOP_LOGPROBS_MAX}")
+        self._check_bias()
         checked_u64(self.seed, "seed")
+
+    def _check_bias(self) -> None:
+        ids = [token for token, _ in self.logit_bias]
+        if len(ids) > BIASES_MAX:
+            raise ValueError(f"logit_bias has at most {BIASES_MAX} ids")
+        if ids != sorted(set(ids)) or (ids and not 0 <= ids[0] <= ids[-1] < 2**32):
+            raise ValueError("logit_bias is ascending by id")
+        if any(abs(bias) > 100 * MILLION for _, bias in self.logit_bias):
+            raise ValueError("a logit bias must be between -100 and 100")
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature_micros == 0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether ids that came before make a difference."""
+        return bool(
+            self.presence_penalty_micros
+            or self.frequency_penalty_micros
+            or self.repetition_penalty_micros != MILLION
+        )
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a draw needs all ids before it."""
+        return self.penalises or self.grammar is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,13 +99,18 @@ def testnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartTestnet]:
     that leaves a testnet other than it found it asks for its own with ``fresh=True``. All end
     with the session.
     """
-    started: dict[tuple[str, int | None, int], Testnet] = {}
+    started: dict[tuple[str, int | None, int, int], Testnet] = {}
     with contextlib.ExitStack() as ends:
 
         def start(
-            model: str = TINY, stages: int | None = None, replicas: int = 1, *, fresh: bool = False
+            model: str = TINY,
+            stages: int | None = None,
+            replicas: int = 1,
+            *,
+            authorities: int = 1,
+            fresh: bool = False,
         ) -> Testnet:
-            shape = (model, stages, replicas)
+            shape = (model, stages, replicas, authorities)
             if shape in started and not fresh:
                 return started[shape]
             made = ends.enter_context(_running(tmp_path_factory.mktemp("testnet"), *shape))
@@ -117,10 +122,12 @@ def testnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartTestnet]:
 
 
 @contextlib.contextmanager
-def _running(folder: Path, model: str, stages: int | None, replicas: int) -> Iterator[Testnet]:
+def _running(
+    folder: Path, model: str, stages: int | None, replicas: int, authorities: int
+) -> Iterator[Testnet]:
     environment = {f"XDG_{name}_HOME": str(folder / name) for name in ("STATE", "CONFIG", "DATA")}
     made = Testnet(folder / "net", model, environment)
-    shape = ["--model", model]
+    shape = ["--model", model, "--authorities", str(authorities)]
     if stages is not None:
         shape += ["--stages", str(stages), "--replicas", str(replicas)]
     try:

@@ -8,6 +8,11 @@ from typing import Any
 import pytest
 
 from plait.cli import main
+from plait.identity import load_key
+from plait.ledger.checkpoint import sign_checkpoint
+from plait.ledger.log_proof import LogProof, write_log_proof
+from plait.ledger.merkle import leaf_hash
+from plait.ledger.policy import read_policy
 from plait.network_file import load_network_file
 
 NODE = "node.example.org:4700:4701"
@@ -44,6 +49,31 @@ def test_a_created_network_is_signed_and_shown(
     assert json.loads(capsys.readouterr().out) == created
     assert net(monkeypatch, "show", "--network", "physics") == 0
     assert network.bootstrap[0].peer in capsys.readouterr().out
+
+
+def test_its_policy_and_a_proof(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert net(monkeypatch, "create", "physics") == 0
+    network = load_network_file(here / "physics" / "network.toml")
+    capsys.readouterr()
+    assert net(monkeypatch, "policy", "--network", "physics") == 0
+    policy = read_policy(capsys.readouterr().out.encode())
+    (authority,) = network.authorities
+    assert policy.logs == {authority.log_origin: authority.log_key}
+    key = load_key(here / "physics" / "ledger-1" / "log.key")
+    note = sign_checkpoint(key, authority.log_origin, 1, leaf_hash(b"entry"))
+    proof = Path("entry.tlog-proof")
+    proof.write_text(write_log_proof(LogProof(0, (), note, b"entry")))
+    known = ("--network", "physics", "--json")
+    assert net(monkeypatch, "check-proof", str(proof), *known) == 0
+    assert json.loads(capsys.readouterr().out)["size"] == 1
+    proof.write_text(write_log_proof(LogProof(0, (), note, b"another")))
+    assert net(monkeypatch, "check-proof", str(proof), *known) == 1
+    proof.write_text(write_log_proof(LogProof(0, (), note)))
+    assert net(monkeypatch, "check-proof", str(proof), *known) == 1
+    Path("policy.txt").write_text("quorum nobody\n")
+    assert net(monkeypatch, "check-proof", str(proof), "--policy", "policy.txt") == 3
 
 
 @pytest.mark.parametrize(

@@ -142,3 +142,30 @@ def test_in_the_foreground_it_lasts_until_interrupted(
         assert "Traceback" not in command.stderr.read()
     assert command.returncode == 0
     assert not is_live(folder)
+
+
+def test_a_wan_is_named_shaped_and_measured_by_command(plait: Plait, folder: Path) -> None:
+    started = up(plait, folder, "--wan", "metro", "--unprivileged", "--json")
+    assert "carried by a forwarder between loopback addresses (asked for)" in started.stderr
+    assert json.loads(started.stdout)["wan"]["backend"] == "forwarder"
+    changed = plait("testnet", "shape", "--to", "node-2", "--delay-ms", "40", "--cut", "--json")
+    assert "5 links changed" in changed.stderr
+    links = json.loads(changed.stdout)["links"]
+    assert {link["target"] for link in links if link["cut"]} == {"node-2"}
+    assert {link["delay_s"] for link in links if link["cut"]} == {0.04}
+    assert "node-9" in plait("testnet", "shape", "--to", "node-9", "--heal", code=3).stderr
+
+    assert json.loads(plait("testnet", "hang", "node-1", "--json").stdout)["hung"] is True
+    assert json.loads(plait("testnet", "resume", "node-1", "--json").stdout)["hung"] is False
+
+
+def test_chaos_says_what_it_cannot_do(plait: Plait, folder: Path, tmp_path: Path) -> None:
+    up(plait, folder)
+    assert "--random SEED" in plait("testnet", "chaos", code=3).stderr
+    plan = tmp_path / "plan.toml"
+    plan.write_text('duration_s = 9\n[[fault]]\nat_s = 1\nkind = "kill"\nnode = "node-2"\n')
+    refused = plait("testnet", "chaos", "--plan", str(plan), code=3)
+    assert "layer 3 would have no usable host" in refused.stderr
+    assert (
+        "choose among" in plait("testnet", "chaos", "--random", "1", "--kind", "x", code=3).stderr
+    )

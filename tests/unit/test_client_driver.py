@@ -1,5 +1,7 @@
 """The driver core: frames, chunks and endings."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,3 +92,128 @@ def test_the_closing_frame_has_no_rows() -> None:
     [close] = driver.on_result(1, [END], [-0.1])
     assert close == SendFrame(2, 2, (), sample=False, close_chunk=True)
     assert driver.on_result(2, [], []) == [Finish("stop")]
+
+
+class Echo:
+    """Proposes what it is told to, and remembers what became of it."""
+
+    def __init__(self, script: list[int]) -> None:
+        self.script = script
+        self.learnt: list[int] = []
+        self.observed: list[tuple[int, int]] = []
+
+    def extend(self, ids: Sequence[int]) -> None:
+        self.learnt += ids
+
+    def propose(self, most: int) -> tuple[int, ...]:
+        start = len(self.learnt)
+        return tuple(self.script[start : start + most])
+
+    def observe(self, proposed: int, accepted: int, elapsed_ms: float | None) -> None:
+        self.observed.append((proposed, accepted))
+
+
+def answer(frame: SendFrame, drawn: int, truth: list[int]) -> list[int]:
+    """What the last stage draws for a frame when the model's own sequence is ``truth``."""
+    if not frame.sample:
+        return []
+    ids = [truth[drawn]]
+    for draft in frame.draft_ids:
+        if draft != ids[-1] or ids[-1] == END:
+            break
+        ids.append(truth[drawn + len(ids)])
+    return ids
+
+
+@given(
+    guesses=st.lists(st.booleans(), min_size=40, max_size=40),
+    max_tokens=st.integers(1, 40),
+    end_after=st.integers(1, 60),
+    chunk=st.integers(1, 12),
+)
+def test_drafts_change_no_token_and_close_no_chunk(
+    guesses: list[bool], max_tokens: int, end_after: int, chunk: int
+) -> None:
+    truth = ([10 + i for i in range(end_after - 1)] + [END] + [99] * 60)[:60]
+    script = [token if right else 5 for token, right in zip(truth, guesses, strict=False)]
+    drafter = Echo(script)
+    driver = Driver((100, 101), max_tokens, frozenset({END}), Accounting(chunk, 8), 200, drafter)
+    actions, delivered, open_draws = driver.start(), list[int](), 0
+    while not (ended := [one for one in actions if isinstance(one, Finish)]):
+        [sent] = [one for one in actions if isinstance(one, SendFrame)]
+        assert not (sent.drafts and sent.close_chunk)
+        open_draws += 1 + sent.drafts
+        assert sent.rows == 0 or open_draws <= max(chunk, 1 + sent.drafts) or sent.close_chunk
+        ids = answer(sent, len(driver.drawn), truth)
+        open_draws = 0 if sent.close_chunk else open_draws - 1 - sent.drafts + len(ids)
+        actions = driver.on_result(sent.traversal, ids, [0.0] * len(ids))
+        delivered += [one.token_id for one in actions if isinstance(one, Deliver)]
+    expected = truth[: min(max_tokens, end_after)]
+    assert driver.drawn == expected
+    assert delivered == [token for token in expected if token != END]
+    assert ended[0].reason == ("stop" if END in expected else "length")
+    assert drafter.learnt == expected
+    assert all(0 <= accepted <= proposed for proposed, accepted in drafter.observed)
+
+
+@given(
+    prompt=st.integers(1, 20),
+    prefill=st.integers(1, 8),
+    cuts=st.lists(st.integers(0, 40), max_size=4),
+    lost=st.booleans(),
+    replay=st.booleans(),
+)
+def test_a_reroute_repeats_and_skips_nothing(
+    prompt: int, prefill: int, cuts: list[int], lost: bool, replay: bool
+) -> None:
+    truth = [10 + i for i in range(12)] + [END]
+    prompt_ids = tuple(range(100, 100 + prompt))
+    driver = Driver(prompt_ids, 20, frozenset({END}), Accounting(4, prefill), 200)
+    actions, delivered, step = driver.start(), list[int](), 0
+    while not any(isinstance(one, Finish) for one in actions):
+        delivered += [one.token_id for one in actions if isinstance(one, Deliver)]
+        sent = [one for one in actions if isinstance(one, SendFrame)][-1]
+        step += 1
+        if step in cuts and driver.finish is None:
+            position = driver.position
+            actions = driver.resume(replay=replay)
+            frames = [one for one in actions if isinstance(one, SendFrame)]
+            live = frames[-1]
+            assert (live.traversal, live.first_position) == (position, position)
+            assert live.close_chunk
+            fed = [token for frame in frames[:-1] for token in frame.ids]
+            assert fed == (list((*prompt_ids, *driver.drawn)[:position]) if replay else [])
+            assert all(frame.replay and not frame.sample for frame in frames[:-1])
+            assert [frame.traversal for frame in frames[:-1]] == list(range(len(frames) - 1))
+            if lost:
+                assert driver.on_result(live.traversal - 1, [], []) == []
+            continue
+        ids = answer(sent, len(driver.drawn), truth)
+        actions = driver.on_result(sent.traversal, ids, [0.0] * len(ids))
+    delivered += [one.token_id for one in actions if isinstance(one, Deliver)]
+    assert delivered == truth[:-1]
+
+
+def test_a_stopped_answer_ends_with_the_token_that_is_due() -> None:
+    driver = Driver((5,), 8, frozenset({END}), Accounting(), 100)
+    driver.start()
+    driver.on_result(0, [11], [-0.1])
+    driver.stop()
+    actions = driver.on_result(1, [12], [-0.1])
+    assert actions[:1] == [Deliver(12, -0.1)]
+    assert driver.finish == "ended"
+    close = driver.in_flight
+    assert close.rows == 0
+    assert driver.on_result(close.traversal, [], []) == [Finish("ended")]
+    assert driver.token_ids == (11, 12)
+
+
+@pytest.mark.parametrize("ids", [[7, 8, 9], [8, 8], [END, 8], []])
+def test_draws_that_do_not_follow_the_drafts_are_the_peers_fault(ids: list[int]) -> None:
+    driver = Driver((5,), 30, frozenset({END}), Accounting(), 100, Echo([6, 7, END, 9, 9]))
+    driver.start()
+    driver.on_result(0, [6], [-0.1])
+    assert driver.in_flight.draft_ids == (7, END, 9, 9)
+    with pytest.raises(RemoteProtocolError):
+        driver.on_result(1, ids, [-0.1] * len(ids))
+    assert driver.drawn == [6]

@@ -128,3 +128,48 @@ def test_it_reports_what_an_offer_needs() -> None:
     assert stage.numeric_class().endswith("/fake")
     assert stage.measure() == (100, 10)
     assert (stage.width * 4, stage.shape) == (FAKE_SHAPE.bytes_per_row, FAKE_SHAPE)
+
+
+@pytest.mark.parametrize("temperature", [0, 700_000])
+def test_drafts_change_how_many_are_drawn_and_nothing_else(temperature: int) -> None:
+    stages = opened(Span(0, 2), Span(2, 4), sampling=Sampling(temperature, seed=3))
+    plain = generated(stages, ONE)
+
+    def drawn(*drafts: int) -> tuple[int, ...]:
+        work = Work(ONE, 3, (plain[0], *drafts), None, sample=True, drafts=drafts)
+        for stage in stages:
+            (done,) = stage.step([work])
+            work = Work(ONE, 3, None, done.hidden, sample=True, drafts=drafts)
+        assert done.drawn is not None, done.error
+        return done.drawn.ids
+
+    assert drawn() == tuple(plain[1:2])
+    assert drawn(*plain[1:4]) == tuple(plain[1:5])
+    assert drawn(*plain[1:3], plain[3] ^ 1, plain[4]) == tuple(plain[1:4])
+    assert drawn(plain[1] ^ 1) == tuple(plain[1:2])
+    assert generated(stages, ONE) == plain
+
+
+def test_nothing_is_drawn_after_an_end_token() -> None:
+    (stage,) = opened(Span(0, 4))
+    plain = generated([stage], ONE)
+    stage.reserve(ONE, 64, Sampling(end_ids=(plain[2],)))
+    drafts = tuple(plain[1:5])
+    (done,) = stage.step([Work(ONE, 3, tuple(plain[:5]), None, sample=True, drafts=drafts)])
+    assert done.drawn is not None
+    assert done.drawn.ids == tuple(plain[1:3])
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        Work(ONE, 0, (1, 2), None, sample=True, drafts=(1, 2)),
+        Work(ONE, 0, (1, 2), None, sample=False, drafts=(2,)),
+        Work(ONE, 0, (1, 2), None, sample=True, drafts=(3,)),
+        Work(ONE, 0, (1, 999), None, sample=True, drafts=(999,)),
+    ],
+)
+def test_drafts_that_do_not_fit_their_rows_are_refused(work: Work) -> None:
+    (stage,) = opened(Span(0, 4))
+    (done,) = stage.step([work])
+    assert isinstance(done.error, RemoteProtocolError)

@@ -3,7 +3,7 @@
 Slow because torch takes seconds to import.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -218,10 +218,13 @@ def log_probabilities(
     """Of every next token, [len(prompt), vocabulary], ``rows`` at a time."""
     import torch
 
-    from plait.compute.kv import SessionKv
+    from plait.compute.kv import KvCache
     from plait.compute.ragged import Item
 
-    kv = SessionKv(model.layout, kv_tokens, Sampling(), model.span)
+    cache = KvCache(model.layout, kv_tokens + 16)
+    cache.reserve(SESSIONS[0], kv_tokens, Sampling())
+    kv = cache.get(SESSIONS[0])
+    assert kv is not None
     found = []
     with torch.inference_mode():
         for start in range(0, len(prompt), rows):
@@ -285,3 +288,52 @@ def test_the_numeric_class_names_dtype_and_kernel(local: LocalModel, dtype: str)
 def test_an_unknown_dtype_is_refused(local: LocalModel) -> None:
     with pytest.raises(ConfigError, match="no dtype 'fp8'"):
         stage_of(local, "fp8")
+
+
+def generated(
+    stage: "TorchStage", sampling: Sampling, drafts_of: Callable[[list[int]], tuple[int, ...]]
+) -> list[int]:
+    """30 tokens of one session, with whatever drafts are made of those before."""
+    session, prompt = SESSIONS[0], ids(3, 40)
+    stage.free(session)
+    stage.reserve(session, 120, sampling)
+    (done,) = stage.step([Work(session, 0, prompt, None, sample=True)])
+    tokens: list[int] = []
+    while len(tokens) < 30:
+        assert done.drawn is not None, done.error
+        tokens += done.drawn.ids
+        drafts = drafts_of(tokens)
+        at = len(prompt) + len(tokens) - 1
+        work = Work(session, at, (tokens[-1], *drafts), None, sample=True, drafts=drafts)
+        (done,) = stage.step([work])
+    return tokens[:30]
+
+
+@every_dtype
+@pytest.mark.parametrize("temperature", [0, 900_000])
+def test_no_draft_changes_the_tokens(local: LocalModel, dtype: str, temperature: int) -> None:
+    stage = stage_of(local, dtype)
+    sampling = Sampling(temperature_micros=temperature, seed=7)
+    plain = generated(stage, sampling, lambda tokens: ())
+    assert len(set(plain)) > 3
+    right = generated(stage, sampling, lambda tokens: tuple(plain[len(tokens) :][:7]))
+    half = generated(stage, sampling, lambda tokens: (*plain[len(tokens) :][:3], 5, 6))
+    wrong = generated(stage, sampling, lambda tokens: (1, 2, 1))
+    assert plain == right == half == wrong
+
+
+@every_dtype
+def test_few_rows_at_once_are_those_rows_one_at_a_time(local: LocalModel, dtype: str) -> None:
+    stage = stage_of(local, dtype, Span(0, 3))
+    reserve(stage)
+    tokens = ids(8, 72)
+    (prompt,) = stage.step([Work(SESSIONS[0], 0, tokens[:40], None)])
+    singles = [
+        stage.step([Work(SESSIONS[0], at, (tokens[at],), None)])[0].hidden for at in range(40, 72)
+    ]
+    (together,) = stage.step([Work(SESSIONS[0], 40, tokens[40:], None)])
+    assert prompt.hidden is not None
+    assert together.hidden is not None
+    assert np.array_equal(
+        together.hidden, np.concatenate([rows for rows in singles if rows is not None])
+    )

@@ -4,15 +4,14 @@ import asyncio
 import base64
 import hashlib
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from plait.client import Answer, Options, RouteStep, TextDelta
-from plait.client.prompt import Prompt
+from plait.client import Answer, Options
 from plait.errors import (
     CapacityError,
     ConfigError,
@@ -30,15 +29,11 @@ from plait.gateway.config import GatewayConfig
 from plait.gateway.keys import KeyRing
 from plait.model import catalog
 from plait.model.tokenizer import Tokenizer
-from plait.router.cost import Prediction
-from plait.router.plan import Plan, plan
-from plait.router.view import Offer, View
-from plait.testing.accounting import NOW_MS, key_of
-from plait.testing.offers import paper_offer
-from plait.types import Microcredits, Span
+from plait.testing.accounting import key_of
+from plait.testing.upstream import FakeUpstream
+from plait.types import MILLION, Span
 
 MODEL = "tiny-random"
-PREDICTED = Prediction(ttft_s=0.1, tpot_s=0.01, price_microcredits=Microcredits(50))
 KEY = "correct-horse-battery-staple"
 
 
@@ -49,70 +44,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def tiny_offer(name: str, span: Span) -> Offer:
-    return replace(paper_offer(name, span), model_digest=catalog.load(MODEL).manifest.shape.digest)
-
-
-@dataclass
-class FakeUpstream:
-    """Streams the same pieces for every prompt; fails and waits when told to."""
-
-    pieces: tuple[str, ...] = ("Hel", "lo", " there")
-    error: Exception | None = None
-    after: int = 0
-    bundle: bytes | None = None
-    gate: asyncio.Event | None = None
-    spans: tuple[Span, ...] = (Span(0, 5), Span(5, 8))
-    asked: list[tuple[str, Prompt, Options]] = field(default_factory=list)
-    cancelled: int = 0
-    started: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def view(self) -> View:
-        offers = [tiny_offer(f"node {span}", span) for span in self.spans]
-        return View({offer.peer: offer for offer in offers}, {})
-
-    def plan(self, model: str, prompt_tokens: int, options: Options) -> Plan:
-        request = options.route_request(prompt_tokens)
-        shape = catalog.load(model).manifest.shape
-        return plan(self.view(), shape, request, source=key_of("me").peer_id, now_ms=NOW_MS)
-
-    async def stream(
-        self, model: str, prompt: Prompt, options: Options | None = None
-    ) -> AsyncGenerator[TextDelta | Answer, None]:
-        assert options is not None
-        self.asked.append((model, prompt, options))
-        self.started.set()
-        finished = False
-        try:
-            for number, piece in enumerate(self.pieces):
-                if self.error is not None and number == self.after:
-                    raise self.error
-                yield TextDelta(piece, (number + 97,))
-                if self.gate is not None:
-                    await self.gate.wait()
-            finished = True
-            yield self._answer(options)
-        finally:
-            self.cancelled += not finished
-
-    def _answer(self, options: Options) -> Answer:
-        count = len(self.pieces)
-        return Answer(
-            text="".join(self.pieces),
-            token_ids=tuple(range(97, 97 + count)),
-            logprobs=tuple(-0.5 * number for number in range(count)),
-            prompt_tokens=5,
-            finish_reason="stop",
-            route=tuple(RouteStep(key_of(f"node {span}").peer_id, span) for span in self.spans),
-            epochs=1,
-            ttft_s=0.1,
-            tpot_s=0.01,
-            predicted=PREDICTED,
-            cost_microcredits=Microcredits(7),
-            receipts_verified=4,
-            seed=options.seed or 0,
-            bundle=self.bundle if options.bundle else None,
-        )
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(catalog.load(MODEL))
 
 
 @dataclass
@@ -225,8 +158,10 @@ async def test_a_chat_answers_with_its_bill() -> None:
     assert reply.headers["x-plait-route"].startswith(f"0:5={first},5:8=")
     assert reply.headers["x-plait-cost-microcredits"] == "7"
     assert body["id"] == "chatcmpl-" + reply.headers["x-request-id"]
-    _, _, options = call.upstream.asked[0]
-    assert (options.temperature, options.top_p, options.max_tokens) == (1.0, 1.0, 256)
+    [ask] = call.upstream.asked
+    assert (ask.sampling.temperature_micros, ask.sampling.top_p_micros) == (MILLION, MILLION)
+    assert ask.options.max_tokens == 256
+    assert len(ask.prompt_ids) == prompt
 
 
 async def test_messages_become_what_the_template_takes() -> None:
@@ -235,20 +170,21 @@ async def test_messages_become_what_the_template_takes() -> None:
     messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
     reply = await call.chat(messages=messages, temperature=0, top_p=0, top_k=-1, user="x", store=1)
     assert reply.status == 200
-    _, prompt, options = call.upstream.asked[0]
-    assert prompt == [
+    [ask] = call.upstream.asked
+    plain = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "one\ntwo"},
     ]
-    assert (options.temperature, options.top_k) == (0.0, 0)
-    assert options.top_p > 0
+    assert list(ask.prompt_ids) == tokenizer().chat(plain)
+    assert (ask.sampling.temperature_micros, ask.sampling.top_k) == (0, 0)
+    assert ask.sampling.top_p_micros == 1
 
 
 async def test_routing_follows_openrouters_words() -> None:
     call = Caller()
     provider = {"sort": "price", "only": ["a"], "ignore": ["b"], "max_price": {"request": 9}}
     await call.chat(provider=provider, plait={"ttft_s": 2.0, "bundle": True})
-    _, _, options = call.upstream.asked[0]
+    options = call.upstream.asked[0].options
     assert (options.sort, options.max_price, options.ttft_s) == ("price", 9, 2.0)
     assert (options.only, options.ignore) == (frozenset("a"), frozenset("b"))
     assert options.bundle
@@ -274,8 +210,10 @@ async def test_a_stream_is_role_text_reason_usage_done() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_stop_sequence_cuts_and_ends_the_session(stream: bool) -> None:
-    call = Caller(FakeUpstream(pieces=("ab", "cE", "ND", "never", "sent")))
+@pytest.mark.parametrize("graceful", [False, True])
+async def test_a_stop_sequence_cuts_and_ends_the_session(stream: bool, graceful: bool) -> None:
+    pieces = ("ab", "cE", "ND", "never", "sent")
+    call = Caller(FakeUpstream(pieces=pieces, graceful=graceful))
     reply = await call.chat(stop=["END", "zzz"], stream=stream)
     if stream:
         assert reply.deltas() == "abc"
@@ -287,9 +225,9 @@ async def test_a_stop_sequence_cuts_and_ends_the_session(stream: bool) -> None:
         assert choice["message"]["content"] == "abc"
         assert body["usage"]["completion_tokens"] == 3
     assert choice["finish_reason"] == "stop"
-    assert account["cost_is_estimate"]
+    assert account["cost_is_estimate"] is not graceful
     assert account["cost_microcredits"] > 0
-    assert call.upstream.cancelled == 1
+    assert call.upstream.cancelled == (not graceful)
 
 
 async def test_what_only_looked_like_a_stop_is_delivered() -> None:
@@ -302,7 +240,7 @@ async def test_choices_draw_with_seeds_of_their_own() -> None:
     call = Caller()
     body = (await call.chat(n=3, seed=-1)).json()
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
-    assert [options.seed for _, _, options in call.upstream.asked] == [2**63 - 1, 0, 1]
+    assert [ask.sampling.seed for ask in call.upstream.asked] == [2**63 - 1, 0, 1]
     single = (await Caller().chat()).json()["usage"]["prompt_tokens"]
     assert body["usage"]["prompt_tokens"] == single
     assert (body["usage"]["completion_tokens"], body["usage"]["cost"]) == (9, 21)
@@ -315,12 +253,20 @@ async def test_logprobs_of_the_drawn_tokens() -> None:
     content = (await call.chat(logprobs=True)).json()["choices"][0]["logprobs"]["content"]
     assert [entry["logprob"] for entry in content] == [0.0, -0.5, -1.0]
     assert [bytes(entry["bytes"]).decode() for entry in content] == [e["token"] for e in content]
-    chunks = (await call.chat(logprobs=True, stream=True)).events()
-    assert chunks[-2]["choices"][0]["logprobs"]["content"] == content
+    chunks = (await call.chat(logprobs=True, stream=True)).events()[1:-2]
+    streamed = [chunk["choices"][0]["logprobs"]["content"] for chunk in chunks]
+    assert [entry for part in streamed for entry in part] == content
+    top = (await call.chat(logprobs=True, top_logprobs=2)).json()["choices"][0]["logprobs"]
+    assert [len(entry["top_logprobs"]) for entry in top["content"]] == [2, 2, 2]
+    assert call.upstream.asked[-1].sampling.top_logprobs == 2
+    cut = (await call.chat(logprobs=True, stop="lo")).json()["choices"][0]
+    assert [entry["logprob"] for entry in cut["logprobs"]["content"]] == [0.0]
     old = (await call.complete("x", logprobs=0)).json()["choices"][0]["logprobs"]
     assert old["tokens"] == [entry["token"] for entry in content]
     assert old["token_logprobs"] == [0.0, -0.5, -1.0]
-    assert old["text_offset"][0] == 0
+    assert (old["text_offset"][0], old["top_logprobs"]) == (0, None)
+    more = (await call.complete("x", logprobs=1)).json()["choices"][0]["logprobs"]
+    assert [len(top) for top in more["top_logprobs"]] == [1, 1, 1]
 
 
 async def test_completions_take_texts_and_token_ids() -> None:
@@ -329,16 +275,16 @@ async def test_completions_take_texts_and_token_ids() -> None:
     assert body["object"] == "text_completion"
     texts = [choice["text"] for choice in body["choices"]]
     assert texts == ["oneHello there"] * 2 + ["twoHello there"] * 2
-    ids = Tokenizer.load(catalog.load(MODEL)).encode("some words")
+    ids = tokenizer().encode("some words")
     assert (await call.complete(ids)).status == 200
-    assert (await call.complete([ids, ids])).status == 200
-    assert all(options.raw for _, _, options in call.upstream.asked)
-    assert [prompt for _, prompt, _ in call.upstream.asked][-1] == "some words"
+    assert (await call.complete([ids, ids[:1]])).status == 200
+    assert [list(ask.prompt_ids) for ask in call.upstream.asked[-2:]] == [ids, ids[:1]]
+    assert (await call.complete([ids], echo=True)).json()["choices"][0]["text"].startswith("some w")
     chunks = (await call.complete("x", stream=True)).events()
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == "Hello there"
 
 
-@pytest.mark.parametrize("prompt", [[], ["a", 1], [[1], "a"], "", [10**9], [0], 7])
+@pytest.mark.parametrize("prompt", [[], ["a", 1], [[1], "a"], "", [10**9], [[]], 7])
 async def test_a_prompt_that_is_none_is_refused(prompt: object) -> None:
     reply = await Caller().complete(prompt)
     assert (reply.status, reply.json()["error"]["param"]) == (400, "prompt")
@@ -352,9 +298,9 @@ async def test_the_answer_must_fit_the_context() -> None:
     assert error["param"] == "max_tokens"
     long = "word " * 5000
     assert (await call.complete(long)).json()["error"]["code"] == "context_length_exceeded"
-    ids = Tokenizer.load(catalog.load(MODEL)).encode("a " * 1000)
+    ids = tokenizer().encode("a " * 1000)
     assert (await call.complete("a " * 1000)).status == 200
-    assert call.upstream.asked[-1][2].max_tokens == min(256, 2048 - len(ids))
+    assert call.upstream.asked[-1].options.max_tokens == min(256, 2048 - len(ids))
 
 
 # Refusals and errors ------------------------------------------------------------------
@@ -363,15 +309,25 @@ async def test_the_answer_must_fit_the_context() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "function"),
+        ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"functions": [{}]}, "functions"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"presence_penalty": -1}, "presence_penalty"),
-        ({"logprobs": True, "top_logprobs": 2}, "top_logprobs"),
-        ({"logprobs": True, "stop": "x"}, "logprobs"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}},
+            "response_format",
+        ),
+        ({"plait": {"regex": "("}}, "response_format"),
+        ({"plait": {"regex": "a", "lark": "start: a"}}, "plait.lark"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"500": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[...]"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"stream_options": {}}, "stream_options"),
         ({"stop": ""}, "stop"),
@@ -383,7 +339,7 @@ async def test_the_answer_must_fit_the_context() -> None:
         ({"messages": [{"role": "user", "content": ""}]}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content[0].type",
@@ -410,7 +366,7 @@ async def test_what_cannot_be_honoured_is_refused_by_name(
     ("fields", "param"),
     [
         ({"echo": True, "logprobs": 0}, "echo"),
-        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
     ],
@@ -707,10 +663,12 @@ async def test_the_description_covers_every_route() -> None:
 
 async def test_the_fake_is_closed_like_the_client() -> None:
     """The fake's stream counts as cancelled when it is closed early, and only then."""
-    upstream = FakeUpstream()
-    async with aclosing(upstream.stream(MODEL, "x", Options())) as stream:
-        await anext(stream)
+    call = Caller()
+    await call.chat()
+    upstream, [ask] = call.upstream, call.upstream.asked
+    async with aclosing(upstream.stream(ask)) as stream:
+        await anext(aiter(stream))
     assert upstream.cancelled == 1
-    async with aclosing(upstream.stream(MODEL, "x", Options())) as stream:
+    async with aclosing(upstream.stream(ask)) as stream:
         assert isinstance([item async for item in stream][-1], Answer)
     assert upstream.cancelled == 1

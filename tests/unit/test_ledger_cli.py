@@ -1,4 +1,4 @@
-"""``plait ledger`` against an authority in a thread, and the audit of damaged journals."""
+"""``plait ledger`` against an authority in a thread."""
 
 import asyncio
 import csv
@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ import pytest
 from plait.cli.root import invoke
 from plait.envelope import digest, seal
 from plait.identity import SigningKey, load_key, save_key
+from plait.ledger.canonical import encode_canonical
 from plait.ledger.certs import make_key_cert
-from plait.ledger.checkpoint import Checkpoint, sign_checkpoint
-from plait.ledger.journal_audit import audit_journal
-from plait.ledger.merkle import leaf_hash, root_of
+from plait.ledger.checkpoint import sign_checkpoint
 from plait.ledger.service.authority import AuthorityKeys, serve_authority
 from plait.ledger.service.remote import RemoteLedger
 from plait.net.tls import create_identity
@@ -88,8 +88,10 @@ def run(world: World, capsys: pytest.CaptureFixture[str], *arguments: str, code:
     return captured.out
 
 
-def run_json(world: World, capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    return json.loads(run(world, capsys, *arguments, "--json").splitlines()[-1])
+def run_json(
+    world: World, capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0
+) -> Any:
+    return json.loads(run(world, capsys, *arguments, "--json", code=code).splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -207,20 +209,48 @@ def test_refusals_are_errors_with_a_code(
     run(world, capsys, *arguments, code=code)
 
 
-def test_an_audit_names_what_is_wrong(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    for order_id in ("e1", "e2", "e3"):
-        run(world, capsys, "issue", world.client, "9", "--order-id", order_id)
-    lines = run(world, capsys, "export").splitlines()
-    leaves = [bytes.fromhex(json.loads(line)["payload"]) for line in lines]
-    root = root_of(map(leaf_hash, leaves))
-    signed = Checkpoint("log.example/net-1", len(leaves), root)
-    good = audit_journal("net-1", leaves, signed)
-    assert (good.balanced, good.root_hash, good.violations) == (True, root, ())
-    short = audit_journal("net-1", leaves[:-1], signed)
-    assert short.balanced and "covers" in short.violations[0]
-    swapped = audit_journal("net-1", [leaves[1], leaves[0], *leaves[2:]], signed)
-    assert not swapped.balanced and len(swapped.violations) == 2
-    assert not audit_journal("net-1", [b"\xff", *leaves[1:]], signed).balanced
-    assert not audit_journal("net-2", leaves, signed).balanced
-    forged = dataclasses.replace(signed, root=leaf_hash(b""))
-    assert audit_journal("net-1", leaves, forged).violations
+@pytest.mark.slow
+def test_an_exported_journal_is_audited_without_a_network(
+    world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "journal.jsonl"
+    run(world, capsys, "issue", world.client, "7", "--order-id", "ff")
+    run(world, capsys, "limit", world.client, "50", "--order-id", "f0")
+    assert run_json(world, capsys, "balance")["credit_limit_microcredits"] == 50
+    run(world, capsys, "export", "--output", str(file))
+    live, offline = run_json(world, capsys, "audit"), run_json(world, capsys, "audit", str(file))
+    assert live == offline
+    assert offline["balanced"] and offline["causes"] == offline["entries"] > 1
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:  # nothing was signed: an authority's own invention
+        line.pop("objects", None)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = run_json(world, capsys, "audit", str(file), code=1)
+    assert "the signed object that caused it is missing" in report["violations"][0]
+    run(world, capsys, "limit", world.client, "0", "--order-id", "f1")
+    for wrong in ("{}", "[]", "no journal"):
+        file.write_text(wrong + "\n")
+        run(world, capsys, "audit", str(file), code=6)
+    run(world, capsys, "audit", str(tmp_path / "none"), code=3)
+
+
+@pytest.mark.slow
+def test_statement_and_invoice_come_out_byte_for_byte(
+    world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run(world, capsys, "issue", world.client, "9", "--order-id", "ab")
+    file = tmp_path / "journal.jsonl"
+    until = datetime.now(UTC).isoformat()
+    period = ["--from", "2026-01-01", "--until", until]
+    run(world, capsys, "export", "--output", str(file))
+    for document in ("statement", "invoice"):
+        live = run(world, capsys, document, *period)
+        run(world, capsys, "issue", world.client, "9")  # after the period
+        assert run(world, capsys, document, *period) == live
+        assert run(world, capsys, document, *period, "--journal", str(file)) == live
+        assert json.loads(live)["account"] == world.client
+        assert live.strip().encode() == encode_canonical(json.loads(live))
+    closing = int(json.loads(run(world, capsys, "statement", *period))["closing_balance"])
+    assert closing == run_json(world, capsys, "balance")["available_microcredits"] - 18
+    run(world, capsys, "statement", "--from", until, "--until", until, code=3)
+    run(world, capsys, "statement", "--from", "yesterday", "--until", until, code=3)

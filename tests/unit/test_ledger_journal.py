@@ -1,5 +1,8 @@
 """The books: each rule once, then a state machine that tries everything at random."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,6 +16,7 @@ from plait.ledger.balances import (
     Balances,
     Entry,
     EntryKind,
+    Limit,
     Line,
     entry_from_payload,
     hold_account,
@@ -23,18 +27,22 @@ from plait.ledger.journal import (
     RESERVATION_TTL_MAX_MS,
     Accepted,
     Books,
+    Command,
+    Decline,
     Expire,
     Fork,
     Issue,
     Outcome,
     Refusal,
     Reserve,
+    SetLimit,
     Settle,
 )
 from plait.types import U64_MAX, AccountId, SessionId
 from plait.v1.ledger_pb2 import (
     BudgetReservation,
     IssueOrder,
+    LimitOrder,
     PayeeAmount,
     SessionVoucher,
     SettlementRequest,
@@ -56,6 +64,29 @@ def issue(
         network_id=NETWORK, account=account, amount=amount, order_id=order_id, issued_ms=issued_ms
     )
     return Issue(order, digest(encode(order)))
+
+
+def limit(credit_limit: int, order_id: bytes = b"limit", issued_ms: int = NOW) -> SetLimit:
+    order = LimitOrder(
+        network_id=NETWORK,
+        account=CLIENT,
+        credit_limit=credit_limit,
+        order_id=order_id,
+        issued_ms=issued_ms,
+    )
+    return SetLimit(order, digest(encode(order)))
+
+
+def decline(payee: str, **changes: Any) -> Decline:
+    fields = {
+        "network_id": NETWORK,
+        "session_id": SESSION,
+        "payee": payee,
+        "release": True,
+        "issued_ms": NOW,
+    }
+    request = SettlementRequest(**{**fields, **changes})
+    return Decline(request, digest(encode(request)))
 
 
 def reserve(
@@ -311,6 +342,82 @@ def test_expiry_leaves_the_grace_time(reserved: Books) -> None:
     assert accepted(reserved.apply(settle({ALICE: 10}), end)).value == 10
 
 
+def test_mutual_credit_goes_down_to_the_limit_and_no_further(books: Books) -> None:
+    assert refused(books.apply(reserve(amount=1_050), NOW)) == "credit"
+    assert accepted(books.apply(limit(100), NOW)).value == 1
+    assert books.available(CLIENT) == 1_100
+    accepted(books.apply(reserve(amount=1_050), NOW))
+    assert books.balances.of(CLIENT) == -50
+    assert refused(books.apply(limit(49, b"lower"), NOW)) == "amount"
+    accepted(books.apply(limit(50, b"exact"), NOW))
+    assert books.available(CLIENT) == 0
+    more = reserve(2, caps={ALICE: 1}, session_id=b"t" * 16)
+    assert refused(books.apply(more, NOW)) == "credit"
+    assert accepted(books.apply(limit(100), NOW)) == Accepted((), (), 1), (
+        "an old order is no new one"
+    )
+    assert books.available(CLIENT) == 0
+    assert sum(books.balances.all().values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (limit(U64_MAX), "amount"),  # with what is issued, more than can exist
+        (limit(5, b"1"), "order-id"),
+        (limit(5, b""), "malformed"),
+        (limit(5, issued_ms=NOW - FRESHNESS_MS - 1), "stale"),
+        (issue(5, order_id=b"known limit"), "order-id"),
+    ],
+)
+def test_limits_that_are_refused(books: Books, command: Issue | SetLimit, code: str) -> None:
+    accepted(books.apply(limit(7, b"known limit"), NOW))
+    assert refused(books.apply(command, NOW)) == code
+    assert refused(books.apply(issue(U64_MAX - 1_006, order_id=b"big"), NOW)) == "amount"
+    accepted(books.apply(issue(U64_MAX - 1_007, ALICE, order_id=b"all"), NOW))
+
+
+def test_all_payees_may_decline_without_a_voucher(reserved: Books) -> None:
+    first = accepted(reserved.apply(decline(ALICE), NOW))
+    assert (first.entries, first.value) == ((), 0)
+    assert not reserved.settled(SESSION)
+    last = accepted(reserved.apply(decline(BOB), NOW))
+    assert [entry.kind for entry in last.entries] == [EntryKind.VOID]
+    assert (reserved.settled(SESSION), reserved.available(CLIENT)) == (True, 1_000)
+    assert accepted(reserved.apply(decline(BOB), NOW)) == Accepted((), (), 0)
+
+
+def test_declining_keeps_what_was_paid_and_what_others_earn(reserved: Books) -> None:
+    accepted(reserved.apply(settle({ALICE: 10, BOB: 5}), NOW))
+    assert accepted(reserved.apply(decline(ALICE), NOW)).value == 10
+    assert accepted(reserved.apply(settle({ALICE: 10, BOB: 40}, BOB), NOW)).value == 40
+    accepted(reserved.apply(decline(BOB), NOW))
+    assert reserved.balances.all() == {CLIENT: 950, ALICE: 10, BOB: 40, EQUITY: -1_000}
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (decline(CAROL), "payee"),
+        (decline(CLIENT), "payee"),
+        (decline(ALICE, session_id=b"t" * 16), "session"),
+        (decline(ALICE, network_id="other"), "network"),
+        (decline(ALICE, release=False), "malformed"),
+        (decline(ALICE, voucher_digest=bytes(32)), "malformed"),
+    ],
+)
+def test_declining_that_is_refused(reserved: Books, command: Decline, code: str) -> None:
+    assert refused(reserved.apply(command, NOW)) == code
+
+
+def test_an_old_decline_does_not_close_a_newer_hold(reserved: Books) -> None:
+    late = NOW + 2 * FRESHNESS_MS
+    later = reserve(2, epoch=1, caps={ALICE: 5}, issued_ms=late)
+    accepted(reserved.apply(later, late))
+    accepted(reserved.apply(decline(ALICE), late))
+    assert reserved.balances.of(hold_account(SESSION, 1)) == 5
+
+
 def entry(kind: EntryKind, *lines: Line, index: int = 1, cause: bytes = b"c" * 32) -> Entry:
     return Entry(NETWORK, index, kind, SESSION, cause, lines, NOW)
 
@@ -331,6 +438,16 @@ def entry(kind: EntryKind, *lines: Line, index: int = 1, cause: bytes = b"c" * 3
         entry(EntryKind.SETTLE, Line(CLIENT, 1), Line(ALICE, 0, 1)),
         entry(EntryKind.VOID, Line(CLIENT, 1), Line(hold_account(SESSION, 0), 0, 1)),
         entry(EntryKind.SETTLE),
+        entry(EntryKind.LIMIT),
+        replace(
+            entry(EntryKind.LIMIT, Line(EQUITY, 1), Line(CLIENT, 0, 1)), limit=Limit(CLIENT, 5)
+        ),
+        replace(entry(EntryKind.LIMIT), limit=Limit(EQUITY, 5)),
+        replace(entry(EntryKind.LIMIT), limit=Limit(CLIENT, U64_MAX)),
+        replace(
+            entry(EntryKind.RESERVE, Line(CLIENT, 1), Line(hold_account(SESSION, 0), 0, 1)),
+            limit=Limit(CLIENT, 5),
+        ),
     ],
 )
 def test_an_auditor_sees_every_false_entry(bad: Entry) -> None:
@@ -361,8 +478,8 @@ class BooksMachine(RuleBasedStateMachine):
         self.books = Books(NETWORK)
         self.now_ms = NOW
         self.entries: list[Entry] = []
-        self.causes: dict[bytes, Issue | Reserve] = {}
-        self.outcomes: list[tuple[Issue | Reserve, Accepted]] = []
+        self.causes: dict[bytes, Issue | SetLimit | Reserve] = {}
+        self.outcomes: list[tuple[Issue | SetLimit | Reserve, Accepted]] = []
         self.promised: dict[tuple[bytes, str], int] = {}
         self.issued = 0
 
@@ -370,11 +487,15 @@ class BooksMachine(RuleBasedStateMachine):
     def credit(self) -> None:
         self.run(issue(300))
 
-    def run(self, command: Issue | Reserve | Settle | Expire) -> Outcome:
+    def limits(self) -> dict[str, int]:
+        """From the entries alone."""
+        return {item.limit.account: item.limit.credit_limit for item in self.entries if item.limit}
+
+    def run(self, command: Command) -> Outcome:
         outcome = self.books.apply(command, self.now_ms)
         if isinstance(outcome, Accepted):
             self.entries += outcome.entries
-            if isinstance(command, Issue | Reserve) and outcome.entries:
+            if isinstance(command, Issue | SetLimit | Reserve) and outcome.entries:
                 self.causes[command.digest] = command
                 self.outcomes.append((command, outcome))
         return outcome
@@ -382,6 +503,17 @@ class BooksMachine(RuleBasedStateMachine):
     @rule(order=st.integers(0, 3), amount=st.integers(1, 100))
     def issue_more(self, order: int, amount: int) -> None:
         self.run(issue(amount, order_id=b"%d" % order, issued_ms=self.now_ms))
+
+    @rule(order=st.integers(0, 3), amount=st.integers(0, 80))
+    def set_limit(self, order: int, amount: int) -> None:
+        self.run(limit(amount, order_id=b"limit %d" % order, issued_ms=self.now_ms))
+
+    @rule(payee=st.sampled_from(PAYEES), session=st.integers(0, 3))
+    def decline_one(self, payee: AccountId, session: int) -> None:
+        session_id = SessionId(bytes([session]) * 16)
+        before = self.books.paid(session_id, payee)
+        self.run(decline(payee, session_id=session_id, issued_ms=self.now_ms))
+        assert self.books.paid(session_id, payee) == before
 
     @rule(
         caps=st.dictionaries(st.sampled_from(PAYEES), st.integers(0, 60), min_size=1, max_size=3),
@@ -442,9 +574,11 @@ class BooksMachine(RuleBasedStateMachine):
         assert sum(self.books.balances.all().values()) == 0
 
     @invariant()
-    def nobody_is_below_zero(self) -> None:
-        below = {name for name, balance in self.books.balances.all().items() if balance < 0}
-        assert below <= {EQUITY}
+    def nobody_is_below_its_limit(self) -> None:
+        limits = self.limits()
+        for name, balance in self.books.balances.all().items():
+            assert name == EQUITY or balance >= -limits.get(name, 0)
+        assert self.books.available(CLIENT) >= 0
 
     @invariant()
     def nobody_is_paid_beyond_voucher_or_cap(self) -> None:
@@ -468,7 +602,7 @@ class BooksMachine(RuleBasedStateMachine):
         for item in self.entries:
             command = self.causes.get(item.cause)
             match command:
-                case Issue():
+                case Issue() | SetLimit():
                     replayed.post(item, command.order)
                 case Reserve():
                     replayed.post(item, command.reservation)

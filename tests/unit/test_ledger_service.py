@@ -16,9 +16,11 @@ from plait.ledger.balances import EntryKind, entry_from_payload
 from plait.ledger.certs import make_key_cert
 from plait.ledger.checkpoint import open_checkpoint
 from plait.ledger.journal import FRESHNESS_MS, GRACE_MS
+from plait.ledger.journal_audit import JournalAuditor, audit_journal
 from plait.ledger.merkle import leaf_hash, root_of, verify_consistency, verify_inclusion
 from plait.ledger.service.authority import AuthorityKeys, Clock, RunningAuthority, serve_authority
 from plait.ledger.service.remote import AccountState, RemoteLedger
+from plait.ledger.service.store import Store
 from plait.net.tls import create_identity
 from plait.network_file import Authority, NetworkFile
 from plait.types import SessionId
@@ -202,6 +204,55 @@ async def test_one_session_with_evidence(service: Service) -> None:
     assert [entry.index for entry in history] == [4, 3]
 
 
+async def test_a_payee_releases_without_a_voucher(service: Service) -> None:
+    remote = service.remote
+    await remote.issue(order())
+    await remote.reserve(reservation(), CLIENT_CERT)
+    nothing = SignedEnvelope()
+    assert await refusal(remote.release(request(nothing), PAYEE_CERT)) == "malformed"
+    message = pb.SettlementRequest(
+        network_id=NETWORK,
+        session_id=SESSION,
+        payee=PAYEE.peer_id,
+        release=True,
+        issued_ms=START_MS,
+    )
+    assert await refusal(remote.release(seal(CLIENT_LEDGER, message), PAYEE_CERT)) == "signature"
+    assert await remote.release(seal(PAYEE_LEDGER, message), PAYEE_CERT) == 0
+    assert await remote.account(query(ISSUER)) == AccountState(1_000, 0, 2)
+    assert (await remote.evidence(SESSION)).settled
+
+
+async def test_a_credit_limit_is_the_issuers_to_set(service: Service) -> None:
+    remote = service.remote
+    message = pb.LimitOrder(
+        network_id=NETWORK,
+        account=CLIENT.peer_id,
+        credit_limit=100,
+        order_id=b"limit",
+        issued_ms=START_MS,
+    )
+    assert await refusal(remote.set_limit(seal(CLIENT, message))) == "signature"
+    assert await refusal(remote.reserve(reservation(), CLIENT_CERT)) == "credit"
+    assert await remote.set_limit(seal(ISSUER, message)) == 0
+    await remote.reserve(reservation(), CLIENT_CERT)
+    assert await remote.account(query(ISSUER)) == AccountState(0, 100, 2, 100)
+
+
+async def test_the_export_carries_what_was_signed(service: Service) -> None:
+    remote = service.remote
+    await remote.issue(order())
+    await remote.reserve(reservation(), CLIENT_CERT)
+    shown = voucher(30)
+    await remote.settle(request(shown), PAYEE_CERT, shown)
+    await remote.settle(request(shown, release=True), PAYEE_CERT, shown)
+    pages = [page async for page in remote.export_pages()]
+    note = await remote.checkpoint()
+    signed = open_checkpoint(note, service.authority.log_origin, service.authority.log_key)
+    report = audit_journal(JournalAuditor(NETWORK, ISSUER.public), pages, signed)
+    assert (report.entries, report.causes, report.violations) == (4, 4, ())
+
+
 async def test_export_and_consistency(service: Service) -> None:
     remote = service.remote
     assert service.open_checkpoint(await remote.checkpoint())[0] == 0
@@ -318,7 +369,9 @@ async def test_nobody_else_can_pose_as_the_ledger(service: Service) -> None:
 
 
 async def test_a_stopped_ledger_is_unreachable_not_refusing(service: Service) -> None:
-    service.running.recorder.store._failed = True
+    store = service.running.recorder.store
+    assert isinstance(store, Store)
+    store._failed = True
     with pytest.raises(PeerUnreachable, match="stopped"):
         await service.remote.issue(order())
     assert service.running.stopped.is_set()

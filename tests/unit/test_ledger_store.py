@@ -174,6 +174,19 @@ def test_entries_are_append_only(tmp_path: Path) -> None:
     connection.close()
 
 
+async def test_a_journal_of_the_first_version_is_brought_up(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    with recording(path) as recorder:
+        await recorder.apply(*issue(1))
+    connection = apsw.Connection(str(path))
+    connection.execute("DROP TABLE delegations; PRAGMA user_version=1")
+    connection.close()
+    with recording(path) as recorder:
+        await recorder.apply(*issue(2))
+        assert recorder.committed_size == 2
+        assert recorder.store.delegation(CLIENT.peer_id, b"key", 0) is None
+
+
 def test_an_old_sqlite_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match=r"3\.51\.2"):
         open_store(tmp_path / "journal.db", NETWORK, sqlite_version="3.51.2")

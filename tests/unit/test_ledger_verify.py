@@ -45,6 +45,7 @@ from plait.v1.session_pb2 import SessionOpen
 
 NETWORK = paper_network()
 PARTS = PaperSession(Plot()).play().bundle_parts()
+EPOCH = PARTS.epochs[0]
 DATA = build_bundle(PARTS, key_of("client"))
 OTHER = PaperSession(Plot(session="another", drawn_ids=(20, 21, END_ID))).play().bundle_parts()
 
@@ -61,7 +62,15 @@ def failures(report: Report) -> dict[str, str]:
 
 
 def put(name: str, value: Any, parts: BundleParts = PARTS) -> BundleParts:
-    return replace(parts, **{name: value})
+    return put_all(parts, **{name: value})
+
+
+def put_all(parts: BundleParts, **changes: Any) -> BundleParts:
+    """Parts with some members of the bundle, or of its first epoch, changed."""
+    inner = {name: value for name, value in changes.items() if hasattr(EPOCH, name)}
+    outer = {name: value for name, value in changes.items() if name not in inner}
+    epochs = (replace(parts.epochs[0], **inner), *parts.epochs[1:])
+    return replace(parts, **{"epochs": epochs, **outer})
 
 
 def terms(**changes: Any) -> BundleParts:
@@ -69,7 +78,7 @@ def terms(**changes: Any) -> BundleParts:
 
 
 def item(name: str, index: int, value: Any) -> BundleParts:
-    items = list(getattr(PARTS, name))
+    items = list(getattr(EPOCH if hasattr(EPOCH, name) else PARTS, name))
     items[index] = value
     return put(name, tuple(items))
 
@@ -100,29 +109,29 @@ def flipped(envelope: SignedEnvelope) -> SignedEnvelope:
 def receipt(index: int, **changes: Any) -> BundleParts:
     key = f"stage {index % 3} ledger"
     return item(
-        "receipts", index, again(PARTS.receipts[index], StageReceipt, key, setting(**changes))
+        "receipts", index, again(EPOCH.receipts[index], StageReceipt, key, setting(**changes))
     )
 
 
 def voucher(change: Change, key: str = "client ledger") -> BundleParts:
-    return put("voucher", again(PARTS.voucher, SessionVoucher, key, change))
+    return put("voucher", again(EPOCH.voucher, SessionVoucher, key, change))
 
 
 def opening(change: Change, key: str = "client ledger") -> BundleParts:
-    return put("session_open", again(PARTS.session_open, SessionOpen, key, change))
+    return put("session_open", again(EPOCH.session_open, SessionOpen, key, change))
 
 
 def offer(change: Change, key: str = "stage 1") -> BundleParts:
     """The changed offer, with the route naming it: only the offer itself is then wrong."""
-    return item("offers", 1, again(PARTS.offers[1], Offer, key, change))
+    return item("offers", 1, again(EPOCH.offers[1], Offer, key, change))
 
 
 def reservation(change: Change, key: str = "client ledger") -> BundleParts:
-    return put("reservation", again(PARTS.reservation, BudgetReservation, key, change))
+    return put("reservation", again(EPOCH.reservation, BudgetReservation, key, change))
 
 
 def grant(change: Change, key: str = "authority ledger") -> BundleParts:
-    return put("grant", again(PARTS.grant, ReservationGrant, key, change))
+    return put("grant", again(EPOCH.grant, ReservationGrant, key, change))
 
 
 def cert(name: str, key: str, **changes: Any) -> SignedEnvelope:
@@ -198,8 +207,8 @@ LIES: list[tuple[str, Callable[[], BundleParts]]] = [
     ("session terms", partial(opening, setting(max_tokens=21))),
     ("session terms", partial(opening, lambda m: m.route.stages[0].prices.ClearField("output"))),
     ("session terms", partial(opening, lambda m: None, "client")),
-    ("session terms", lambda: put("session_open", OTHER.session_open)),
-    ("session terms", lambda: put("session_open", flipped(PARTS.session_open))),
+    ("session terms", lambda: put("session_open", OTHER.epochs[0].session_open)),
+    ("session terms", lambda: put("session_open", flipped(EPOCH.session_open))),
     ("client certificate", lambda: put("client_cert", cert_of("stage 0"))),
     ("client certificate", lambda: put("client_cert", cert("client", "stranger"))),
     ("client certificate", lambda: put("client_cert", cert("client", "client", network_id="x"))),
@@ -211,13 +220,13 @@ LIES: list[tuple[str, Callable[[], BundleParts]]] = [
         "client certificate",
         lambda: put("client_cert", cert("client", "client", expires_ms=NOW_MS)),
     ),
-    ("stage certificates", lambda: put("stage_certs", PARTS.stage_certs[:2])),
-    ("stage certificates", lambda: put("stage_certs", (*PARTS.stage_certs, cert_of("client")))),
+    ("stage certificates", lambda: put("stage_certs", EPOCH.stage_certs[:2])),
+    ("stage certificates", lambda: put("stage_certs", (*EPOCH.stage_certs, cert_of("client")))),
     ("stage certificates", lambda: item("stage_certs", 1, cert_of("stage 2"))),
-    ("stage certificates", lambda: item("stage_certs", 1, flipped(PARTS.stage_certs[1]))),
-    ("offers", lambda: put("offers", PARTS.offers[1:])),
-    ("offers", lambda: item("offers", 1, PARTS.offers[2])),
-    ("offers", lambda: item("offers", 1, flipped(PARTS.offers[1]))),
+    ("stage certificates", lambda: item("stage_certs", 1, flipped(EPOCH.stage_certs[1]))),
+    ("offers", lambda: put("offers", EPOCH.offers[1:])),
+    ("offers", lambda: item("offers", 1, EPOCH.offers[2])),
+    ("offers", lambda: item("offers", 1, flipped(EPOCH.offers[1]))),
     ("offers", partial(offer, setting(sequence=2))),
     ("offers", partial(offer, lambda m: None, "stranger")),
     # The model and the route.
@@ -231,20 +240,20 @@ LIES: list[tuple[str, Callable[[], BundleParts]]] = [
         lambda: terms(stages=(replace(PARTS.terms.stages[0], priced_layers=4), *stages(1, 2))),
     ),
     # The tokens.
-    ("frames", lambda: put("frames", PARTS.frames[1:])),
-    ("frames", lambda: put("frames", PARTS.frames[:-1])),
+    ("frames", lambda: put("frames", EPOCH.frames[1:])),
+    ("frames", lambda: put("frames", EPOCH.frames[:-1])),
     ("frames", lambda: put("frames", ())),
-    ("frames", lambda: put("frames", (*PARTS.frames[:4], *PARTS.frames[5:]))),
-    ("frames", lambda: put("frames", (*PARTS.frames, PARTS.frames[-1]))),
-    ("frames", lambda: item("frames", 3, (4, *PARTS.frames[3][1:]))),
-    ("frames", lambda: item("frames", 3, (3, 6, 2, True, False))),
-    ("frames", lambda: item("frames", 5, (5, 8, 1, True, False))),
-    ("frames", lambda: item("frames", 0, (0, 0, 3, False, False))),
-    ("frames", lambda: item("frames", 9, (9, 12, 0, False, False))),
+    ("frames", lambda: put("frames", (*EPOCH.frames[:4], *EPOCH.frames[5:]))),
+    ("frames", lambda: put("frames", (*EPOCH.frames, EPOCH.frames[-1]))),
+    ("frames", lambda: item("frames", 3, (4, *EPOCH.frames[3][1:]))),
+    ("frames", lambda: item("frames", 3, (3, 6, 2, (), True, False, False))),
+    ("frames", lambda: item("frames", 5, (5, 8, 1, (), True, False, False))),
+    ("frames", lambda: item("frames", 0, (0, 0, 3, (), False, False, False))),
+    ("frames", lambda: item("frames", 9, (9, 12, 0, (), False, False, False))),
     ("frames", lambda: put("prompt_ids", PARTS.prompt_ids[1:])),
     ("frames", lambda: put("token_ids", PARTS.token_ids[:-1])),
     ("frames", lambda: put("token_ids", ())),
-    ("receipts complete", lambda: item("frames", 4, (*PARTS.frames[4][:4], True))),
+    ("receipts complete", lambda: item("frames", 4, (*EPOCH.frames[4][:5], True, False))),
     ("ring", lambda: item("prompt_ids", 0, 4)),
     ("ring", lambda: item("token_ids", 3, 99)),
     ("ring", lambda: item("token_ids", 6, 99)),
@@ -253,13 +262,13 @@ LIES: list[tuple[str, Callable[[], BundleParts]]] = [
     ("answer", lambda: put("finish_reason", "length")),
     ("answer", lambda: put("finish_reason", "")),
     # Receipts.
-    ("receipts complete", lambda: put("receipts", PARTS.receipts[:-1])),
+    ("receipts complete", lambda: put("receipts", EPOCH.receipts[:-1])),
     ("receipts complete", lambda: put("receipts", ())),
-    ("receipts complete", lambda: put("receipts", (*PARTS.receipts, PARTS.receipts[-1]))),
-    ("receipts of stage 0", lambda: put("receipts", OTHER.receipts + PARTS.receipts[9:])),
-    ("receipts of stage 0", lambda: item("receipts", 3, PARTS.receipts[0])),
-    ("receipts of stage 0", lambda: item("receipts", 0, PARTS.receipts[1])),
-    ("receipts of stage 1", lambda: item("receipts", 1, flipped(PARTS.receipts[1]))),
+    ("receipts complete", lambda: put("receipts", (*EPOCH.receipts, EPOCH.receipts[-1]))),
+    ("receipts of stage 0", lambda: put("receipts", OTHER.epochs[0].receipts + EPOCH.receipts[9:])),
+    ("receipts of stage 0", lambda: item("receipts", 3, EPOCH.receipts[0])),
+    ("receipts of stage 0", lambda: item("receipts", 0, EPOCH.receipts[1])),
+    ("receipts of stage 1", lambda: item("receipts", 1, flipped(EPOCH.receipts[1]))),
     ("receipts of stage 1", partial(receipt, 1, output_tokens=1)),
     ("receipts of stage 1", partial(receipt, 4, previous_digest=b"")),
     ("receipts of stage 1", partial(receipt, 4, numeric_class="int4")),
@@ -281,18 +290,18 @@ LIES: list[tuple[str, Callable[[], BundleParts]]] = [
     ("voucher", partial(voucher, lambda m: setting(microcredits=1)(m.amounts[0]))),
     ("voucher", partial(voucher, lambda m: m.amounts.pop())),
     ("voucher", partial(voucher, lambda m: m.amounts.add(payee="x", microcredits=1))),
-    ("voucher", lambda: put("voucher", OTHER.voucher)),
-    ("voucher", lambda: put("voucher", flipped(PARTS.voucher))),
+    ("voucher", lambda: put("voucher", OTHER.epochs[0].voucher)),
+    ("voucher", lambda: put("voucher", flipped(EPOCH.voucher))),
     # Credit.
     ("reservation and grant", partial(reservation, setting(lane=7))),
     ("reservation and grant", partial(reservation, lambda m: None, "stranger")),
     ("reservation and grant", partial(reservation, setting(route_digest=bytes(32)))),
-    ("reservation and grant", lambda: put("reservation", OTHER.reservation)),
+    ("reservation and grant", lambda: put("reservation", OTHER.epochs[0].reservation)),
     ("reservation and grant", partial(grant, lambda m: None, "stranger")),
     ("reservation and grant", partial(grant, lambda m: None, "client ledger")),
     ("reservation and grant", partial(grant, setting(amount=1))),
     ("reservation and grant", partial(grant, setting(expires_ms=NOW_MS - 1))),
-    ("reservation and grant", lambda: put("grant", OTHER.grant)),
+    ("reservation and grant", lambda: put("grant", OTHER.epochs[0].grant)),
     ("caps", lambda: caps_below_the_voucher()),
     # The journal.
     ("journal", lambda: ledger_that_posts((1, line(1, credit=1)))),
@@ -358,7 +367,9 @@ def reserve_more(entry: JournalEntry) -> None:
 def caps_below_the_voucher() -> BundleParts:
     """A client that reserved less for a stage than it promised, with an honest grant of it."""
     parts = reservation(lambda m: setting(microcredits=1)(m.caps[0]))
-    return put("grant", grant_of(parts.reservation), parts)
+    reserved = parts.epochs[0].reservation
+    assert reserved is not None
+    return put("grant", grant_of(reserved), parts)
 
 
 @pytest.mark.parametrize(("name", "lie"), LIES, ids=[f"{i}-{n}" for i, (n, _) in enumerate(LIES)])
@@ -383,17 +394,17 @@ def test_each_lie_is_false_and_named(name: str, lie: Callable[[], BundleParts]) 
     ],
 )
 def test_an_offer_that_says_something_else_is_false(change: Change) -> None:
-    envelope = again(PARTS.offers[1], Offer, "stage 1", change)
+    envelope = again(EPOCH.offers[1], Offer, "stage 1", change)
     stage = replace(PARTS.terms.stages[1], offer_digest=digest(envelope.payload))
-    parts = put("offers", (PARTS.offers[0], envelope, PARTS.offers[2]))
+    parts = put("offers", (EPOCH.offers[0], envelope, EPOCH.offers[2]))
     named = replace(PARTS.terms, stages=(*stages(0), stage, *stages(2)))
     resigned = again(
-        PARTS.session_open,
+        EPOCH.session_open,
         SessionOpen,
         "client ledger",
         lambda m: setting(offer_digest=stage.offer_digest)(m.route.stages[1]),
     )
-    report = check(replace(parts, terms=named, session_open=resigned))
+    report = check(put_all(parts, terms=named, session_open=resigned))
     assert "offer of stage 1" in failures(report)["offers"]
     assert "session terms" not in failures(report)
 

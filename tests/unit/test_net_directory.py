@@ -13,7 +13,13 @@ from plait.errors import PeerUnreachable
 from plait.identity import SigningKey
 from plait.net import directory as module
 from plait.net import tls
-from plait.net.directory import DirectoryServicer, TrustedCertificates
+from plait.net.directory import (
+    HELLO_HOSTS_MAX,
+    HELLOS_BURST,
+    DirectoryServicer,
+    HelloRates,
+    TrustedCertificates,
+)
 from plait.net.gossip import Gossip
 from plait.net.links import LinkMeter, Target
 from plait.net.membership import Membership
@@ -325,3 +331,14 @@ async def test_a_watch_names_directories_that_do_not_answer() -> None:
         await watch.settled()
         with pytest.raises(PeerUnreachable, match=node.address):
             watch.check_reachable()
+
+
+def test_a_host_says_hello_at_a_bounded_rate() -> None:
+    rates = HelloRates()
+    assert [rates.take("one", 0) for _ in range(HELLOS_BURST + 1)].count(False) == 1
+    assert rates.take("two", 0)
+    assert rates.take("one", 50)
+    assert not rates.take("one", 50)
+    for number in range(HELLO_HOSTS_MAX):
+        rates.take(f"host {number}", 50)
+    assert rates.take("one", 50), "a host that was forgotten starts anew"

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from plait.compute.port import Done, Work
@@ -93,3 +94,44 @@ async def test_a_flood_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     subject.submit(2)
     with pytest.raises(CapacityError):
         subject.submit(3)
+
+
+async def test_a_long_job_is_computed_in_pieces_and_delivered_whole() -> None:
+    seen: list[tuple[int, int, bool]] = []
+    outcomes: asyncio.Queue[tuple[int, Done]] = asyncio.Queue()
+
+    def long_work(job: int) -> Work:
+        hidden = np.arange(job, dtype=np.float32)[:, None]
+        return Work(SessionId(bytes(16)), 5, None, hidden, sample=True, drafts=(7,))
+
+    def step(works: Sequence[Work]) -> list[Done]:
+        (one,) = works
+        seen.append((one.first_position, one.rows, one.sample))
+        assert (one.drafts == (7,)) == one.sample
+        if one.rows == 13:
+            return [Done(error=CapacityError("too much"))]
+        return [Done(hidden=one.hidden)]
+
+    scheduler: Scheduler[int] = Scheduler(key=lambda job: 0, rows=lambda job: job, piece_rows=50)
+    subject = ComputeThread(
+        step,
+        scheduler,
+        long_work,
+        lambda job, done: outcomes.put_nowait((job, done)),
+        lambda elapsed_us: None,
+    )
+    async with asyncio.TaskGroup() as tasks, asyncio.timeout(5):
+        running = tasks.create_task(subject.run())
+        for job in (120, 63, 20):
+            subject.submit(job)
+        first, second, third = [await outcomes.get() for _ in range(3)]
+        running.cancel()
+    assert seen == [
+        (5, 50, False), (55, 50, False), (105, 20, True),
+        (5, 50, False), (55, 13, True),
+        (5, 20, True),
+    ]  # fmt: skip
+    assert first[1].hidden is not None
+    assert first[1].hidden[:, 0].tolist() == list(range(120))
+    assert isinstance(second[1].error, CapacityError)
+    assert third[1].hidden is not None

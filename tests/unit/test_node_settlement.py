@@ -9,7 +9,7 @@ from plait.errors import LedgerError, PeerUnreachable
 from plait.identity import SigningKey
 from plait.ledger.stage_books import StageBooks
 from plait.node.sessions import StageSession
-from plait.node.settlement import Settler
+from plait.node.settlement import RESERVATION_WAIT_MS, Settler
 from plait.task_scope import TaskScope
 from plait.testing.accounting import NOW_MS, PaperSession, Plot, cert_of, key_of
 from plait.types import Microcredits, Sampling
@@ -96,6 +96,28 @@ async def test_a_refused_settlement_is_kept_aside_for_a_person(tmp_path: Path) -
     async with TaskScope() as tasks:
         subject = settler(tmp_path, FakeLedger(LedgerError("no hold")), tasks)
         assert not await subject.settle(session_with_voucher())
+        await subject.retry_once()
+    assert spooled(tmp_path) == [".refused"]
+
+
+async def test_a_settlement_waits_for_a_reservation_that_is_late(tmp_path: Path) -> None:
+    late = LedgerError("the ledger refuses: payee: nothing is reserved for this payee")
+    ledger = FakeLedger(late, late)
+    async with TaskScope() as tasks:
+        subject = settler(tmp_path, ledger, tasks)
+        assert not await subject.settle(session_with_voucher())
+        await subject.retry_once()
+        assert spooled(tmp_path) == [""]
+        await subject.retry_once()
+    assert spooled(tmp_path) == []
+
+
+async def test_a_reservation_that_never_comes_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    late = LedgerError("the ledger refuses: session: no reservation is known for this session")
+    async with TaskScope() as tasks:
+        subject = settler(tmp_path, FakeLedger(late, late), tasks)
+        await subject.settle(session_with_voucher())
+        subject._clock_ms = lambda: NOW_MS + RESERVATION_WAIT_MS
         await subject.retry_once()
     assert spooled(tmp_path) == [".refused"]
 

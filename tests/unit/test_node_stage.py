@@ -1,256 +1,35 @@
-"""A pipeline of real stages, wired in memory: fake compute, real books, real envelopes."""
+"""Stages of the fake model: what they take, refuse, compute, and what ends a session."""
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
-from plait.client.driver import Accounting, Driver, Finish, SendFrame
-from plait.envelope import digest, seal
-from plait.errors import BadSignature, PeerUnreachable, RemoteProtocolError
-from plait.ledger.certs import check_key_cert, make_key_cert
-from plait.ledger.client_books import ClientBooks
-from plait.ledger.opening import opening_to_message, route_digest
-from plait.ledger.reserve import make_reservation
-from plait.ledger.terms import SessionTerms, StageTerms
+from plait.envelope import seal
+from plait.errors import BadSignature, CapacityError, PeerUnreachable, RemoteProtocolError
+from plait.ledger.terms import SessionTerms
 from plait.node.admission import StageIdentity
-from plait.node.sessions import StageSession
-from plait.node.stage import ResponseOutbox, Stage
+from plait.node.overload import Limits
+from plait.node.retained import Retained
+from plait.node.stage_shell import LINKS_PER_PEER_MAX, CallerLinks, ResponseOutbox, StageShell
 from plait.router.view import View
-from plait.testing.accounting import HOUR_MS, NETWORK_ID, NOW_MS, grant_of, key_of, paper_network
+from plait.testing.accounting import NETWORK_ID, NOW_MS, key_of, paper_network
 from plait.testing.compute import FAKE_SHAPE, VOCABULARY_SIZE, FakeStage
 from plait.testing.offers import paper_offer
-from plait.types import Digest, PeerId, Prices, Sampling, SessionId, Span
+from plait.testing.stages import (
+    CLIENT,
+    CLIENT_LEDGER,
+    FakeSettlement,
+    Faulted,
+    MemorySpill,
+    PaperClient,
+    PaperSwarm,
+    Rejected,
+)
+from plait.types import Digest, PeerId, Prices, Qos, Span
 from plait.v1 import session_pb2, stage_pb2
-from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import SessionVoucher
-
-CLIENT = key_of("client").peer_id
-CLIENT_LEDGER = key_of("client ledger")
-CLIENT_CERT = make_key_cert(key_of("client"), CLIENT_LEDGER.public, NETWORK_ID, NOW_MS, HOUR_MS, 1)
-
-
-@dataclass
-class FakeSettler:
-    """Remembers what would be presented."""
-
-    name: str
-    settled: list[int] = field(default_factory=list)
-
-    @property
-    def key(self) -> Any:
-        return key_of(f"{self.name} ledger")
-
-    @property
-    def cert(self) -> SignedEnvelope:
-        return make_key_cert(key_of(self.name), self.key.public, NETWORK_ID, NOW_MS, HOUR_MS, 1)
-
-    async def settle(self, session: StageSession) -> bool:
-        self.settle_later(session)
-        return True
-
-    def settle_later(self, session: StageSession) -> None:
-        if session.books is not None:
-            self.settled.append(session.books.earned)
-
-
-class WiredNeighbours:
-    """Hands messages straight to the next stage of the same test."""
-
-    def __init__(self, swarm: "Swarm", peer: PeerId) -> None:
-        self.on_response: Callable[[PeerId, stage_pb2.LinkResponse], None]
-        self.on_broken: Callable[[PeerId, str], None]
-        self._swarm, self._peer = swarm, peer
-        self._links: dict[PeerId, ResponseOutbox] = {}
-
-    async def ensure(self, peer: PeerId) -> None:
-        if peer in self._swarm.unreachable:
-            raise PeerUnreachable("cut")
-        self._links.setdefault(peer, self._swarm.stages[peer].attach(self._peer))
-
-    def send(self, peer: PeerId, message: stage_pb2.LinkRequest) -> None:
-        if peer in self._swarm.unreachable:
-            raise PeerUnreachable("cut")
-        stage, link = self._swarm.stages[peer], self._links[peer]
-        if message.WhichOneof("kind") == "frame":
-            stage.on_frame(self._swarm.tamper(message.frame), self._peer, link)
-        else:
-            stage.on_upstream_fault(message.fault, self._peer)
-        for answer in drained(link):
-            self.on_response(peer, answer)
-
-
-def drained(outbox: ResponseOutbox) -> Iterator[stage_pb2.LinkResponse]:
-    queue = outbox._queue
-    while not queue.empty():
-        message = queue.get_nowait()
-        if message is not None:
-            yield message
-
-
-class Swarm:
-    """Stages by peer, and a client that drives one session by hand."""
-
-    def __init__(self, *spans: Span) -> None:
-        self.tamper: Callable[[stage_pb2.Frame], stage_pb2.Frame] = lambda frame: frame
-        self.unreachable: set[PeerId] = set()
-        self.now_ms = NOW_MS
-        self.offers = [paper_offer(f"node {i}", span) for i, span in enumerate(spans)]
-        self.peers = [offer.peer for offer in self.offers]
-        view = View(offers={offer.peer: offer for offer in self.offers}, rtt_us={})
-        self.stages: dict[PeerId, Stage] = {}
-        self.computes: dict[PeerId, FakeStage] = {}
-        self.settlers: dict[PeerId, FakeSettler] = {}
-        for index, offer in enumerate(self.offers):
-            self.computes[offer.peer] = FakeStage(offer.span)
-            self.settlers[offer.peer] = FakeSettler(f"node {index}")
-            self.stages[offer.peer] = Stage(
-                compute=self.computes[offer.peer],
-                network=paper_network(),
-                settler=self.settlers[offer.peer],  # type: ignore[arg-type]
-                neighbours=WiredNeighbours(self, offer.peer),  # type: ignore[arg-type]
-                identify=lambda offer=offer: StageIdentity(  # type: ignore[misc]
-                    NETWORK_ID, offer.peer, FAKE_SHAPE, 2048, {offer.digest: offer}, False
-                ),
-                view=lambda: view,
-                clock_ms=lambda: self.now_ms,
-                vocabulary=VOCABULARY_SIZE,
-                sessions_max=4,
-            )
-
-    def terms(self, prompt: int, max_tokens: int, name: bytes = b"session") -> SessionTerms:
-        stages = tuple(
-            StageTerms(
-                peer=offer.peer,
-                ledger_key=self.settlers[offer.peer].key.public,
-                span=offer.span,
-                priced_layers=FAKE_SHAPE.priced_layers(offer.span),
-                prices=offer.prices,
-                numeric_class=offer.numeric_class,
-                offer_digest=offer.digest,
-            )
-            for offer in self.offers
-        )
-        return SessionTerms(
-            network_id=NETWORK_ID,
-            session_id=SessionId(digest(name)[:16]),
-            epoch=1,
-            client=CLIENT,
-            client_ledger_key=CLIENT_LEDGER.public,
-            model_digest=FAKE_SHAPE.digest,
-            stages=stages,
-            prompt_tokens=prompt,
-            max_tokens=max_tokens,
-            chunk_tokens=4,
-            prefill_chunk_tokens=8,
-            handoff_salt=bytes(32),
-        )
-
-    def opening(self, terms: SessionTerms, index: int = 0) -> session_pb2.OpenRequest:
-        message = opening_to_message(terms, Sampling(end_ids=(0,)), NOW_MS, NOW_MS + HOUR_MS)
-        return session_pb2.OpenRequest(
-            session_open=seal(CLIENT_LEDGER, message), client_cert=CLIENT_CERT, stage_index=index
-        )
-
-    def confirmation(self, terms: SessionTerms) -> session_pb2.ConfirmRequest:
-        reservation = make_reservation(
-            CLIENT_LEDGER, terms, 0, 1, NOW_MS, HOUR_MS, route_digest(terms)
-        )
-        return session_pb2.ConfirmRequest(
-            session_id=terms.session_id,
-            epoch=1,
-            reservation=reservation,
-            grant=grant_of(reservation),
-        )
-
-    async def open(self, terms: SessionTerms) -> None:
-        for index, peer in enumerate(self.peers):
-            response = self.stages[peer].open(self.opening(terms, index), CLIENT)
-            assert not response.HasField("refusal"), response.refusal
-            check_key_cert(response.stage_cert, NETWORK_ID, NOW_MS, peer=peer)
-        for peer in reversed(self.peers):
-            confirmed = await self.stages[peer].confirm(self.confirmation(terms), CLIENT)
-            assert not confirmed.HasField("refusal"), confirmed.refusal
-
-    def held(self) -> int:
-        """KV tokens in use anywhere."""
-        return sum(c.kv_tokens_total - c.kv_tokens_free for c in self.computes.values())
-
-
-def frame_message(
-    terms: SessionTerms, frame: SendFrame, voucher: SignedEnvelope | None
-) -> stage_pb2.Frame:
-    message = stage_pb2.Frame(
-        session_id=terms.session_id,
-        epoch=1,
-        traversal=frame.traversal,
-        first_position=frame.first_position,
-        sample=frame.sample,
-        close_chunk=frame.close_chunk,
-        voucher=voucher,
-    )
-    if frame.ids:
-        message.token_ids.ids.extend(frame.ids)
-    return message
-
-
-async def next_answer(*links: ResponseOutbox) -> stage_pb2.LinkResponse:
-    """What comes first on any of the client's links."""
-    async with asyncio.timeout(5):
-        while True:
-            for link in links:
-                for answer in drained(link):
-                    return answer
-            await asyncio.sleep(0)
-
-
-async def generate(swarm: Swarm, terms: SessionTerms, prompt: tuple[int, ...]) -> list[int]:
-    """Drive a session to its end; raises AssertionError with the fault if one comes."""
-    first, last = swarm.stages[swarm.peers[0]], swarm.stages[swarm.peers[-1]]
-    link = first.attach(CLIENT)
-    answers = link if first is last else last.attach(CLIENT)
-    driver = Driver(
-        prompt,
-        terms.max_tokens,
-        frozenset({0}),
-        Accounting(terms.chunk_tokens, terms.prefill_chunk_tokens),
-        VOCABULARY_SIZE,
-    )
-    books, voucher = ClientBooks(terms, CLIENT_LEDGER), None
-    async with asyncio.TaskGroup() as tasks:
-        workers = [tasks.create_task(stage.compute_forever()) for stage in swarm.stages.values()]
-        try:
-            actions = driver.start()
-            while not any(isinstance(action, Finish) for action in actions):
-                sent = next(action for action in actions if isinstance(action, SendFrame))
-                books.sent(sent.traversal, sent.first_position, sent.ids)
-                first.on_frame(frame_message(terms, sent, voucher), CLIENT, link)
-                voucher = None
-                answer = await next_answer(link, answers)
-                assert answer.WhichOneof("kind") == "result", answer.fault.reason
-                result = answer.result
-                actions = driver.on_result(
-                    result.traversal, list(result.ids), list(result.logprobs)
-                )
-                books.drawn(sent.traversal, sent.first_position, tuple(result.ids))
-                if sent.close_chunk:
-                    voucher = books.accept_receipts(tuple(result.receipts), sent.traversal, NOW_MS)
-            request = session_pb2.CloseRequest(
-                session_id=terms.session_id, epoch=1, voucher=books.voucher, reason="stop"
-            )
-            for stage in swarm.stages.values():
-                assert (await stage.close(request, CLIENT)).settled
-        finally:
-            for worker in workers:
-                worker.cancel()
-            first.detach(CLIENT, link)
-            last.detach(CLIENT, answers)
-    assert sum(sum(s.settled) for s in swarm.settlers.values()) == books.cost
-    return driver.drawn
-
 
 SPLITS = [
     (Span(0, 4),),
@@ -258,83 +37,116 @@ SPLITS = [
     (Span(0, 2), Span(2, 3), Span(3, 4)),
     (Span(0, 1), Span(1, 2), Span(2, 3), Span(3, 4)),
 ]
+STRANGER = key_of("stranger").peer_id
 
 
-async def test_every_split_draws_the_same_tokens_and_frees_everything() -> None:
-    prompt = tuple(range(1, 20))
+def swarm_of(
+    spans: tuple[Span, ...], limits: Limits | None = None, kv_tokens: int = 4096
+) -> tuple[PaperSwarm, list[PeerId]]:
+    swarm = PaperSwarm(limits=limits or Limits(), kv_tokens=kv_tokens)
+    return swarm, [swarm.add(f"node {i}", span) for i, span in enumerate(spans)]
+
+
+def opened(
+    spans: tuple[Span, ...], prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 8
+) -> tuple[PaperSwarm, list[PeerId], PaperClient]:
+    swarm, peers = swarm_of(spans)
+    client = PaperClient(swarm, prompt, max_tokens)
+    client.open(*peers)
+    return swarm, peers, client
+
+
+def test_every_split_draws_the_same_tokens_is_paid_and_frees_everything() -> None:
     drawn = []
     for spans in SPLITS:
-        swarm = Swarm(*spans)
-        terms = swarm.terms(len(prompt), 11)
-        await swarm.open(terms)
-        drawn.append(await generate(swarm, terms, prompt))
-        assert swarm.held() == 0
-        assert all(len(stage.sessions) == 0 for stage in swarm.stages.values())
+        swarm, _, client = opened(spans, tuple(range(1, 20)), 11)
+        client.prefill()
+        client.decode(10)
+        client.close()
+        drawn.append(client.drawn)
+        assert not any(swarm.held().values())
+        paid = sum(sum(node.settlement.settled) for node in swarm.nodes.values())
+        assert paid == client.books.cost > 0
     assert all(tokens == drawn[0] for tokens in drawn)
     assert len(drawn[0]) == 11
 
 
-async def test_a_bad_hand_off_ends_the_session_everywhere_and_is_still_paid_fairly() -> None:
-    swarm = Swarm(*SPLITS[2])
-    terms = swarm.terms(3, 8)
-    await swarm.open(terms)
+def test_results_say_how_long_each_stage_took() -> None:
+    swarm, peers, client = opened(SPLITS[2])
+    frame = client.frame(0, (1, 2, 3), sample=True, close=True)
+    client.send(frame)
+    swarm.deliver_one()
+    swarm.now_ms += 7
+    swarm.nodes[peers[0]].compute_one()
+    swarm.run()
+    assert list(client.result().stage_us) == [7000, 0, 0]
+
+
+def test_a_bad_hand_off_ends_the_stage_that_saw_it_and_suspends_the_others() -> None:
+    swarm, peers, client = opened(SPLITS[2])
+    client.prefill()
 
     def corrupt(frame: stage_pb2.Frame) -> stage_pb2.Frame:
-        if frame.traversal == 2:
+        if frame.HasField("activations"):
             frame.activations.data = b"\xff" * len(frame.activations.data)
         return frame
 
     swarm.tamper = corrupt
-    with pytest.RaisesGroup(pytest.RaisesExc(AssertionError, match="NaN"), flatten_subgroups=True):
-        await generate(swarm, terms, (1, 2, 3))
-    assert swarm.held() == 0
+    with pytest.raises(Faulted, match="NaN") as caught:
+        client.decode(1)
+    assert caught.value.fault.peer_id == peers[1]
+    assert [len(swarm.nodes[peer].stage.sessions) for peer in peers] == [1, 0, 1]
+    swarm.pass_time(30_000)
+    assert not any(swarm.held().values())
 
 
-async def test_a_broken_link_frees_the_whole_pipeline() -> None:
-    swarm = Swarm(*SPLITS[1])
-    terms = swarm.terms(3, 8)
-    await swarm.open(terms)
-    first, last = (swarm.stages[peer] for peer in swarm.peers)
-    last.on_peer_lost(swarm.peers[0], "test")
-    assert len(last.sessions) == 0
-    first.on_peer_lost(swarm.peers[1], "test")
-    assert swarm.held() == 0
+def test_a_step_that_fails_ends_only_its_session() -> None:
+    swarm, peers, client = opened(SPLITS[0])
+    other = PaperClient(swarm, (1, 2, 3), 8, session=b"other")
+    other.open(*peers)
+    swarm.nodes[peers[0]].compute.fail_next(client.terms.session_id, ValueError("a bug"))
+    with pytest.raises(Faulted, match="compute"):
+        client.prefill()
+    other.prefill()
+    assert [s.id for s in swarm.nodes[peers[0]].stage.sessions] == [other.terms.session_id]
 
 
-async def test_a_vanished_client_frees_the_whole_pipeline() -> None:
-    swarm = Swarm(*SPLITS[1])
-    terms = swarm.terms(3, 8)
-    await swarm.open(terms)
-    first = swarm.stages[swarm.peers[0]]
-    link = first.attach(CLIENT)
-    first.detach(CLIENT, link)
-    assert swarm.held() == 0
+def test_holds_and_idle_sessions_expire() -> None:
+    swarm, peers = swarm_of(SPLITS[1])
+    client = PaperClient(swarm, (1, 2, 3), 8)
+    client.hold(client.first_terms(*peers))
+    assert swarm.held()["kv_tokens"] > 0
+    swarm.pass_time(2_001)
+    assert not any(swarm.held().values())
+    client.open(*peers)
+    swarm.pass_time(59_999)
+    assert swarm.held()["sessions"] == 2
+    swarm.pass_time(2)
+    assert not any(swarm.held().values())
 
 
-async def test_holds_and_idle_sessions_expire() -> None:
-    swarm = Swarm(*SPLITS[1])
-    first = swarm.stages[swarm.peers[0]]
-    first.open(swarm.opening(swarm.terms(3, 8)), CLIENT)
-    assert swarm.held() > 0
-    swarm.now_ms += 2_001
-    first.expire()
-    assert swarm.held() == 0
-    swarm.now_ms = NOW_MS
-    await swarm.open(swarm.terms(3, 8))
-    swarm.now_ms += 60_001
-    for stage in swarm.stages.values():
-        stage.expire()
-    assert swarm.held() == 0
+def test_a_session_that_went_while_it_was_confirmed_is_refused() -> None:
+    swarm, peers = swarm_of(SPLITS[0])
+    client = PaperClient(swarm, (1, 2, 3), 8)
+    client.terms = client.first_terms(*peers)
+    client.hold(client.terms)
+    stage = swarm.nodes[peers[0]].stage
+    checked = stage.check_confirm(client.confirmation(client.terms), CLIENT)
+    swarm.pass_time(2_001)
+    assert not isinstance(checked, session_pb2.ConfirmResponse)
+    assert stage.activate(checked).refusal.code == "capacity"
 
 
-async def test_an_unreachable_next_stage_is_a_refusal_that_names_it() -> None:
-    swarm = Swarm(*SPLITS[1])
-    terms = swarm.terms(3, 8)
-    for index, peer in enumerate(swarm.peers):
-        swarm.stages[peer].open(swarm.opening(terms, index), CLIENT)
-    swarm.unreachable.add(swarm.peers[1])
-    response = await swarm.stages[swarm.peers[0]].confirm(swarm.confirmation(terms), CLIENT)
-    assert response.refusal.code == "neighbour"
+def test_an_unreachable_next_stage_is_a_refusal_that_names_it() -> None:
+    swarm, peers = swarm_of(SPLITS[1])
+    client = PaperClient(swarm, (1, 2, 3), 8)
+    client.terms = client.first_terms(*peers)
+    client.hold(client.terms)
+    stage = swarm.nodes[peers[0]].stage
+    checked = stage.check_confirm(client.confirmation(client.terms), CLIENT)
+    assert not isinstance(checked, session_pb2.ConfirmResponse)
+    assert stage.unlinked(checked, "cut").refusal.code == "neighbour"
+    assert len(stage.sessions) == 0
 
 
 def _other_price(terms: SessionTerms) -> SessionTerms:
@@ -358,7 +170,7 @@ def _long(terms: SessionTerms) -> SessionTerms:
 
 
 def _stranger(terms: SessionTerms) -> SessionTerms:
-    unknown = dataclasses.replace(terms.stages[1], peer=key_of("stranger").peer_id)
+    unknown = dataclasses.replace(terms.stages[1], peer=STRANGER)
     return dataclasses.replace(terms, stages=(terms.stages[0], unknown))
 
 
@@ -375,99 +187,225 @@ def _stranger(terms: SessionTerms) -> SessionTerms:
 def test_terms_that_are_not_offered_are_refused_with_a_word(
     change: Callable[[SessionTerms], SessionTerms], code: str
 ) -> None:
-    swarm = Swarm(Span(0, 1), Span(1, 4))
-    terms = change(swarm.terms(3, 8))
-    response = swarm.stages[swarm.peers[0]].open(swarm.opening(terms), CLIENT)
-    assert response.refusal.code == code
-    assert swarm.held() == 0
+    swarm, peers = swarm_of(SPLITS[1])
+    client = PaperClient(swarm, (1, 2, 3), 8)
+    request = client.opening(change(client.first_terms(*peers)), 0)
+    assert swarm.nodes[peers[0]].stage.open(request, CLIENT).refusal.code == code
+    assert not any(swarm.held().values())
+
+
+@pytest.mark.parametrize(
+    ("qos", "prompt", "limits", "reason"),
+    [
+        ("batch", 50, Limits(), "above class batch"),
+        ("interactive", 50, Limits(), ""),
+        ("interactive", 90, Limits(), "KV tokens were asked for"),
+        ("interactive", 1, Limits(sessions_max=1), "all 1 sessions"),
+        ("interactive", 1, Limits(sessions_per_client_max=1), "one client"),
+    ],
+)
+def test_too_much_is_refused_early_with_a_time_to_come_back(
+    qos: Qos, prompt: int, limits: Limits, reason: str
+) -> None:
+    swarm, peers = swarm_of(SPLITS[0], limits, kv_tokens=100)
+    PaperClient(swarm, range(1, 20), 1, session=b"first").open(*peers)
+    client = PaperClient(swarm, range(1, prompt + 1), 8)
+    terms = dataclasses.replace(client.first_terms(*peers), qos=qos)
+    answer = swarm.nodes[peers[0]].stage.open(client.opening(terms, 0), CLIENT)
+    assert answer.HasField("refusal") == bool(reason)
+    if reason:
+        assert answer.refusal.code == "capacity"
+        assert reason in answer.refusal.reason
+        assert answer.refusal.retry_after_ms >= 250
 
 
 def test_another_caller_and_a_second_opening_are_protocol_errors() -> None:
-    swarm = Swarm(Span(0, 4))
-    stage, request = swarm.stages[swarm.peers[0]], swarm.opening(swarm.terms(3, 8))
+    swarm, peers = swarm_of(SPLITS[0])
+    client = PaperClient(swarm, (1, 2, 3), 8)
+    stage = swarm.nodes[peers[0]].stage
+    request = client.opening(client.first_terms(*peers), 0)
     with pytest.raises(Exception, match="is of"):
-        stage.open(request, key_of("stranger").peer_id)
+        stage.open(request, STRANGER)
     stage.open(request, CLIENT)
     with pytest.raises(RemoteProtocolError, match="open already"):
         stage.open(request, CLIENT)
 
 
-async def test_a_forged_grant_is_refused_and_frees_the_hold() -> None:
-    swarm = Swarm(Span(0, 4))
-    terms = swarm.terms(3, 8)
-    stage = swarm.stages[swarm.peers[0]]
-    stage.open(swarm.opening(terms), CLIENT)
-    confirmation = swarm.confirmation(terms)
-    confirmation.grant.signer = key_of("stranger").public
-    response = await stage.confirm(confirmation, CLIENT)
-    assert response.refusal.code == "credit"
-    assert swarm.held() == 0
+def test_a_forged_grant_is_refused_and_frees_the_hold() -> None:
+    swarm, peers = swarm_of(SPLITS[0])
+    client = PaperClient(swarm, (1, 2, 3), 8)
+    client.terms = client.first_terms(*peers)
+    client.hold(client.terms)
+    request = client.confirmation(client.terms)
+    request.grant.signer = key_of("stranger").public
+    with pytest.raises(Rejected, match="credit"):
+        client.confirm(peers[0], request)
+    assert not any(swarm.held().values())
 
 
-async def test_frames_out_of_place_end_only_their_session() -> None:
-    swarm = Swarm(Span(0, 4))
-    stage = swarm.stages[swarm.peers[0]]
-    good, bad = swarm.terms(3, 8), swarm.terms(3, 8, b"other")
-    await swarm.open(good)
-    await swarm.open(bad)
-    link = stage.attach(CLIENT)
-    stage.on_frame(frame_message(bad, SendFrame(5, 0, (1, 2, 3), True, True), None), CLIENT, link)
-    [answer] = list(drained(link))
-    assert "traversal 5" in answer.fault.reason
-    assert [session.id for session in stage.sessions] == [good.session_id]
-    stage.on_frame(
-        frame_message(good, SendFrame(0, 0, (1, 2, 3), True, True), None),
-        key_of("stranger").peer_id,
-        link,
-    )
-    assert list(drained(link)) == []
-    assert len(stage.sessions) == 1
+def test_frames_out_of_place_end_only_their_session() -> None:
+    swarm, peers, good = opened(SPLITS[0])
+    bad = PaperClient(swarm, (1, 2, 3), 8, session=b"other")
+    bad.open(*peers)
+    frame = bad.frame(0, (1, 2, 3), sample=True, close=True)
+    frame.traversal = 5
+    bad.send(frame)
+    swarm.run()
+    with pytest.raises(Faulted, match="traversal 5"):
+        bad.result()
+    stage = swarm.nodes[peers[0]].stage
+    assert [session.id for session in stage.sessions] == [good.terms.session_id]
+    stage.on_frame(good.frame(0, (1, 2, 3), sample=True, close=True), STRANGER, STRANGER)
+    swarm.run()
+    assert (swarm.inbox, len(stage.sessions)) == ([], 1)
 
 
-async def test_empty_chunks_and_floods_end_their_session() -> None:
-    swarm = Swarm(Span(0, 4))
-    terms = swarm.terms(3, 8)
-    await swarm.open(terms)
-    stage = swarm.stages[swarm.peers[0]]
-    link = stage.attach(CLIENT)
-    empty = frame_message(terms, SendFrame(0, 2, (), False, True), None)
-    stage.on_frame(empty, CLIENT, link)
-    [answer] = list(drained(link))
-    assert answer.fault.code == "protocol-remote"
-    await swarm.open(terms)
-    for position in range(3):
-        frame = SendFrame(position, position, (1,), position == 2, close_chunk=False)
-        stage.on_frame(frame_message(terms, frame, None), CLIENT, link)
-    [session] = stage.sessions
-    session.frames_queued = 16
-    frame = SendFrame(3, 3, (1,), True, close_chunk=False)
-    stage.on_frame(frame_message(terms, frame, None), CLIENT, link)
-    [answer] = list(drained(link))
-    assert "queued" in answer.fault.reason
-    assert swarm.held() == 0
+def test_empty_chunks_end_their_session() -> None:
+    swarm, _, client = opened(SPLITS[0])
+    client.send(client.frame(2, (), sample=False, close=True))
+    swarm.run()
+    with pytest.raises(Faulted, match="protocol-remote"):
+        client.result()
+    assert not any(swarm.held().values())
 
 
-async def test_a_late_frame_is_not_computed() -> None:
-    swarm = Swarm(Span(0, 4))
-    terms = swarm.terms(3, 8)
-    await swarm.open(terms)
-    stage = swarm.stages[swarm.peers[0]]
-    link = stage.attach(CLIENT)
-    message = frame_message(terms, SendFrame(0, 0, (1, 2, 3), True, True), None)
+def test_floods_of_frames_and_of_bytes_end_their_session() -> None:
+    for limits, word in (
+        (Limits(frames_queued_max=1), "too many frames"),
+        (Limits(peer_queued_bytes_max=63), "too many bytes"),
+    ):
+        swarm, peers = swarm_of(SPLITS[0], limits)
+        client = PaperClient(swarm, range(1, 17), 8, prefill_chunk_tokens=16)
+        client.open(*peers)
+        ids = tuple(range(1, 9))
+        for start in (0, 8):
+            frame = client.frame(start, ids, sample=start == 8, close=True)
+            frame.traversal = start // 8
+            client.send(frame)
+            swarm.deliver_one()
+        swarm.run()
+        with pytest.raises(Faulted, match=word):
+            client.result()
+        assert not any(swarm.held().values())
+
+
+def test_a_late_frame_is_not_computed() -> None:
+    swarm, _, client = opened(SPLITS[0])
+    message = client.frame(0, (1, 2, 3), sample=True, close=True)
     message.deadline_ms = NOW_MS - 1
-    stage.on_frame(message, CLIENT, link)
-    [answer] = list(drained(link))
-    assert answer.fault.code == "deadline"
-    assert swarm.held() == 0
+    client.send(message)
+    swarm.run()
+    with pytest.raises(Faulted, match="deadline"):
+        client.result()
+    assert not any(swarm.held().values())
 
 
-async def test_a_forged_last_voucher_is_refused_and_the_session_still_ends() -> None:
-    swarm = Swarm(Span(0, 4))
-    terms = swarm.terms(3, 8)
-    await swarm.open(terms)
-    stage = swarm.stages[swarm.peers[0]]
-    forged = seal(key_of("stranger"), SessionVoucher(session_id=terms.session_id, epoch=1))
-    request = session_pb2.CloseRequest(session_id=terms.session_id, epoch=1, voucher=forged)
+def test_a_forged_last_voucher_is_refused_and_the_session_still_ends() -> None:
+    swarm, peers, client = opened(SPLITS[0])
+    forged = seal(key_of("stranger"), SessionVoucher(session_id=client.terms.session_id, epoch=1))
+    request = session_pb2.CloseRequest(session_id=client.terms.session_id, epoch=1, voucher=forged)
     with pytest.raises(BadSignature):
-        await stage.close(request, CLIENT)
-    assert swarm.held() == 0
+        swarm.nodes[peers[0]].stage.close(request, CLIENT)
+    assert not any(swarm.held().values())
+
+
+def test_drafts_are_drawn_or_rejected_and_never_change_the_answer() -> None:
+    _, _, plain = opened(SPLITS[2], max_tokens=9)
+    plain.prefill()
+    plain.decode(8)
+    swarm, peers = swarm_of(SPLITS[2])
+    client = PaperClient(swarm, (1, 2, 3), 9, chunk_tokens=32)
+    client.open(*peers)
+    client.prefill()
+    right, wrong = plain.drawn[1:3], [(plain.drawn[4] + 1) % VOCABULARY_SIZE]
+    client.draft(right)
+    assert client.drawn == plain.drawn[:4]
+    client.draft(wrong)
+    assert client.drawn == plain.drawn[:5]
+    client.decode(4)
+    assert client.drawn == plain.drawn
+    client.close()
+    assert not any(swarm.held().values())
+
+
+class NoNeighbours:
+    """A single stage has none."""
+
+    on_response = on_broken = on_room = None
+
+    def __len__(self) -> int:
+        return 0
+
+    async def ensure(self, peer: PeerId) -> None:
+        raise PeerUnreachable("cut")
+
+    def send(self, peer: PeerId, message: stage_pb2.LinkRequest) -> None:
+        raise PeerUnreachable("cut")
+
+    def has_room(self, peer: PeerId) -> bool:
+        return True
+
+
+class Settling(FakeSettlement):
+    """A settlement that can be waited for."""
+
+    async def settle(self, session: object) -> bool:
+        self.settle_later(session)  # type: ignore[arg-type]
+        return True
+
+
+async def next_answer(link: ResponseOutbox) -> stage_pb2.LinkResponse:
+    async with asyncio.timeout(5):
+        async for message in link.drain():
+            return message
+    raise AssertionError("the link ended")
+
+
+async def test_the_shell_computes_on_its_thread_answers_and_frees() -> None:
+    offer = paper_offer("node", Span(0, 4))
+    swarm = PaperSwarm()
+    swarm.add("node", Span(0, 4))
+    compute = FakeStage(Span(0, 4))
+    settling = Settling("node")
+    shell = StageShell(
+        compute=compute,
+        network=paper_network(),
+        settler=settling,  # type: ignore[arg-type]
+        neighbours=NoNeighbours(),  # type: ignore[arg-type]
+        retained=Retained(MemorySpill(), memory_bytes_max=0, spill_bytes_max=0),
+        identify=lambda: StageIdentity(
+            NETWORK_ID, offer.peer, FAKE_SHAPE, 2048, {offer.digest: offer}, False
+        ),
+        view=lambda: View(offers={offer.peer: offer}, rtt_us={}),
+        clock_ms=lambda: NOW_MS,
+        speeds_us=lambda: (1, 1),
+        vocabulary=VOCABULARY_SIZE,
+        limits=Limits(),
+    )
+    client = PaperClient(swarm, (1, 2, 3), 8)
+    client.terms = client.first_terms(offer.peer)
+    shell.core.open(client.opening(client.terms, 0), CLIENT)
+    confirmed = await shell.confirm(client.confirmation(client.terms), CLIENT)
+    assert not confirmed.HasField("refusal")
+    link = shell.attach(CLIENT)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(shell.compute_forever())
+        shell.core.on_frame(client.frame(0, (1, 2, 3), sample=True, close=True), CLIENT, link)
+        assert len((await next_answer(link)).result.ids) == 1
+        running.cancel()
+    request = session_pb2.CloseRequest(session_id=client.terms.session_id, epoch=1)
+    assert (await shell.close(request, CLIENT)).settled
+    shell.detach(CLIENT, link)
+    assert compute.kv_tokens_free == compute.kv_tokens_total
+    assert shell.links == 0
+
+
+def test_a_peer_has_a_bounded_number_of_links() -> None:
+    callers = CallerLinks()
+    links = [callers.attach(CLIENT) for _ in range(LINKS_PER_PEER_MAX)]
+    with pytest.raises(CapacityError):
+        callers.attach(CLIENT)
+    assert callers.detach(CLIENT, links[0])
+    callers.attach(CLIENT)
+    assert len(callers) == LINKS_PER_PEER_MAX
+    assert CLIENT_LEDGER.peer_id != CLIENT

@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.errors import ConfigError
-from plait.testnet.layout import equal_spans, place
+from plait.testnet.layout import (
+    equal_spans,
+    ledger_names,
+    place,
+    witness_quorum,
+    witnesses_among,
+)
 from plait.types import Span
 
 
@@ -71,3 +77,19 @@ def test_stages_alone_are_hosted_once_and_replicas_alone_have_three_spans() -> N
 def test_numbers_that_cannot_be_are_refused(numbers: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         place(30, **numbers)
+
+
+def test_a_committee_has_three_f_and_one_authorities() -> None:
+    assert ledger_names(1) == ("ledger-1",)
+    assert ledger_names(4) == ("ledger-1", "ledger-2", "ledger-3", "ledger-4")
+    for number in (0, 2, 3, 5, 19, -2):
+        with pytest.raises(ConfigError, match="no committee"):
+            ledger_names(number)
+
+
+def test_one_witness_may_fail_where_there_are_several() -> None:
+    assert [witness_quorum(count) for count in range(6)] == [0, 1, 1, 2, 3, 3]
+    assert [witnesses_among(nodes, None) for nodes in (1, 2, 3, 9)] == [1, 2, 3, 3]
+    assert witnesses_among(9, 5) == 5
+    with pytest.raises(ConfigError, match="witnesses"):
+        witnesses_among(2, 3)

@@ -23,6 +23,8 @@ COMMANDS = {
     "run": Command("plait.cli.run", "run", "Generate an answer to one prompt."),
     "chat": Command("plait.cli.run", "chat", "Talk with a model."),
     "serve": Command("plait.cli.serve", "serve", "An OpenAI-compatible API on this machine."),
+    "keys": Command("plait.cli.keys", "app", "API keys of the gateway, and their budgets."),
+    "usage": Command("plait.cli.usage", "usage", "What the gateway's keys have spent."),
     "testnet": Command("plait.cli.testnet", "app", "A real network on this machine."),
     "node": Command("plait.cli.node", "app", "Serve a span of a model's layers."),
     "net": Command("plait.cli.net", "app", "Create and show networks."),
@@ -32,6 +34,7 @@ COMMANDS = {
     "quote": Command("plait.cli.peers", "quote", "What a request would cost."),
     "ledger": Command("plait.cli.ledger", "app", "Accounts, history and the log."),
     "bench": Command("plait.cli.bench", "app", "What this machine computes, measured."),
+    "sim": Command("plait.cli.sim", "app", "The network under faults, from seeds."),
     "verify": Command("plait.cli.verify", "verify", "Check a bundle offline."),
 }
 

@@ -1,6 +1,7 @@
 """``plait bench``: what this machine computes, measured."""
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,18 +20,69 @@ def bench() -> None:
 
 
 @app.command()
+def gateway(
+    streams: Annotated[int, typer.Option(help="Streams at once.", min=1)] = 50,
+    tokens: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 50,
+    interval_ms: Annotated[float, typer.Option(help="Time between tokens.", min=0)] = 20.0,
+    rounds: Annotated[int, typer.Option(help="How often each is measured.", min=1)] = 5,
+    port: Annotated[int, typer.Option(help="Of the gateway; 0: chosen free.", min=0)] = 0,
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=URL=MODEL of a proxy in front of that port, to compare with."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Time what the gateway adds to each token of a fixed-rate engine.
+
+    Example: plait bench gateway --streams 50 --json
+    """
+    from plait.gateway.benchmark import LoadPlan, measure_gateway
+
+    proxies = []
+    for text in proxy or ():
+        name, _, rest = text.partition("=")
+        url, _, model = rest.rpartition("=")
+        if not (name and url and model):
+            raise ConfigError(f"{text!r} is not a proxy", remedy="--proxy NAME=URL=MODEL")
+        proxies.append((name, url, model))
+    plan = LoadPlan(
+        streams=streams,
+        tokens=tokens,
+        interval_ms=interval_ms,
+        rounds=rounds,
+        proxies=tuple(proxies),
+        port=port,
+    )
+    figures = measure_gateway(plan, status)
+    if as_json:
+        emit_json(figures)
+        return
+    rows = [
+        [name, *(row[f"{part}_p50_ms"] for part in ("first", "every", "end"))]
+        for name, row in figures["added"].items()
+    ]
+    title = f"Added to a token by median, in ms, at {streams} streams:"
+    table(["through", "first token", "every token", "end"], rows, title=title)
+
+
+@app.command()
 def compute(
     model: Annotated[str, typer.Option(help="As `plait models ls` shows.")] = "smollm2-135m",
     dtypes: Annotated[str, typer.Option(help="Numeric types.")] = "fp32,bf16,int4,int8",
     threads: Annotated[str, typer.Option(help="Numbers of threads.")] = "1,2",
     batches: Annotated[str, typer.Option(help="Numbers of sessions at once.")] = "1,4,16",
     rounds: Annotated[int, typer.Option(help="How often each is measured.", min=1)] = 5,
+    quality: Annotated[
+        int, typer.Option(help="Also compare with fp32 over this many tokens of text.", min=0)
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Time decoding and prefill of a whole model, in interleaved rounds.
 
-    Example: plait bench compute --dtypes fp32,int4 --threads 1
+    Example: plait bench compute --dtypes fp32,int4 --threads 1 --quality 2048
     """
+    from dataclasses import asdict
+
     from plait.compute.benchmark import BenchPlan, measure_compute
     from plait.compute.load import check_loadable
     from plait.model import catalog
@@ -44,11 +96,137 @@ def compute(
     local = catalog.load(model)
     for dtype in plan.dtypes:
         check_loadable(local, None, dtype)
-    figures = measure_compute(local, plan, lambda done, total: status(f"round {done} of {total}"))
+    figures = measure_compute(local, plan, _round)
+    compared: list[dict[str, object]] = []
+    if quality:
+        from plait.compute.quality import measure_quality
+
+        others = [dtype for dtype in plan.dtypes if dtype != "fp32"]
+        found = measure_quality(local, others, quality, progress=_window)
+        compared = [asdict(figure) for figure in found]
     if as_json:
-        emit_json(figures)
+        emit_json(asdict(figures) | {"quality": compared})
         return
     _show(figures)
+    if compared:
+        table(list(compared[0]), [list(row.values()) for row in compared], title="Against fp32")
+
+
+@app.command()
+def pipeline(
+    model: Annotated[str, typer.Option(help="As `plait models ls` shows.")] = "smollm2-135m",
+    stages: Annotated[int, typer.Option(help="Of the longer pipeline.", min=2)] = 3,
+    dtype: Annotated[str, typer.Option(help="Numeric type.")] = "int4",
+    rounds: Annotated[int, typer.Option(help="How often each is measured.", min=1)] = 5,
+    tokens: Annotated[int, typer.Option(help="Of each answer.", min=2)] = 48,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Time a token through one stage and through several, on two testnets, in turns.
+
+    Example: plait bench pipeline --dtype int4 --rounds 3
+    """
+    from dataclasses import asdict
+
+    from plait.cli.bench_network import measure_pipeline
+
+    _emit(asdict(measure_pipeline(model, stages, dtype, rounds, tokens, _round)), as_json)
+
+
+@app.command()
+def batch(
+    model: Annotated[str, typer.Option(help="As `plait models ls` shows.")] = "smollm2-135m",
+    stages: Annotated[int, typer.Option(help="Of the pipeline.", min=1)] = 3,
+    dtype: Annotated[str, typer.Option(help="Numeric type.")] = "int4",
+    batches: Annotated[str, typer.Option(help="Numbers of sessions at once.")] = "1,4,16",
+    rounds: Annotated[int, typer.Option(help="How often each is measured.", min=1)] = 5,
+    tokens: Annotated[int, typer.Option(help="Of each answer.", min=2)] = 48,
+    threads: Annotated[int, typer.Option(help="Of llama.cpp.", min=1)] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Tokens per second of many sessions through one pipeline of a testnet.
+
+    Example: plait bench batch --batches 1,16 --rounds 3
+    """
+    from dataclasses import asdict
+
+    from plait.cli.bench_network import measure_batch
+
+    sizes = _numbers("--batches", batches)
+    figures = measure_batch(model, stages, dtype, sizes, rounds, tokens, threads, _round)
+    _emit(asdict(figures), as_json, "batches")
+
+
+@app.command()
+def draft(
+    model: Annotated[str, typer.Option(help="As `plait models ls` shows.")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="Numeric type.")] = "int4",
+    rounds: Annotated[int, typer.Option(help="How often each is measured.", min=1)] = 5,
+    tokens: Annotated[int, typer.Option(help="Of each answer.", min=8)] = 96,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Time answers with and without n-gram drafts, on one stage with all layers.
+
+    Example: plait bench draft --dtype fp32 --rounds 3
+    """
+    from dataclasses import asdict
+
+    from plait.compute.draft_benchmark import measure_drafts
+    from plait.compute.load import check_loadable
+    from plait.model import catalog
+
+    local = catalog.load(model)
+    check_loadable(local, None, dtype)
+    figures = measure_drafts(local, dtype, tokens, rounds, _round)
+    report = {"model": model, "dtype": dtype, "rounds": rounds}
+    _emit(report | {"tasks": [asdict(figure) for figure in figures]}, as_json, "tasks")
+
+
+def _round(done: int, total: int) -> None:
+    status(f"round {done} of {total}")
+
+
+def _window(done: int, total: int) -> None:
+    status(f"window {done} of {total}")
+
+
+def _emit(report: dict[str, Any], as_json: bool, rows: str = "") -> None:
+    """Print a report; ``rows`` names the member that is a list of figures, if there is one."""
+    if as_json:
+        emit_json(report)
+        return
+    if rows:
+        figures = report.pop(rows)
+        table(list(figures[0]), [list(figure.values()) for figure in figures])
+    table(["figure", "value"], [[name, str(value)] for name, value in report.items()])
+
+
+@app.command()
+def ledger(
+    settlements: Annotated[int, typer.Option(help="Sessions to settle.", min=64)] = 2_000,
+    tokens: Annotated[int, typer.Option(help="Of the answer in the bundle.", min=32)] = 10_000,
+    folder: Annotated[
+        Path | None, typer.Option("--dir", help="A folder on the disk to measure.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Time vouchers, settlements, audits and a bundle, without any model.
+
+    Example: plait bench ledger --dir ~/.local/share/plait
+    """
+    import tempfile
+    from dataclasses import asdict
+
+    from plait.ledger.service.benchmark import measure_ledger
+    from plait.testing.bundle_benchmark import measure_bundle
+
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        figures = asdict(measure_ledger(Path(scratch), settlements, status))
+    status("bundle")
+    figures |= asdict(measure_bundle(tokens))
+    if as_json:
+        emit_json(figures)
+    else:
+        table(["figure", "value"], [[name, value] for name, value in figures.items()])
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

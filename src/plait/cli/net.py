@@ -32,10 +32,86 @@ def show(
         emit_json(_described(path, loaded))
         return
     rows = [["authority", item.peer, item.address] for item in loaded.authorities]
+    rows += [["witness", item.name, item.address] for item in loaded.witnesses]
     rows += [["bootstrap", item.peer, item.public_address] for item in loaded.bootstrap]
     title = f"{loaded.network_id} ({loaded.admission}), founded by {loaded.founder}"
     table(["what", "peer", "address"], rows, title=title)
     status(f"network file: {path}")
+
+
+@app.command()
+def policy(
+    network: Annotated[Path | None, typer.Option(help="The network file.")] = None,
+) -> None:
+    """Print whose checkpoints the network trusts, as C2SP tlog-policy text for other tools.
+
+    Example: plait net policy > policy.txt
+    """
+    from plait.ledger.policy import policy_of
+
+    typer.echo(policy_of(load_network_file(network_path(network))), nl=False)
+
+
+@app.command()
+def proof(
+    entry: Annotated[int, typer.Argument(min=0, help="Index of the entry in the log.")],
+    out: Annotated[Path, typer.Option("--out", help="Where to put it.")],
+    authority: Annotated[int, typer.Option(min=1, help="Which of a committee's logs.")] = 1,
+    network: Annotated[Path | None, typer.Option(help="The network file.")] = None,
+) -> None:
+    """Write a C2SP tlog-proof that the log holds an entry, with the entry in it.
+
+    Example: plait net proof 7 --out entry-7.tlog-proof
+    """
+    import asyncio
+
+    from plait.ledger.log_proof import write_log_proof
+    from plait.ledger.service.proving import fetch_proof
+
+    known = load_network_file(network_path(network)).authorities
+    if authority > len(known):
+        raise ConfigError(f"the network file names {len(known)} authorities")
+    found = asyncio.run(fetch_proof(known[authority - 1], entry))
+    try:
+        out.write_text(write_log_proof(found), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from error
+    status(f"wrote {out}")
+
+
+@app.command("check-proof")
+def check_proof(
+    path: Annotated[Path, typer.Argument(help="A tlog-proof with the entry in it.")],
+    policy_file: Annotated[
+        Path | None,
+        typer.Option("--policy", help="tlog-policy text. Default: that of the network file."),
+    ] = None,
+    network: Annotated[Path | None, typer.Option(help="The network file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a tlog-proof offline by a policy. Exit code 0: it holds, 1: it does not.
+
+    Example: plait net check-proof entry-7.tlog-proof --policy policy.txt
+    """
+    from plait.errors import BadProof
+    from plait.ledger.log_proof import check_log_proof, read_log_proof
+    from plait.ledger.policy import policy_of, read_policy
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = policy_file.read_bytes() if policy_file else None
+        if data is None:
+            data = policy_of(load_network_file(network_path(network))).encode()
+        rules = read_policy(data)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the proof or the policy: {error}") from error
+    read = read_log_proof(text)
+    if read.extra is None:
+        raise BadProof("the proof does not bring the entry that it is about")
+    checkpoint = check_log_proof(read, read.extra, rules)
+    status(f"proven: entry {read.index} of {checkpoint.origin}, at size {checkpoint.size}")
+    if as_json:
+        emit_json({"index": read.index, "origin": checkpoint.origin, "size": checkpoint.size})
 
 
 @app.command()
@@ -115,6 +191,8 @@ def _described(path: Path, network: NetworkFile) -> dict[str, object]:
             {"peer": item.peer, "address": item.address, "log_origin": item.log_origin}
             for item in network.authorities
         ],
+        "witness_quorum": network.witness_quorum,
+        "witnesses": [{"name": item.name, "address": item.address} for item in network.witnesses],
         "bootstrap": [
             {
                 "peer": item.peer,

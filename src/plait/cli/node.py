@@ -1,23 +1,33 @@
-"""``plait node``: the daemon."""
+"""``plait node``: the daemon, and how to look at it and end it."""
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from plait.errors import ConfigError
+from plait.cli.output import emit_json, status, table
+from plait.errors import ConfigError, DeadlineExceeded
+from plait.types import Span
+
+if TYPE_CHECKING:
+    from plait.node.config import Role
 
 app = typer.Typer(help="Serve a span of a model's layers.", no_args_is_help=True)
 
-
-@app.callback()
-def _group() -> None:
-    """Keep ``run`` a subcommand while it is the only one."""
+_WAIT_POLL_S = 0.1
 
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Option(help="The model to serve; pull it first.")],
+    model: Annotated[
+        str | None, typer.Option(help="The model that a stage serves; pull it first.")
+    ] = None,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(help="stage (default), witness, ledger; repeatable."),
+    ] = None,
     span: Annotated[
         str, typer.Option(help="Layers start:end, or auto: what free memory holds and lacks most.")
     ] = "auto",
@@ -35,6 +45,9 @@ def run(
     p2p_port: Annotated[int, typer.Option(help="0: chosen free.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0: all cores.")] = 0,
     kv_tokens: Annotated[int, typer.Option(min=16, help="KV-cache capacity in tokens.")] = 16_384,
+    retained_mb: Annotated[int, typer.Option(min=0, help="Memory to rebuild others from.")] = 512,
+    spill_mb: Annotated[int, typer.Option(min=0, help="Disk for what goes beyond that.")] = 4096,
+    drain_s: Annotated[float, typer.Option(min=0, help="How long a drain may take.")] = 30.0,
     data_dir: Annotated[
         Path | None, typer.Option(help="Keys and state; by default in the XDG data folder.")
     ] = None,
@@ -43,33 +56,24 @@ def run(
     ] = None,
     network: Annotated[Path | None, typer.Option(help="Network file.")] = None,
 ) -> None:
-    """Run a node in the foreground until SIGTERM or Ctrl-C, which end it cleanly."""
+    """Run a node in the foreground.
+
+    SIGTERM or Ctrl-C drains it: its clients are told to move, and it ends when they have, or
+    after --drain-s. A second signal ends it at once.
+    """
     from plait.locate import network_path, node_dir
-    from plait.net.port import peer_of_multiaddr
     from plait.node.config import NodeConfig
     from plait.node.daemon import main
-    from plait.types import Prices, Span
+    from plait.types import Prices
 
-    try:
-        layers = None if span == "auto" else Span.parse(span)
-    except ValueError as error:
-        raise ConfigError(
-            f"--span {span}: {error}", remedy="--span 0:10, or --span auto"
-        ) from error
-    for multiaddr in bootstrap or ():
-        try:
-            peer_of_multiaddr(multiaddr)
-        except ValueError as error:
-            raise ConfigError(
-                f"--bootstrap {multiaddr}: {error}",
-                remedy="--bootstrap /ip4/127.0.0.1/tcp/4001/p2p/12D3Koo…",
-            ) from error
+    _check_multiaddrs(bootstrap or ())
     config = NodeConfig(
         name="node",
         network_file=network_path(network),
         data_dir=data_dir or node_dir(),
+        roles=_roles(role or ["stage"]),
         model=model,
-        span=layers,
+        span=_layers(span),
         dtype=dtype,
         prices=Prices(prompt=price_prompt, output=price_output),
         region=region,
@@ -79,6 +83,163 @@ def run(
         p2p_port=p2p_port,
         threads=threads,
         kv_tokens_max=kv_tokens,
+        retained_mb=retained_mb,
+        spill_mb=spill_mb,
+        drain_s=drain_s,
         extra_bootstrap=tuple(bootstrap or ()),
     )
     raise typer.Exit(main(config))
+
+
+def _roles(names: Sequence[str]) -> "frozenset[Role]":
+    from plait.node.config import Role
+
+    known = {name: name for name in get_args(Role)}
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown role {unknown[0]!r}", remedy=f"one of {', '.join(known)}")
+    return frozenset(known[name] for name in names)
+
+
+def _layers(span: str) -> Span | None:
+    try:
+        return None if span == "auto" else Span.parse(span)
+    except ValueError as error:
+        raise ConfigError(
+            f"--span {span}: {error}", remedy="--span 0:10, or --span auto"
+        ) from error
+
+
+def _check_multiaddrs(texts: Sequence[str]) -> None:
+    from plait.net.port import peer_of_multiaddr
+
+    for multiaddr in texts:
+        try:
+            peer_of_multiaddr(multiaddr)
+        except ValueError as error:
+            raise ConfigError(
+                f"--bootstrap {multiaddr}: {error}",
+                remedy="--bootstrap /ip4/127.0.0.1/tcp/4001/p2p/12D3Koo…",
+            ) from error
+
+
+DataDirOption = Annotated[
+    Path | None, typer.Option(help="Keys and state; by default in the XDG data folder.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+@app.command("rotate-key")
+def rotate_key(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+    """Make the node's next ledger key. A running node adopts it when no session is open.
+
+    Sessions under way keep the old key, and what they earned is still settled.
+    """
+    from plait.ledger.service.key_store import rotate_ledger_key
+    from plait.locate import node_dir
+
+    serial = rotate_ledger_key(data_dir or node_dir())
+    status(f"the ledger key has the serial {serial} now")
+    if as_json:
+        emit_json({"serial": serial})
+
+
+@app.command("revoke-key")
+def revoke_key(
+    data_dir: DataDirOption = None,
+    network: Annotated[Path | None, typer.Option(help="Network file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Void every ledger key but the newest, everywhere: an older one was stolen. Rotate first.
+
+    Tells the ledger and the bootstrap nodes at once; they pass it on. What was signed with
+    the voided keys and is not settled yet is lost.
+    """
+    import asyncio
+
+    from plait.ledger.service.key_store import newest_serial
+    from plait.ledger.service.revoking import revoke
+    from plait.locate import network_path, node_dir
+    from plait.network_file import load_network_file
+
+    folder = data_dir or node_dir()
+    serial = newest_serial(folder)
+    if serial == 1:
+        raise ConfigError("there is no newer key to go on with", remedy="plait node rotate-key")
+    told = asyncio.run(revoke(folder, load_network_file(network_path(network)), serial))
+    status(f"keys below the serial {serial} are void; {told} parties were told")
+    if as_json:
+        emit_json({"serial_min": serial, "told": told})
+
+
+@app.command("protect-keys")
+def protect_keys(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+    """Encrypt every key file of the node with the passphrase in PLAIT_PASSPHRASE_FILE."""
+    from plait.identity import PASSPHRASE_VARIABLE, passphrase_of_file, protect_key
+    from plait.locate import node_dir
+
+    passphrase = passphrase_of_file()
+    if passphrase is None:
+        raise ConfigError(
+            "no passphrase", remedy=f"put it in a file and name that in {PASSPHRASE_VARIABLE}"
+        )
+    paths = sorted((data_dir or node_dir()).glob("*.key"))
+    # The key of the TLS certificate is not one of ours: gRPC reads it.
+    done = [p.name for p in paths if p.name != "tls.key" and protect_key(p, passphrase)]
+    status(f"encrypted: {', '.join(done) or 'nothing, they are already'}")
+    if as_json:
+        emit_json({"encrypted": done})
+
+
+@app.command("status")
+def show_status(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+    """Show what the running node serves and holds.
+
+    Example: plait node status --json
+    """
+    from plait.locate import node_dir
+    from plait.node.control import ask
+
+    _show(ask(data_dir or node_dir(), "status"), as_json)
+
+
+@app.command()
+def drain(
+    data_dir: DataDirOption = None,
+    wait_s: Annotated[
+        float, typer.Option("--wait-s", min=0, help="Wait so long for its end; 0: do not.")
+    ] = 0.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Move the running node's sessions elsewhere, then end it.
+
+    It offers nothing and takes nothing new from now on, tells each client to move, and ends
+    when no session is left or the time of its --drain-s is up.
+
+    Example: plait node drain --wait-s 60
+    """
+    from plait.locate import node_dir
+    from plait.node.control import SOCKET_NAME, ask
+
+    folder = data_dir or node_dir()
+    told = ask(folder, "drain")
+    deadline_s = time.monotonic() + wait_s
+    while wait_s and (folder / SOCKET_NAME).exists():
+        if time.monotonic() > deadline_s:
+            raise DeadlineExceeded(
+                f"the node still runs after {wait_s:g} s", remedy="plait node status"
+            )
+        time.sleep(_WAIT_POLL_S)
+    status("the node is drained" if wait_s else "the node is draining")
+    _show(told, as_json)
+
+
+def _show(told: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit_json(told)
+    else:
+        table(("", ""), [(name, _plain(value)) for name, value in told.items()])
+
+
+def _plain(value: object) -> object:
+    return " ".join(map(str, value)) if isinstance(value, list) else value

@@ -14,10 +14,16 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="One key, or sha256:HEX of one, per line; mode 0600.")
     ] = None,
+    no_keys: Annotated[
+        bool, typer.Option("--no-keys", help="Let this machine in although there are keys.")
+    ] = False,
     bundles: Annotated[
         bool, typer.Option("--bundles", help="Collect the evidence of every answer.")
     ] = False,
     sessions_max: Annotated[int, typer.Option(min=1, help="Most answers at once.")] = 256,
+    waiting_max: Annotated[
+        int, typer.Option(min=0, help="Most requests that wait for a place.")
+    ] = 64,
     network: Annotated[
         Path | None, typer.Option(help="Network file; by default the last testnet started.")
     ] = None,
@@ -25,12 +31,14 @@ def serve(
     """Serve the network under OpenAI's HTTP API until SIGTERM or Ctrl-C.
 
     The address for clients is http://127.0.0.1:4700/v1. Answers are paid from this client's
-    account, so any other address than loopback needs API keys.
+    account, so any other address than loopback needs API keys. Once plait keys create has
+    made one, every request needs one.
 
     Example: plait serve --port 4700
     """
     try:
         from plait.gateway.config import GatewayConfig
+        from plait.gateway.key_store import KEYS_FILE, has_keys
         from plait.gateway.keys import load_keys
         from plait.gateway.server import serve as run
     except ModuleNotFoundError as error:
@@ -42,20 +50,24 @@ def serve(
     from plait.cli.output import status
     from plait.locate import client_dir, network_path
 
+    account = client_dir(network)
+    path = account / KEYS_FILE
+    managed = path.exists() and not no_keys and has_keys(path)
     config = GatewayConfig(
         host=host,
         port=port,
         keys=None if api_key_file is None else load_keys(api_key_file),
+        key_store=path if managed else None,
         always_bundle=bundles,
         sessions_max=sessions_max,
+        waiting_max=waiting_max,
         version=__version__,
     )
-    path = network_path(network)
     raise typer.Exit(
         run(
             config,
-            path,
-            client_dir(network),
+            network_path(network),
+            account,
             lambda url: status(f"serving {url}/v1, page at {url}/; Ctrl-C ends it"),
         )
     )

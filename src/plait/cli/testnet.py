@@ -25,6 +25,10 @@ DirOption = Annotated[
     Path | None, typer.Option("--dir", help="The testnet's folder; default: the last one started.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+_CARRIERS = {
+    "tun": "network namespaces",
+    "forwarder": "a forwarder between loopback addresses",
+}
 NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help="A name, as in: status.")]
 
 
@@ -35,6 +39,21 @@ def up(
     replicas: Annotated[int | None, typer.Option(help="Hosts of each span.")] = None,
     stages: Annotated[int | None, typer.Option(help="Equal spans to cut the model in.")] = None,
     dtype: Annotated[str, typer.Option(help="Numeric type of the stages.")] = "fp32",
+    wan: Annotated[
+        str | None, typer.Option(help="lan, metro, continental, global, lossy or nat.")
+    ] = None,
+    unprivileged: Annotated[
+        bool, typer.Option("--unprivileged", help="Shape without namespaces, even as root.")
+    ] = False,
+    disk_mb: Annotated[
+        int, typer.Option(min=0, help="A disk of this size for each node; needs root.")
+    ] = 0,
+    authorities: Annotated[
+        int, typer.Option(min=1, help="Ledger authorities: 1, or a committee of 4, 7, …")
+    ] = 1,
+    witnesses: Annotated[
+        int | None, typer.Option(min=0, help="Nodes that witness the log; default 3.")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return once it is ready.")] = False,
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Where to put it; default: the XDG state folder.")
@@ -56,10 +75,21 @@ def up(
     local = catalog.load(model)
     check_loadable(local, None, dtype)
     placed = place(local.manifest.layers, nodes=nodes, stages=stages, replicas=replicas)
-    process = launch.start(directory, placed, model=model, dtype=dtype, with_parent=not detach)
-    with suppress(ValueError):  # only the main thread may: elsewhere the default stays
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    network = launch.choose_wan(wan, placed, unprivileged=unprivileged) if wan else None
+    if network is not None:
+        _tell_wan(network.profile, network.backend, network.why)
+    process = launch.start(
+        directory,
+        placed,
+        model=model,
+        dtype=dtype,
+        wan=network,
+        disk_mb=disk_mb,
+        with_parent=not detach,
+        authorities=authorities,
+        witnesses=witnesses,
+    )
+    _end_on_signals()
     stays = False
     try:
         launch.wait_until_ready(directory, process, timeout_s=launch.START_TIMEOUT_S, tell=status)
@@ -97,6 +127,130 @@ def stop(node: NodeArgument, directory: DirOption = None, as_json: JsonOption = 
 def restart(node: NodeArgument, directory: DirOption = None, as_json: JsonOption = False) -> None:
     """Start a node again with the same key and ports, and wait until it is ready."""
     _command(directory, "restart", node, ("ready",), as_json)
+
+
+@app.command()
+def hang(node: NodeArgument, directory: DirOption = None, as_json: JsonOption = False) -> None:
+    """Stop a node's process without ending it (SIGSTOP): it holds its connections, silent."""
+    _command(directory, "hang", node, ("ready", "starting", "draining"), as_json)
+
+
+@app.command()
+def resume(node: NodeArgument, directory: DirOption = None, as_json: JsonOption = False) -> None:
+    """Let a hung node go on (SIGCONT)."""
+    _command(directory, "resume", node, ("ready", "starting", "draining"), as_json)
+
+
+@app.command()
+def links(directory: DirOption = None, as_json: JsonOption = False) -> None:
+    """Measure the round trip between every pair of ends, the client's among them."""
+    from plait.testnet.rtt import measure_links
+
+    rows = measure_links(_running(directory))
+    if as_json:
+        emit_json({"links": rows})
+        return
+    columns = ("source", "target", "rtt_ms", "method")
+    table(columns, [[row[column] for column in columns] for row in rows])
+
+
+@app.command()
+def shape(
+    profile: Annotated[str | None, typer.Option(help="All figures of a profile.")] = None,
+    source: Annotated[list[str] | None, typer.Option("--from", help="Default: all.")] = None,
+    target: Annotated[list[str] | None, typer.Option("--to", help="Default: all.")] = None,
+    delay_ms: Annotated[float | None, typer.Option(help="One way.")] = None,
+    jitter_ms: Annotated[float | None, typer.Option(help="Half width, one way.")] = None,
+    rate_mbit: Annotated[float | None, typer.Option(help="0 is unlimited.")] = None,
+    loss: Annotated[float | None, typer.Option(help="Share of packets, 0 to 1.")] = None,
+    cut: Annotated[
+        bool | None, typer.Option("--cut/--heal", help="Let nothing through, or all again.")
+    ] = None,
+    directory: DirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Change what the links of a --wan testnet do, at once; without a change, show it.
+
+    Ends are nodes' names and "client". One direction only: name both for both.
+
+    Example: plait testnet shape --to node-2 --cut
+    """
+    from plait.testnet.shape import changes
+
+    directory = _running(directory)
+    figures = {"delay_ms": delay_ms, "jitter_ms": jitter_ms, "rate_mbit": rate_mbit, "loss": loss}
+    change = changes(profile, source or [], target or [], figures, cut=cut)
+    if change is not None:
+        answer = control.request(directory, "shape", change=change)
+        status(f"{answer['links_changed']} links changed")
+    answer = control.request(directory, "shape")
+    if as_json:
+        emit_json(answer)
+    elif change is None:
+        columns = ("source", "target", "delay_s", "jitter_s", "rate_bps", "loss", "cut")
+        table(columns, [[link[column] for column in columns] for link in answer["links"]])
+
+
+@app.command()
+def chaos(
+    plan: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Faults and times, TOML.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--random", help="Draw them from a seed.")] = None,
+    duration_s: Annotated[float, typer.Option("--duration", help="Seconds of load.")] = 60.0,
+    every_s: Annotated[float, typer.Option("--every", help="Seconds between faults.")] = 10.0,
+    load: Annotated[int, typer.Option(min=0, help="Generations at a time.")] = 4,
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kind", help="Only these faults; repeatable.")
+    ] = None,
+    allow_gaps: Annotated[
+        bool, typer.Option("--allow-gaps", help="A layer may lose its last host.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    directory: DirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Do harm to a live testnet under load and report what its users noticed.
+
+    Every answer is compared with the undisturbed one. Exit code 1 if a request failed, a
+    token is wrong, the ledger does not hold or something leaked. Ctrl-C heals and reports.
+
+    Example: plait testnet chaos --random 7 --duration 60 --every 10
+    """
+    import asyncio
+    from random import Random
+
+    from plait.errors import ConfigError
+    from plait.testnet.chaos import hosts_of, run_chaos
+    from plait.testnet.chaos_plan import DISRUPTIVE, parse_plan, random_plan
+
+    if (plan is None) == (seed is None):
+        raise ConfigError("say what is to happen", remedy="--random SEED, or --plan FILE")
+    directory = _running(directory)
+    if plan is not None:
+        chosen = parse_plan(plan.read_text())
+    else:
+        answer = control.request(directory, "status")
+        without = set[str]() if answer["wan"] else {"cut"}
+        without |= set[str]() if answer["disk_mb"] else {"fill"}
+        for kind in sorted(without - set(kinds or ())):
+            status(f"no {kind}: up {'--wan PROFILE' if kind == 'cut' else '--disk-mb N'} allows it")
+        chosen = random_plan(
+            Random(seed).random,
+            hosts_of(answer),
+            duration_s=duration_s,
+            every_s=every_s,
+            load=load,
+            kinds=tuple(kinds or (kind for kind in DISRUPTIVE if kind not in without)),  # type: ignore[arg-type]
+            allow_gaps=allow_gaps,
+        )
+    report = asyncio.run(run_chaos(directory, chosen, max_tokens=max_tokens, tell=status))
+    if as_json:
+        emit_json(report | {"seed": seed})
+    else:
+        _show_chaos(report)
+    if report["wrong"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -147,7 +301,32 @@ def _show(directory: Path, as_json: bool) -> None:
         for node in answer["nodes"]
     ]
     table(["name", "roles", "model", "span", "state", "pid", "peer"], rows)
+    if (wan := answer["wan"]) is not None:
+        _tell_wan(wan["profile"], wan["backend"], wan["why"])
     status(f"network file: {directory / NETWORK_FILE}")
+
+
+def _show_chaos(report: dict[str, Any]) -> None:
+    requests, gaps = report["requests"], report["gap_s"]
+    applied = sum(fault["outcome"].startswith("applied") for fault in report["faults"])
+    status(f"{applied} of {len(report['faults'])} faults applied in {report['duration_s']} s")
+    for name in ("ok", "failed", "rerouted", "tokens_delivered", "tokens_wrong"):
+        print(f"{name.replace('_', ' ')}: {requests[name]}")
+    for failure in requests["failures"]:
+        print(f"  {failure['count']} x {failure['code']}, first: {failure['example']}")
+    for name, figures in gaps.items():
+        print(f"longest pause, {name.replace('_', ' ')}: {figures}")
+    print("\n".join(f"WRONG: {what}" for what in report["wrong"]) or "nothing is wrong")
+
+
+def _tell_wan(profile: str, backend: str, why: str) -> None:
+    status(f"wan {profile}: carried by {_CARRIERS[backend]} ({why})")
+
+
+def _end_on_signals() -> None:
+    with suppress(ValueError):  # only the main thread may: elsewhere the default stays
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 def _stay(process: subprocess.Popen[bytes]) -> None:

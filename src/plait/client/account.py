@@ -5,12 +5,13 @@ the ledger answered the last: so a crash cannot make the client sign two differe
 reservations with one number. Several processes use one account through separate lanes.
 """
 
+import asyncio
 import contextlib
 import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from plait.types import PeerId
 from plait.v1.identity_pb2 import SignedEnvelope
 
 LANES = 64
+SERIAL_WAIT_S = 10.0
+_SERIAL_POLL_S = 0.02
 
 
 @dataclass(slots=True)
@@ -77,6 +80,8 @@ class Account:
     peer_key: SigningKey
     ledger_key: SigningKey
     tls: TlsIdentity
+    serial: bool = False
+    """One lane only, with the number 0: a committee of authorities grants."""
 
     @property
     def peer(self) -> PeerId:
@@ -84,22 +89,46 @@ class Account:
         return self.peer_key.peer_id
 
     @contextlib.contextmanager
-    def lane(self) -> Iterator[Lane]:
-        """Lock a free lane; raises ``CapacityError`` when all are in use."""
+    def lane(self, *, idle: bool = False) -> Iterator[Lane]:
+        """Lock a free lane; raises ``CapacityError`` when all are in use.
+
+        With ``idle``, one that has no unanswered reservation.
+        """
         lanes = self.folder / "lanes"
         lanes.mkdir(exist_ok=True, mode=0o700)
-        for number in range(LANES):
+        for number in ["serial"] if self.serial else range(LANES):
             with (lanes / f"{number}.lock").open("w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue
-                yield Lane(secrets.randbits(32), lanes / f"{number}.json")
+                first = 0 if self.serial else secrets.randbits(32)
+                lane = Lane(first, lanes / f"{number}.json")
+                if idle and lane.load()[1] is not None:
+                    continue
+                yield lane
                 return
-        raise CapacityError(f"all {LANES} lanes of the account are in use", retry_after_s=1.0)
+        raise CapacityError("all lanes of the account are in use", retry_after_s=1.0)
+
+    @contextlib.asynccontextmanager
+    async def free_lane(self, *, idle: bool = False) -> AsyncIterator[Lane]:
+        """The same, but wait for the one lane of a serial account while it is in use."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + (SERIAL_WAIT_S if self.serial else 0.0)
+        with contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    # Its one lane resends first: there is no other that is idle.
+                    lane = stack.enter_context(self.lane(idle=idle and not self.serial))
+                    break
+                except CapacityError:
+                    if loop.time() >= deadline_s:
+                        raise
+                    await asyncio.sleep(_SERIAL_POLL_S)
+            yield lane
 
 
-def open_account(folder: Path) -> Account:
+def open_account(folder: Path, *, serial: bool = False) -> Account:
     """Load the keys of a folder, or make them on first use; raises ``ConfigError``."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -109,6 +138,7 @@ def open_account(folder: Path) -> Account:
             peer_key=peer_key,
             ledger_key=load_or_create_key(folder / "ledger.key"),
             tls=load_or_create(folder, peer_key.peer_id),
+            serial=serial,
         )
     except OSError as error:
         raise ConfigError(f"cannot use the account folder {folder}: {error.strerror}") from error

@@ -36,7 +36,8 @@ class Answer:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     prompt_tokens: int
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "ended"]
+    """An end token, the limit of tokens, or the client's own wish."""
     route: tuple[RouteStep, ...]
     epochs: int
     ttft_s: float

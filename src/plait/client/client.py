@@ -14,23 +14,30 @@ from typing import Any, Self, TypeVar
 from plait.client.account import Account, open_account
 from plait.client.answer import Answer, TextDelta
 from plait.client.dialer import Dialer
-from plait.client.generation import Generation, Order, Surroundings
+from plait.client.drafting import Drafting
+from plait.client.epoch import Order
+from plait.client.generation import Generation, Surroundings
 from plait.client.prompt import Prompt, check_lengths, prompt_ids
+from plait.compute.drafts import NgramDrafter
 from plait.errors import ConfigError, LocalProtocolError, NoRoute, PeerUnreachable, PlaitError
-from plait.ledger.service.remote import RemoteLedger
+from plait.ledger.notices import NoticeBoard
+from plait.ledger.service.committee import Ledger, connect
+from plait.ledger.service.notices import NoticeExchange, NoticeFile, Post, posts_of
 from plait.locate import client_dir, network_path
 from plait.model.catalog import LocalModel, load
 from plait.model.tokenizer import Tokenizer
-from plait.net.watch import NetworkWatch
+from plait.net.watch import NetworkWatch, targets_of
 from plait.network_file import NetworkFile, load_network_file
 from plait.router.explain import explain, explain_failure
 from plait.router.plan import Plan, plan
 from plait.router.request import RouteRequest, Sort
 from plait.router.view import View
 from plait.task_scope import TaskScope
-from plait.types import MILLION, Microcredits, PeerId, Sampling, Span
+from plait.types import MILLION, Microcredits, PeerId, Qos, Sampling, Span
 
 T = TypeVar("T")
+
+_NOT_ENTERED = "use the client as a context manager: async with AsyncClient(…)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +61,11 @@ class Options:
     only: frozenset[PeerId] = frozenset()
     ignore: frozenset[PeerId] = frozenset()
     bundle: bool = False
+    drafts: bool = True
+    """Guess what follows from the text so far: faster where it repeats, never another text."""
+    qos: Qos = "standard"
+    replica_wait_s: float = 20.0
+    """How long to wait for a host when a stage is lost and nobody can take its place."""
 
     def route_request(self, prompt_tokens: int) -> RouteRequest:
         """The router's part of the options; raises ``ConfigError`` for one out of range."""
@@ -116,14 +128,23 @@ class AsyncClient:
         self._stack = AsyncExitStack()
         self._tasks: TaskScope | None = None
         self._watch: NetworkWatch | None = None
-        self._ledger: RemoteLedger | None = None
+        self._ledger: Ledger | None = None
         self._dialer: Dialer | None = None
-        self.account: Account = open_account(self._folder)
+        self._notices: NoticeBoard | None = None
+        serial = len(self.network.authorities) > 1
+        self.account: Account = open_account(self._folder, serial=serial)
 
     async def __aenter__(self) -> Self:
         if not self.network.authorities:
             raise ConfigError("the network file names no ledger authority")
-        self._ledger = RemoteLedger(self.network.authorities[0])
+        self._notices = NoticeBoard(self.network)
+        notices = NoticeExchange(
+            self._notices,
+            self.network,
+            self._posts,
+            file=NoticeFile(self._folder / "notices"),
+        )
+        self._ledger = await connect(self.network, notices, self._folder / "missed")
         self._stack.push_async_callback(self._ledger.close)
         self._dialer = Dialer(self.account, self.network.network_id, _clock_ms)
         self._stack.push_async_callback(self._dialer.close)
@@ -131,6 +152,7 @@ class AsyncClient:
         self._watch = await self._stack.enter_async_context(
             NetworkWatch(self.network, self.account.peer)
         )
+        self._tasks.create_task(notices.run(), name="notices")
         return self
 
     async def __aexit__(
@@ -142,13 +164,25 @@ class AsyncClient:
         await self._stack.aclose()
 
     @property
-    def ledger(self) -> RemoteLedger:
+    def ledger(self) -> Ledger:
         """The ledger's service."""
-        return _entered(self._ledger)
+        if self._ledger is None:
+            raise LocalProtocolError(_NOT_ENTERED)
+        return self._ledger
 
     def view(self) -> View:
         """The offers and links known now."""
         return _entered(self._watch).view()
+
+    def _posts(self) -> list[Post]:
+        """Whom to exchange notices with: the nodes in view, and the ledger."""
+        nodes = targets_of(self.view(), self.account.peer)
+        posts = [Post(target.address, target.certificate) for target in nodes]
+        return posts + posts_of(self.network.authorities)
+
+    async def changed(self) -> None:
+        """Return after the next change of what is known of the network."""
+        await _entered(self._watch).changed()
 
     async def wait_ready(self, model: str, timeout_s: float = 30.0) -> None:
         """Return once a complete pipeline exists; raises the error that still holds."""
@@ -249,6 +283,8 @@ class AsyncClient:
             vocabulary_size=local.manifest.vocabulary_size,
             manifest=local.manifest.payload,
             want_bundle=options.bundle,
+            qos=options.qos,
+            replica_wait_ms=round(options.replica_wait_s * 1000),
         )
         watch = _entered(self._watch)
         await watch.settled()
@@ -260,11 +296,14 @@ class AsyncClient:
             ledger=self.ledger,
             tasks=_entered(self._tasks),
             view=watch.view,
-            envelope_of=watch.envelope_of,
+            envelopes=watch.envelopes,
+            changed=watch.changed,
+            revoked=lambda: _entered(self._notices).revoked,
             clock_ms=_clock_ms,
             monotonic_s=time.monotonic,
         )
-        return await Generation(order, around, emit).run(tokenizer.decode)
+        drafter = Drafting(NgramDrafter(ids)) if options.drafts else None
+        return await Generation(order, around, emit, drafter).run(tokenizer.decode)
 
     def _load(self, model: str) -> tuple[LocalModel, Tokenizer]:
         if model not in self._models:
@@ -283,5 +322,5 @@ def _clock_ms() -> int:
 
 def _entered(value: T | None) -> T:
     if value is None:
-        raise LocalProtocolError("use the client as a context manager: async with AsyncClient(…)")
+        raise LocalProtocolError(_NOT_ENTERED)
     return value

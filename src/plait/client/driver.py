@@ -1,34 +1,67 @@
-"""The driver's decisions: which frame to send next, what to deliver, when to end.
+"""The driver's decisions about tokens: which frame to send next, what to deliver, when to end.
 
-Pure: no clock, no socket. One traversal is in flight at a time. A traversal number is
-used once, so a late or repeated result is dropped. Positions are explicit: frame k of the
-prompt starts where frame k-1 ended, and each drawn token is fed back at the next position.
+Pure: no clock, no socket. One traversal is in flight at a time. A traversal number is used
+once in an epoch, so a late or repeated result is dropped. Positions are explicit: a decode
+frame feeds the token drawn last, then drafts of what may follow; where the draws left the
+drafts, the next frame starts, and overwrites. A new epoch goes on where the last answer
+ended: what was delivered is never drawn again.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from plait.errors import RemoteProtocolError
+from plait.ledger.terms import DRAFTS_MAX
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "ended"]
+"""An end token, the limit of tokens, or the client's own wish."""
+
+REPLAY_ROWS_MAX = 256
+
+
+class Drafter(Protocol):
+    """Guesses how the sequence goes on; a wrong guess costs time, never changes a token."""
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """Learn what was drawn."""
+
+    def propose(self, most: int) -> tuple[int, ...]:
+        """Up to ``most`` ids that may follow."""
+
+    def observe(self, proposed: int, accepted: int, elapsed_ms: float | None) -> None:
+        """Learn how many of the last proposal were drawn, and how long the traversal took.
+
+        The time is None where it says nothing: after a reroute.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class SendFrame:
-    """Send these ids to the first stage; no ids closes the last chunk without computing."""
+    """Send these ids to the first stage; no ids closes the last chunk without computing.
+
+    The last ``drafts`` of the ids are guesses. A ``replay`` frame rebuilds the first stage
+    and is not answered.
+    """
 
     traversal: int
     first_position: int
     ids: tuple[int, ...]
     sample: bool
     close_chunk: bool
+    drafts: int = 0
+    replay: bool = False
 
     @property
     def rows(self) -> int:
         """Rows of the frame."""
         return len(self.ids)
+
+    @property
+    def draft_ids(self) -> tuple[int, ...]:
+        """The guesses."""
+        return self.ids[len(self.ids) - self.drafts :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +91,11 @@ class Accounting:
 
 
 class Driver:
-    """One session's generation over one pipeline.
+    """One session's generation.
 
     ``prompt_ids`` must not be empty; ``max_tokens`` is at least 1. Call ``start`` once,
-    then ``on_result`` for each result; perform the actions in order.
+    ``on_result`` for each result and ``resume`` after each reroute; perform the actions in
+    order.
     """
 
     def __init__(
@@ -71,17 +105,28 @@ class Driver:
         end_ids: frozenset[int],
         accounting: Accounting,
         vocabulary_size: int,
+        drafter: Drafter | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.drawn: list[int] = []
         self.frames: list[SendFrame] = []
+        """What was sent in this epoch."""
+        self.answered: int | None = None
+        """The last traversal of this epoch whose result was taken."""
+        self.finish: FinishReason | None = None
+        """Set once nothing more will be drawn; the last chunk may still be open."""
+        self.may_draft = drafter is not None
+        """Whether guesses may be sent: nobody on the route charges for wrong ones."""
         self._max_tokens = max_tokens
         self._end_ids = end_ids
         self._accounting = accounting
         self._vocabulary_size = vocabulary_size
-        self._prefill = self._prefill_frames()
+        self._drafter = drafter
+        self._traversal = 0
+        self._prefilled = 0
         self._draws_in_chunk = 0
-        self._finish: FinishReason | None = None
+        self._first_of_epoch = False
+        self._stopping = False
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -91,74 +136,167 @@ class Driver:
         return tuple(self.drawn)
 
     @property
+    def position(self) -> int:
+        """The next position to feed: all before it is known and was accepted."""
+        if self.drawn:
+            return len(self.prompt_ids) + len(self.drawn) - 1
+        return self._prefilled
+
+    @property
     def in_flight(self) -> SendFrame:
         """The frame whose result is awaited."""
         return self.frames[-1]
 
-    def start(self) -> list[Action]:
-        """Return the first frame."""
-        return [self._send(next(self._prefill))]
+    @property
+    def awaiting(self) -> bool:
+        """Whether a frame is out and not answered."""
+        return bool(self.frames) and self.answered != self.frames[-1].traversal
 
-    def on_result(self, traversal: int, ids: list[int], logprobs: list[float]) -> list[Action]:
-        """Take the last stage's answer to the frame in flight.
+    def start(self, cached: int = 0) -> list[Action]:
+        """Return the first frame; positions before ``cached`` are in every stage already."""
+        self._prefilled = cached
+        return [self._send(self._prefill_frame())]
+
+    def resume(self, *, replay: bool) -> list[Action]:
+        """Go on in a new epoch; ``replay`` feeds the first stage all ids before, too."""
+        self.frames, self.answered = [], None
+        self._draws_in_chunk = 0
+        self._first_of_epoch = True
+        actions: list[Action] = []
+        self._traversal = 0
+        if replay:
+            actions += [self._send(frame) for frame in self._replay_frames()]
+        # Above every replay frame's number on any hop, since each has a row at least.
+        self._traversal = self.position
+        frame = self._decode_frame() if self.drawn else self._prefill_frame()
+        self._first_of_epoch = False
+        return [*actions, self._send(frame)]
+
+    def stop(self) -> None:
+        """End the answer after the result that is due, with its last chunk closed."""
+        self._stopping = True
+
+    def is_due(self, traversal: int, ids: Sequence[int], logprobs: Sequence[float]) -> bool:
+        """Whether this answers the frame in flight; a duplicate of an earlier one does not.
+
+        Raises ``RemoteProtocolError`` if it fits no frame.
+        """
+        sent = self.in_flight
+        if traversal < sent.traversal or not self.awaiting:
+            return False
+        if traversal > sent.traversal:
+            raise RemoteProtocolError("the last stage answered a frame that was not sent")
+        self._check_draws(sent, ids, logprobs)
+        return True
+
+    def on_result(
+        self,
+        traversal: int,
+        ids: Sequence[int],
+        logprobs: Sequence[float],
+        elapsed_ms: float | None = None,
+    ) -> list[Action]:
+        """Take the last stage's answer to the frame in flight, and how long that took.
 
         Raises ``RemoteProtocolError`` if it does not fit that frame. A result of an
         earlier traversal is a duplicate and gives no action.
         """
-        sent = self.in_flight
-        if traversal < sent.traversal:
+        if not self.is_due(traversal, ids, logprobs):
             return []
-        if traversal > sent.traversal or len(ids) != int(sent.sample) or len(logprobs) != len(ids):
-            raise RemoteProtocolError("the last stage answered a frame that was not sent")
+        sent = self.in_flight
+        self.answered = traversal
+        if self.finish is not None:
+            return [Finish(self.finish)]
+        if not sent.sample:
+            self._prefilled = sent.first_position + sent.rows
+            return [self._send(self._prefill_frame())]
+        if self._drafter is not None:
+            self._drafter.extend(ids)
+            if sent.first_position >= len(self.prompt_ids):
+                self._drafter.observe(sent.drafts, len(ids) - 1, elapsed_ms)
+        return self._on_draws(sent, ids, logprobs)
+
+    def _check_draws(self, sent: SendFrame, ids: Sequence[int], logprobs: Sequence[float]) -> None:
+        fewest, most = int(sent.sample), int(sent.sample) * (1 + sent.drafts)
+        if not fewest <= len(ids) <= most or len(logprobs) != len(ids):
+            raise RemoteProtocolError(f"the last stage drew {len(ids)} tokens, not {most} at most")
         if any(token_id >= self._vocabulary_size for token_id in ids):
             raise RemoteProtocolError("the last stage drew a token outside the vocabulary")
+        if tuple(ids[:-1]) != sent.draft_ids[: max(len(ids) - 1, 0)]:
+            raise RemoteProtocolError("the last stage went on after a draw that was not drafted")
+        if self._end_ids.intersection(ids[:-1]):
+            raise RemoteProtocolError("the last stage went on after an end token")
         if not all(math.isfinite(logprob) and logprob <= 0 for logprob in logprobs):
             raise RemoteProtocolError("the last stage gave an impossible log-probability")
-        if self._finish is not None:
-            return [Finish(self._finish)]
-        if not sent.sample:
-            return [self._send(next(self._prefill))]
-        return self._on_draw(ids[0], logprobs[0], closed=sent.close_chunk)
 
-    def _on_draw(self, token_id: int, logprob: float, *, closed: bool) -> list[Action]:
-        self.drawn.append(token_id)
-        self._draws_in_chunk = 0 if closed else self._draws_in_chunk + 1
-        if token_id in self._end_ids:
-            self._finish = "stop"
-            return [Finish("stop")] if closed else [self._send(self._closing_frame())]
-        actions: list[Action] = [Deliver(token_id, logprob)]
+    def _on_draws(
+        self, sent: SendFrame, ids: Sequence[int], logprobs: Sequence[float]
+    ) -> list[Action]:
+        self.drawn += ids
+        self._draws_in_chunk = 0 if sent.close_chunk else self._draws_in_chunk + len(ids)
+        actions: list[Action] = [
+            Deliver(token_id, logprob)
+            for token_id, logprob in zip(ids, logprobs, strict=True)
+            if token_id not in self._end_ids
+        ]
+        self.finish = self._finish_reason()
+        if self.finish is None:
+            return [*actions, self._send(self._decode_frame())]
+        if sent.close_chunk:
+            return [*actions, Finish(self.finish)]
+        return [*actions, self._send(self._closing_frame())]
+
+    def _finish_reason(self) -> FinishReason | None:
+        if self.drawn[-1] in self._end_ids:
+            return "stop"
         if len(self.drawn) == self._max_tokens:
-            self._finish = "length"
-            return [*actions, Finish("length")]
-        return [*actions, self._send(self._decode_frame(token_id))]
+            return "length"
+        return "ended" if self._stopping else None
 
     def _send(self, frame: SendFrame) -> SendFrame:
         self.frames.append(frame)
+        self._traversal = frame.traversal + 1
         return frame
 
-    def _prefill_frames(self) -> Iterator[SendFrame]:
-        step, total = self._accounting.prefill_chunk_tokens, len(self.prompt_ids)
-        for start in range(0, total, step):
-            ids = self.prompt_ids[start : start + step]
-            yield SendFrame(
-                len(self.frames), start, ids, sample=start + len(ids) == total, close_chunk=True
-            )
+    def _prefill_frame(self) -> SendFrame:
+        start = self._prefilled
+        ids = self.prompt_ids[start : start + self._accounting.prefill_chunk_tokens]
+        last = start + len(ids) == len(self.prompt_ids)
+        return SendFrame(self._traversal, start, ids, sample=last, close_chunk=True)
 
-    def _decode_frame(self, token_id: int) -> SendFrame:
-        last_in_chunk = self._draws_in_chunk + 1 == self._accounting.chunk_tokens
-        last_of_all = len(self.drawn) + 1 == self._max_tokens
+    def _replay_frames(self) -> list[SendFrame]:
+        known = (*self.prompt_ids, *self.drawn)[: self.position]
+        return [
+            SendFrame(
+                number,
+                start,
+                known[start : start + REPLAY_ROWS_MAX],
+                sample=False,
+                close_chunk=False,
+                replay=True,
+            )
+            for number, start in enumerate(range(0, len(known), REPLAY_ROWS_MAX))
+        ]
+
+    def _decode_frame(self) -> SendFrame:
+        chunk_left = self._accounting.chunk_tokens - self._draws_in_chunk
+        answer_left = self._max_tokens - len(self.drawn)
+        # The first frame of an epoch closes its chunk, so that a replay is receipted at once.
+        close = self._first_of_epoch or min(chunk_left, answer_left) == 1
+        # A frame with drafts closes nothing: how many are accepted is known only afterwards.
+        most = 0 if close else min(chunk_left - 2, answer_left - 2, DRAFTS_MAX)
+        drafts: tuple[int, ...] = ()
+        if self._drafter is not None and self.may_draft and most > 0:
+            drafts = self._drafter.propose(most)
         return SendFrame(
-            len(self.frames),
-            self._next_position() - 1,
-            (token_id,),
+            self._traversal,
+            self.position,
+            (self.drawn[-1], *drafts),
             sample=True,
-            close_chunk=last_in_chunk or last_of_all,
+            close_chunk=close,
+            drafts=len(drafts),
         )
 
     def _closing_frame(self) -> SendFrame:
-        # The end token is drawn but never fed back, so nothing stands at the next position.
-        position = self._next_position() - 1
-        return SendFrame(len(self.frames), position, (), sample=False, close_chunk=True)
-
-    def _next_position(self) -> int:
-        return len(self.prompt_ids) + len(self.drawn)
+        # The token drawn last is never fed, so nothing stands at the next position.
+        return SendFrame(self._traversal, self.position, (), sample=False, close_chunk=True)

@@ -1,55 +1,65 @@
-"""One generation: plan, open, reserve, drive, pay, close, collect the evidence.
+"""One generation: the shell around a session core.
 
-The decisions are in ``driver`` (what to send), the router (where) and ``ClientBooks`` (what
-to sign); this shell performs them. Whatever happens, the pipeline is closed.
+It reports what happens to the core and performs what the core asks for, in order; then it
+collects the evidence. Whatever happens, the session is closed on every stage.
 """
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from plait.client.account import Account
+from plait.client.actions import (
+    Action,
+    AskView,
+    Cancelled,
+    CloseEpoch,
+    CloseStages,
+    ConfirmStage,
+    Event,
+    Failed,
+    Finished,
+    LeaveStages,
+    Note,
+    OpenStages,
+    Reserve,
+    Send,
+    SetTimer,
+    ShowGrant,
+    Started,
+    Stopped,
+    Ticked,
+    Viewed,
+)
 from plait.client.answer import Answer, RouteStep
 from plait.client.dialer import Dialer
-from plait.client.driver import Accounting, Deliver, Driver, Finish, FinishReason, SendFrame
-from plait.client.pipeline import Pipeline, StageRefused, StageUnreachable
-from plait.envelope import seal
-from plait.errors import (
-    CapacityError,
-    LedgerError,
-    LocalProtocolError,
-    NetworkError,
-    NoRoute,
-    PlaitError,
-    SessionLost,
-    VerificationError,
-)
-from plait.ledger.bundle import BundleParts, build_bundle
-from plait.ledger.certs import check_key_cert, make_key_cert
-from plait.ledger.client_books import ClientBooks
-from plait.ledger.opening import opening_to_message, route_digest
-from plait.ledger.reserve import check_grant, make_reservation
-from plait.ledger.service.remote import Evidence, RemoteLedger
-from plait.ledger.terms import SessionTerms, StageTerms
+from plait.client.driver import Deliver, Drafter, FinishReason, SendFrame
+from plait.client.epoch import Epoch, Order, Party
+from plait.client.pipeline import Pipeline
+from plait.client.reserving import Reserving
+from plait.client.session import SessionCore
+from plait.envelope import digest
+from plait.errors import LedgerError, LocalProtocolError, NetworkError
+from plait.ledger.bundle import BundleParts, EpochParts, Frame, build_bundle
+from plait.ledger.certs import make_key_cert
+from plait.ledger.service.committee import Ledger
+from plait.ledger.service.remote import Evidence
 from plait.logs import get_logger
 from plait.network_file import NetworkFile
-from plait.router.plan import Plan, PlannedStage, plan
-from plait.router.request import RouteRequest
-from plait.router.view import Offer, View
+from plait.router.view import View
 from plait.task_scope import TaskScope
-from plait.types import ModelShape, Sampling, SessionId
+from plait.types import Digest, PeerId, SessionId
 from plait.v1.identity_pb2 import SignedEnvelope
 
 log = get_logger(__name__)
 
-ATTEMPTS_MAX = 4
-STALL_TIMEOUT_S = 60.0
-RESERVATION_TTL_MS_MIN = 300_000
-RESERVATION_TTL_MS_MAX = 12 * 3_600_000
-"""Credit stays set aside for as long, if a stage vanishes without releasing it."""
 KEY_CERT_TTL_MS = 86_400_000
 EVIDENCE_WAIT_S = 3.0
+WIND_DOWN_S = 1.0
+EVENTS_MAX = 4_096
+"""Events that may wait; a peer that sends more is dropped with what it sends."""
 _EVIDENCE_POLL_S = 0.1
 
 
@@ -60,245 +70,200 @@ class Surroundings:
     account: Account
     network: NetworkFile
     dialer: Dialer
-    ledger: RemoteLedger
+    ledger: Ledger
     tasks: TaskScope
     view: Callable[[], View]
-    envelope_of: Callable[[Offer], SignedEnvelope | None]
+    envelopes: Callable[[], Sequence[SignedEnvelope]]
+    changed: Callable[[], Awaitable[None]]
+    revoked: Callable[[], Mapping[PeerId, int]]
     clock_ms: Callable[[], int]
     monotonic_s: Callable[[], float]
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What is asked: token ids in, at most ``route.max_tokens`` out."""
-
-    model: ModelShape
-    prompt_ids: tuple[int, ...]
-    sampling: Sampling
-    route: RouteRequest
-    vocabulary_size: int
-    manifest: bytes
-    want_bundle: bool
-
-
-@dataclass(slots=True)
-class _Opened:
-    pipeline: Pipeline
-    plan: Plan
-    terms: SessionTerms
-    opening: SignedEnvelope
-    client_cert: SignedEnvelope
-    offers: tuple[SignedEnvelope, ...]
-    reservation: SignedEnvelope | None = None
-    grant: SignedEnvelope | None = None
 
 
 class Generation:
     """Runs one order; ``emit`` gets each token as it is delivered."""
 
     def __init__(
-        self, order: Order, around: Surroundings, emit: Callable[[int, float], None]
+        self,
+        order: Order,
+        around: Surroundings,
+        emit: Callable[[int, float], None],
+        drafter: Drafter | None = None,
     ) -> None:
         self._order = order
         self._around = around
         self._emit = emit
-        self._token_times: list[float] = []
-        self._logprobs: list[float] = []
-
-    async def run(self, decode: Callable[[Sequence[int]], str]) -> Answer:
-        """Generate; raises ``NoRoute``, ``CapacityError``, ``LedgerError``, ``SessionLost`` or
-        ``VerificationError``. ``decode`` turns the delivered ids into text.
-        """
-        started_s = self._around.monotonic_s()
-        opened = await self._open_some_pipeline()
-        books = ClientBooks(opened.terms, self._around.account.ledger_key)
-        driver = Driver(
-            self._order.prompt_ids,
-            self._order.route.max_tokens,
-            frozenset(self._order.sampling.end_ids),
-            Accounting(opened.terms.chunk_tokens, opened.terms.prefill_chunk_tokens),
-            self._order.vocabulary_size,
-        )
-        reason = "aborted"
-        try:
-            finish = await self._drive(driver, books, opened.pipeline)
-            reason = finish
-        finally:
-            closing = opened.pipeline.close(books.voucher, reason)
-            settled = await asyncio.shield(self._around.tasks.create_task(closing))
-        text = decode(driver.token_ids)
-        bundle = None
-        if self._order.want_bundle:
-            bundle = await self._bundle(opened, books, driver, text, finish)
-        answer = self._answer(opened, books, driver, text, finish, started_s)
-        return replace(answer, settled=settled, bundle=bundle)
-
-    # Opening ------------------------------------------------------------------------
-
-    async def _open_some_pipeline(self) -> _Opened:
-        ignore, refusals = self._order.route.ignore, list[PlaitError]()
-        for _ in range(ATTEMPTS_MAX):
-            request = replace(self._order.route, ignore=ignore)
-            try:
-                chosen = plan(
-                    self._around.view(),
-                    self._order.model,
-                    request,
-                    source=self._around.account.peer,
-                    now_ms=self._around.clock_ms(),
-                    alternates=0,
-                )
-            except NoRoute as error:
-                if refusals:
-                    raise CapacityError(
-                        f"no pipeline took the session: {refusals[-1]}",
-                        remedy="try again in a moment, or: plait route MODEL --explain",
-                    ) from error
-                raise
-            try:
-                return await self._open(chosen)
-            except (StageRefused, StageUnreachable) as error:
-                log.info("route refused", reason=str(error))
-                refusals.append(error)
-                ignore = ignore | {error.peer}
-        raise CapacityError(f"{ATTEMPTS_MAX} routes were refused, the last because {refusals[-1]}")
-
-    async def _open(self, chosen: Plan) -> _Opened:
-        opened = self._prepare(chosen)
-        try:
-            await opened.pipeline.open(opened.opening, opened.client_cert)
-            opened.terms = opened.pipeline.terms = self._with_keys(opened)
-            await self._reserve(opened)
-            assert opened.reservation is not None and opened.grant is not None
-            await opened.pipeline.confirm(opened.reservation, opened.grant)
-        except BaseException:
-            closing = opened.pipeline.close(None, "not opened")
-            await asyncio.shield(self._around.tasks.create_task(closing))
-            raise
-        return opened
-
-    def _prepare(self, chosen: Plan) -> _Opened:
-        around, now_ms = self._around, self._around.clock_ms()
-        terms = SessionTerms(
-            network_id=around.network.network_id,
-            session_id=SessionId(secrets.token_bytes(16)),
-            epoch=1,
-            client=around.account.peer,
-            client_ledger_key=around.account.ledger_key.public,
-            model_digest=self._order.model.digest,
-            stages=tuple(_stage_terms(stage) for stage in chosen.stages),
-            prompt_tokens=len(self._order.prompt_ids),
-            max_tokens=self._order.route.max_tokens,
-            handoff_salt=secrets.token_bytes(32),
-        )
-        offers = tuple(_known(around.envelope_of(stage.offer)) for stage in chosen.stages)
-        expires_ms = now_ms + _session_ms_max(chosen)
-        opening = opening_to_message(terms, self._order.sampling, now_ms, expires_ms)
-        return _Opened(
-            pipeline=Pipeline(
-                terms, [stage.offer for stage in chosen.stages], around.dialer, around.tasks
+        self._events: asyncio.Queue[Event] = asyncio.Queue(EVENTS_MAX)
+        self._core = SessionCore(
+            order,
+            Party(
+                network_id=around.network.network_id,
+                authorities=around.network.authorities,
+                peer=around.account.peer,
+                ledger_key=around.account.ledger_key,
+                revoked=around.revoked,
             ),
-            plan=chosen,
-            terms=terms,
-            opening=seal(around.account.ledger_key, opening),
-            client_cert=self._client_cert(now_ms),
-            offers=offers,
+            secrets.token_bytes,
+            drafter,
         )
-
-    def _client_cert(self, now_ms: int) -> SignedEnvelope:
-        account = self._around.account
-        return make_key_cert(
-            account.peer_key,
-            account.ledger_key.public,
-            self._around.network.network_id,
-            now_ms,
+        self._client_cert = make_key_cert(
+            around.account.peer_key,
+            around.account.ledger_key.public,
+            around.network.network_id,
+            around.clock_ms(),
             KEY_CERT_TTL_MS,
             1,
         )
-
-    def _with_keys(self, opened: _Opened) -> SessionTerms:
-        network_id, now_ms = self._around.network.network_id, self._around.clock_ms()
-        stages = []
-        for stage, cert in zip(opened.terms.stages, opened.pipeline.stage_certs, strict=True):
-            _, ledger_key = check_key_cert(cert, network_id, now_ms, peer=stage.peer)
-            stages.append(replace(stage, ledger_key=ledger_key))
-        return replace(opened.terms, stages=tuple(stages))
-
-    async def _reserve(self, opened: _Opened) -> None:
-        """Sign, make durable, send; an unanswered reservation of an earlier run goes first."""
-        around = self._around
-        with around.account.lane() as lane:
-            sequence, pending = lane.load()
-            if pending is not None:
-                sequence = await self._resend(lane.number, sequence, pending, opened.client_cert)
-            reservation = make_reservation(
-                around.account.ledger_key,
-                opened.terms,
-                lane.number,
-                sequence,
-                around.clock_ms(),
-                _session_ms_max(opened.plan),
-                route_digest(opened.terms),
-            )
-            lane.save(sequence, reservation)
-            try:
-                grant = await around.ledger.reserve(reservation, opened.client_cert)
-            except LedgerError:
-                lane.save(sequence, None)
-                raise
-            lane.save(sequence + 1, None)
-        check_grant(
-            grant, reservation, around.network.authorities, opened.terms, None, around.clock_ms()
+        self._reserving = Reserving(
+            around.account, around.ledger, self._client_cert, around.clock_ms
         )
-        opened.reservation, opened.grant = reservation, grant
+        self._pipeline: Pipeline | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._closing: asyncio.Task[bool] | None = None
+        self._envelopes: dict[Digest, SignedEnvelope] = {}
+        self._token_times: list[float] = []
+        self._logprobs: list[float] = []
+        self._outcome: Finished | Failed | None = None
 
-    async def _resend(
-        self, lane: int, sequence: int, pending: SignedEnvelope, cert: SignedEnvelope
-    ) -> int:
+    def stop(self) -> None:
+        """End the answer with the token that is due; what was delivered is paid for."""
+        self._report(Stopped())
+
+    async def run(self, decode: Callable[[Sequence[int]], str]) -> Answer:
+        """Generate; raises ``NoRoute``, ``CapacityError``, ``LedgerError`` or ``SessionLost``.
+
+        ``decode`` turns the delivered ids into text.
+        """
+        started_s = self._around.monotonic_s()
+        self._report(Started())
         try:
-            await self._around.ledger.reserve(pending, cert)
-        except LedgerError as error:
-            log.info("an earlier reservation was refused", lane=lane, reason=str(error))
-            return sequence
-        return sequence + 1
+            outcome = await self._pump()
+        except asyncio.CancelledError:
+            await asyncio.shield(self._around.tasks.create_task(self._wind_down()))
+            raise
+        finally:
+            self._set_timer(SetTimer(None))
+        settled = self._closing is not None and await asyncio.shield(self._closing)
+        if isinstance(outcome, Failed):
+            raise outcome.error
+        text = decode(self._core.driver.token_ids)
+        bundle = await self._bundle(text, outcome.reason) if self._order.want_bundle else None
+        return self._answer(text, outcome.reason, started_s, settled=settled, bundle=bundle)
 
-    # Driving ------------------------------------------------------------------------
+    async def _pump(self) -> Finished | Failed:
+        while self._outcome is None:
+            event = await self._events.get()
+            for action in self._core.handle(event, self._around.clock_ms()):
+                self._perform(action)
+        return self._outcome
 
-    async def _drive(self, driver: Driver, books: ClientBooks, pipeline: Pipeline) -> FinishReason:
-        actions = driver.start()
-        voucher: SignedEnvelope | None = None
-        while True:
-            for action in actions:
-                match action:
-                    case SendFrame():
-                        books.sent(action.traversal, action.first_position, action.ids)
-                        deadline_ms = self._around.clock_ms() + round(STALL_TIMEOUT_S * 1000)
-                        pipeline.send(action, voucher, deadline_ms)
-                        voucher = None
-                    case Deliver():
-                        self._token_times.append(self._around.monotonic_s())
-                        self._logprobs.append(action.logprob)
-                        self._emit(action.token_id, action.logprob)
-                    case Finish():
-                        return action.reason
-            try:
-                result = await pipeline.result(STALL_TIMEOUT_S)
-            except SessionLost as error:
-                delivered = len(driver.token_ids)
-                raise SessionLost(
-                    f"{error} ({delivered} tokens were delivered)",
-                    resumable_from=delivered,
-                    remedy=error.remedy,
-                ) from error
-            sent = driver.in_flight
-            actions = driver.on_result(result.traversal, list(result.ids), list(result.logprobs))
-            if not actions:
-                continue
-            books.drawn(sent.traversal, sent.first_position, tuple(result.ids))
-            if sent.close_chunk:
-                voucher = books.accept_receipts(
-                    tuple(result.receipts), sent.traversal, self._around.clock_ms()
-                )
+    async def _wind_down(self) -> None:
+        """The user is gone: let the core close the session, for a moment."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WIND_DOWN_S):
+                if self._outcome is None:
+                    self._report(Cancelled())
+                    await self._pump()
+                if self._closing is not None:
+                    await self._closing
+
+    def _report(self, event: Event) -> None:
+        with contextlib.suppress(asyncio.QueueFull):
+            self._events.put_nowait(event)
+
+    # Actions ------------------------------------------------------------------------
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Deliver():
+                self._token_times.append(self._around.monotonic_s())
+                self._logprobs.append(action.logprob)
+                self._emit(action.token_id, action.logprob)
+            case SetTimer():
+                self._set_timer(action)
+            case AskView():
+                self._ask_view(action)
+            case Reserve():
+                work = self._reserving.reserve(action, self._report)
+                self._around.tasks.create_task(work, name="reserve")
+            case Note():
+                log.info(action.event, reason=action.reason, peers=action.peers)
+            case Finished() | Failed():
+                self._outcome = action
+            case _:
+                self._call(action)
+
+    def _call(
+        self,
+        action: OpenStages
+        | ConfirmStage
+        | ShowGrant
+        | CloseEpoch
+        | Send
+        | LeaveStages
+        | CloseStages,
+    ) -> None:
+        if isinstance(action, OpenStages):
+            self._open(action)
+            return
+        pipeline = self._require_pipeline()
+        match action:
+            case Send():
+                pipeline.send(action)
+            case ConfirmStage():
+                pipeline.confirm(action)
+            case ShowGrant():
+                pipeline.show_grant(action)
+            case CloseEpoch():
+                pipeline.close_epoch(action)
+            case LeaveStages():
+                pipeline.leave(action)
+            case CloseStages():
+                self._closing = self._around.tasks.create_task(pipeline.close(action))
+
+    def _open(self, action: OpenStages) -> None:
+        session_id = action.terms.session_id
+        if self._pipeline is None or self._pipeline.session_id != session_id:
+            self._pipeline = Pipeline(
+                session_id,
+                self._client_cert,
+                self._around.dialer,
+                self._around.tasks,
+                self._report,
+            )
+        self._pipeline.open(action)
+
+    def _require_pipeline(self) -> Pipeline:
+        if self._pipeline is None:
+            raise LocalProtocolError("no pipeline was opened")
+        return self._pipeline
+
+    def _set_timer(self, action: SetTimer) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if action.at_ms is not None:
+            delay_s = max(action.at_ms - self._around.clock_ms(), 0) / 1000
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(delay_s, self._report, Ticked())
+
+    def _ask_view(self, action: AskView) -> None:
+        if action.when_changed:
+            self._around.tasks.create_task(self._view_after_change(), name="view")
+        else:
+            self._report_view()
+
+    async def _view_after_change(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(EVIDENCE_WAIT_S):
+                await self._around.changed()
+        self._report_view()
+
+    def _report_view(self) -> None:
+        # Offers are replaced while a session lasts; those that it uses stay evidence.
+        for envelope in self._around.envelopes():
+            self._envelopes[digest(envelope.payload)] = envelope
+        self._report(Viewed(self._around.view()))
 
     # Afterwards ---------------------------------------------------------------------
 
@@ -315,32 +280,17 @@ class Generation:
             await asyncio.sleep(_EVIDENCE_POLL_S)
         return evidence
 
-    async def _bundle(
-        self, opened: _Opened, books: ClientBooks, driver: Driver, text: str, finish: FinishReason
-    ) -> bytes:
-        evidence = await self._evidence(opened.terms.session_id)
-        if opened.reservation is None or opened.grant is None or books.voucher is None:
-            raise VerificationError("the session has no evidence to bundle")
+    async def _bundle(self, text: str, finish: FinishReason) -> bytes:
+        evidence = await self._evidence(self._core.epoch.terms.session_id)
         parts = BundleParts(
-            network_id=opened.terms.network_id,
-            terms=opened.terms,
-            session_open=opened.opening,
-            client_cert=opened.client_cert,
-            stage_certs=tuple(opened.pipeline.stage_certs),
-            offers=opened.offers,
+            network_id=self._around.network.network_id,
+            client_cert=self._client_cert,
             manifest=self._order.manifest,
             prompt_ids=self._order.prompt_ids,
-            token_ids=tuple(driver.drawn),
+            token_ids=tuple(self._core.driver.drawn),
             text=text,
             finish_reason=finish,
-            frames=tuple(
-                (f.traversal, f.first_position, f.rows, f.sample, f.close_chunk)
-                for f in driver.frames
-            ),
-            reservation=opened.reservation,
-            grant=opened.grant,
-            receipts=books.receipts,
-            voucher=books.voucher,
+            epochs=tuple(self._epoch_parts(epoch) for epoch in self._core.epochs),
             entries=evidence.entries if evidence else (),
             proofs=evidence.proofs if evidence else (),
             checkpoint=evidence.checkpoint if evidence else None,
@@ -348,53 +298,64 @@ class Generation:
         )
         return build_bundle(parts, self._around.account.peer_key)
 
+    def _epoch_parts(self, epoch: Epoch) -> EpochParts:
+        evidence = epoch.evidence
+        return EpochParts(
+            terms=epoch.terms,
+            session_open=epoch.opening,
+            stage_certs=epoch.certs,
+            offers=tuple(self._offer_envelope(offer.digest) for offer in epoch.offers),
+            frames=tuple(_frame(frame) for frame in epoch.frames),
+            reservation=epoch.reservation,
+            grant=epoch.grant,
+            receipts=evidence.receipts if evidence else (),
+            cut=evidence.cut if evidence else None,
+            voucher=evidence.voucher if evidence else None,
+        )
+
+    def _offer_envelope(self, offer_digest: Digest) -> SignedEnvelope:
+        envelope = self._envelopes.get(offer_digest)
+        if envelope is None:
+            raise LocalProtocolError("an offer in the view has no envelope")
+        return envelope
+
     def _answer(
         self,
-        opened: _Opened,
-        books: ClientBooks,
-        driver: Driver,
         text: str,
         finish: FinishReason,
         started_s: float,
+        *,
+        settled: bool,
+        bundle: bytes | None,
     ) -> Answer:
-        times = self._token_times
+        core, times = self._core, self._token_times
+        first = core.epochs[0]
         return Answer(
             text=text,
-            token_ids=driver.token_ids,
+            token_ids=core.driver.token_ids,
             logprobs=tuple(self._logprobs),
             prompt_tokens=len(self._order.prompt_ids),
             finish_reason=finish,
-            route=tuple(RouteStep(stage.peer, stage.span) for stage in opened.terms.stages),
-            epochs=1,
+            route=tuple(RouteStep(stage.peer, stage.span) for stage in core.epoch.terms.stages),
+            epochs=len(core.epochs),
             ttft_s=times[0] - started_s if times else 0.0,
             tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0,
-            predicted=opened.plan.predicted,
-            cost_microcredits=books.cost,
-            receipts_verified=books.receipts_verified,
+            predicted=first.plan.predicted,
+            cost_microcredits=core.books.cost,
+            receipts_verified=core.books.receipts_verified,
             seed=self._order.sampling.seed,
+            settled=settled,
+            bundle=bundle,
         )
 
 
-def _session_ms_max(chosen: Plan) -> int:
-    """How long the session may take: three times the prediction, and some minutes."""
-    predicted = chosen.predicted
-    predicted_s = predicted.ttft_s + predicted.tpot_s * chosen.request.max_tokens
-    return min(RESERVATION_TTL_MS_MIN + round(3_000 * predicted_s), RESERVATION_TTL_MS_MAX)
-
-
-def _known(envelope: SignedEnvelope | None) -> SignedEnvelope:
-    if envelope is None:
-        raise LocalProtocolError("an offer in the view has no envelope")
-    return envelope
-
-
-def _stage_terms(stage: PlannedStage) -> StageTerms:
-    return StageTerms(
-        peer=stage.offer.peer,
-        ledger_key=b"",
-        span=stage.span,
-        priced_layers=stage.priced_layers,
-        prices=stage.offer.prices,
-        numeric_class=stage.offer.numeric_class,
-        offer_digest=stage.offer.digest,
+def _frame(frame: SendFrame) -> Frame:
+    return (
+        frame.traversal,
+        frame.first_position,
+        frame.rows,
+        frame.draft_ids,
+        frame.sample,
+        frame.close_chunk,
+        frame.replay,
     )

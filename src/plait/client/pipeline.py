@@ -1,229 +1,321 @@
-"""Opening, feeding and closing a pipeline: all of it, or everything is released."""
+"""The stages of one session as the core sees them: calls go out, events come back.
+
+No decisions here. Every call has a timeout and becomes one event, whatever happens; a Link
+lives as long as its session and is shared by its epochs.
+"""
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Coroutine, Sequence
 
 import grpc
 
-from plait.client.dialer import Dialer
-from plait.client.driver import SendFrame
-from plait.errors import (
-    CapacityError,
-    NetworkError,
-    PeerUnreachable,
-    PlaitError,
-    RemoteProtocolError,
-    SessionLost,
+from plait.client.actions import (
+    Call,
+    CloseEpoch,
+    CloseStages,
+    ConfirmStage,
+    EpochClosed,
+    Event,
+    Faulted,
+    GrantShown,
+    LeaveStages,
+    LinkLost,
+    OpenStages,
+    Resulted,
+    Send,
+    ShowGrant,
+    StageConfirmed,
+    StageFailed,
+    StageOpened,
 )
-from plait.ledger.terms import SessionTerms
+from plait.client.dialer import Dialer
+from plait.errors import NetworkError, PlaitError
 from plait.logs import get_logger
 from plait.net.link_stream import OutgoingLink
 from plait.router.view import Offer
 from plait.task_scope import TaskScope
-from plait.types import PeerId
+from plait.types import PeerId, SessionId
 from plait.v1 import session_pb2, stage_pb2, stage_pb2_grpc
 from plait.v1.identity_pb2 import SignedEnvelope
 
 log = get_logger(__name__)
-ResultT = TypeVar("ResultT")
 
-OPEN_TIMEOUT_S = 5.0
 CONFIRM_TIMEOUT_S = 6.0
 CLOSE_TIMEOUT_S = 6.0
 
 
-class StageRefused(CapacityError):
-    """A stage did not take the session; the route must avoid it."""
-
-    def __init__(self, peer: PeerId, code: str, reason: str, retry_after_ms: int = 0) -> None:
-        super().__init__(f"{peer} refused: {reason}", retry_after_s=retry_after_ms / 1000)
-        self.peer = peer
-        self.refusal_code = code
-
-
-class StageUnreachable(PeerUnreachable):
-    """A stage did not answer; the route must avoid it."""
-
-    def __init__(self, peer: PeerId, reason: str) -> None:
-        super().__init__(f"{peer}: {reason}")
-        self.peer = peer
-
-
 class Pipeline:
-    """A route opened for one session's epoch. Use ``close`` in every case."""
+    """One session's stages. ``report`` takes each event; ``end`` stops all reports."""
 
     def __init__(
-        self, terms: SessionTerms, offers: Sequence[Offer], dialer: Dialer, tasks: TaskScope
+        self,
+        session_id: SessionId,
+        client_cert: SignedEnvelope,
+        dialer: Dialer,
+        tasks: TaskScope,
+        report: Callable[[Event], None],
     ) -> None:
-        self.terms = terms
-        self.stage_certs: list[SignedEnvelope] = []
-        self._offers = tuple(offers)
-        self._held: set[PeerId] = set()
+        self.session_id = session_id
+        self._client_cert = client_cert
         self._dialer = dialer
         self._tasks = tasks
-        self._results: asyncio.Queue[stage_pb2.TokenResult | PlaitError] = asyncio.Queue(64)
+        self._report = report
+        self._offers: dict[PeerId, Offer] = {}
+        self._peers: tuple[PeerId, ...] = ()
+        self._links: dict[PeerId, OutgoingLink] = {}
+        self._epoch = 0
+        self._over = False
         # W3C trace context: one trace per session, sampled nowhere by default.
-        self._traceparent = f"00-{terms.session_id.hex()}-{terms.session_id.hex()[:16]}-00"
-        self._first: OutgoingLink | None = None
-        self._last: OutgoingLink | None = None
+        self._traceparent = f"00-{session_id.hex()}-{session_id.hex()[:16]}-00"
 
-    async def open(self, opening: SignedEnvelope, client_cert: SignedEnvelope) -> None:
-        """Hold pages on every stage; raises ``StageRefused`` for the first that does not."""
-        requests = [
-            session_pb2.OpenRequest(
-                session_open=opening, client_cert=client_cert, stage_index=index
+    # Calls --------------------------------------------------------------------------
+
+    def open(self, action: OpenStages) -> None:
+        """Ask every stage to hold the session."""
+        terms = action.terms
+        self._epoch, self._peers = terms.epoch, tuple(stage.peer for stage in terms.stages)
+        for index, offer in enumerate(action.offers):
+            self._offers[offer.peer] = offer
+            request = session_pb2.OpenRequest(
+                session_open=action.opening,
+                client_cert=self._client_cert,
+                stage_index=index,
+                context_ids=action.context_ids if index == len(action.offers) - 1 else (),
             )
-            for index in range(len(self._offers))
-        ]
-        self.stage_certs = await gather_whole(
-            [self._open_one(*pair) for pair in zip(self._offers, requests, strict=True)]
-        )
+            self._spawn(
+                self._open_one(terms.epoch, offer, request, action.timeout_ms / 1000),
+                f"open on {offer.peer}",
+            )
 
-    async def confirm(self, reservation: SignedEnvelope, grant: SignedEnvelope) -> None:
-        """Show the grant to every stage and link to the first and the last."""
+    def confirm(self, action: ConfirmStage) -> None:
+        """Make a stage ready, with our own link to it where it is an end of the pipeline."""
         request = session_pb2.ConfirmRequest(
-            session_id=self.terms.session_id,
-            epoch=self.terms.epoch,
-            reservation=reservation,
-            grant=grant,
+            session_id=self.session_id,
+            epoch=action.epoch,
+            reservation=action.reservation,
+            grant=action.grant,
+            voucher=action.voucher,
+            cached_tokens=action.cached_tokens,
         )
-        await gather_whole([self._confirm_one(offer, request) for offer in self._offers])
-        self._first = self._link(self._offers[0])
-        self._last = self._first if len(self._offers) == 1 else self._link(self._offers[-1])
-        await self._first.wait_open()
-        await self._last.wait_open()
+        self._spawn(self._confirm_one(action, request), f"confirm on {action.peer}")
 
-    def send(self, frame: SendFrame, voucher: SignedEnvelope | None, deadline_ms: int) -> None:
-        """Push a frame to the first stage; raises ``NetworkError`` when the link is down.
+    def show_grant(self, action: ShowGrant) -> None:
+        """Show a stage the grant for the reservation that it started on."""
+        request = session_pb2.ConfirmRequest(
+            session_id=self.session_id,
+            epoch=action.epoch,
+            reservation=action.reservation,
+            grant=action.grant,
+        )
+        self._spawn(self._show_one(action, request), f"grant to {action.peer}")
 
-        No stage computes it after ``deadline_ms``.
-        """
+    def close_epoch(self, action: CloseEpoch) -> None:
+        """Freeze the epoch on these stages."""
+        request = session_pb2.CloseEpochRequest(
+            session_id=self.session_id,
+            epoch=action.epoch,
+            traversal=action.traversal,
+            position=action.position,
+        )
+        for peer in action.peers:
+            self._spawn(self._close_epoch_one(action, peer, request), f"close epoch on {peer}")
+
+    def send(self, action: Send) -> None:
+        """Push a frame to the first stage."""
+        frame, peer = action.frame, self._peers[0]
         message = stage_pb2.Frame(
-            session_id=self.terms.session_id,
-            epoch=self.terms.epoch,
+            session_id=self.session_id,
+            epoch=action.epoch,
             traversal=frame.traversal,
             first_position=frame.first_position,
             sample=frame.sample,
             close_chunk=frame.close_chunk,
-            voucher=voucher,
-            deadline_ms=deadline_ms,
+            voucher=action.voucher,
+            deadline_ms=action.deadline_ms,
             traceparent=self._traceparent,
+            replay=frame.replay,
+            draft_ids=frame.draft_ids,
         )
         if frame.ids:
             message.token_ids.ids.extend(frame.ids)
-        if self._first is None:
-            raise NetworkError("the pipeline is not open")
-        self._first.outbox.put(stage_pb2.LinkRequest(frame=message))
-
-    async def result(self, timeout_s: float) -> stage_pb2.TokenResult:
-        """The next answer of the last stage; raises ``SessionLost`` on a fault or silence."""
         try:
-            async with asyncio.timeout(timeout_s):
-                answer = await self._results.get()
-        except TimeoutError as error:
-            raise SessionLost(f"the pipeline was silent for {timeout_s:.0f} s") from error
-        if isinstance(answer, PlaitError):
-            raise answer
-        return answer
+            self._links[peer].outbox.put(stage_pb2.LinkRequest(frame=message))
+        except PlaitError as error:
+            self._tell(LinkLost(action.epoch, peer, str(error)))
 
-    async def close(self, voucher: SignedEnvelope | None, reason: str) -> bool:
-        """End the session everywhere; True when every stage has settled."""
+    def leave(self, action: LeaveStages) -> None:
+        """End the session on stages that are in it no more."""
+        self._spawn(self._leave(action), "leave stages")
+
+    async def _leave(self, action: LeaveStages) -> None:
+        await self._end(action.epoch, action.peers, action.voucher, "replaced")
+
+    async def close(self, action: CloseStages) -> bool:
+        """End the session on these stages; True when every stage has settled."""
+        self._over = True
+        settled = await self._end(action.epoch, action.peers, action.voucher, action.reason)
+        for link in self._links.values():
+            link.outbox.close()
+        return settled
+
+    async def _end(
+        self, epoch: int, peers: Sequence[PeerId], voucher: SignedEnvelope | None, reason: str
+    ) -> bool:
         request = session_pb2.CloseRequest(
-            session_id=self.terms.session_id,
-            epoch=self.terms.epoch,
+            session_id=self.session_id,
+            epoch=epoch,
             voucher=voucher,
             reason=reason,
         )
-        # Whoever did not say yes holds nothing, or lets go of it within two seconds.
-        held = [offer for offer in self._offers if offer.peer in self._held]
-        settled = await asyncio.gather(*(self._close_one(offer, request) for offer in held))
-        for link in (self._first, self._last):
-            if link is not None:
-                link.outbox.close()
-        return all(settled)
+        known = [self._offers[peer] for peer in peers if peer in self._offers]
+        return all(await asyncio.gather(*(self._close_one(offer, request) for offer in known)))
 
-    def _link(self, offer: Offer) -> OutgoingLink:
-        link = OutgoingLink(offer.peer, self._dialer.link_channel(offer))
-        self._tasks.create_task(self._pump(link), name=f"link to {offer.peer}")
-        return link
+    # One stage ----------------------------------------------------------------------
 
-    async def _pump(self, link: OutgoingLink) -> None:
-        reason = await link.run(self._on_response)
-        self._offer_result(SessionLost(f"the link to {link.peer} ended: {reason}"))
+    async def _open_one(
+        self, epoch: int, offer: Offer, request: session_pb2.OpenRequest, timeout_s: float
+    ) -> None:
+        peer = offer.peer
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._dialer.greet(offer)
+                response = await self._stub(peer).Open(request, timeout=timeout_s)
+        except (grpc.aio.AioRpcError, NetworkError, TimeoutError) as error:
+            self._dialer.forget(peer)
+            self._failed(epoch, peer, "open", error)
+            return
+        if response.HasField("refusal"):
+            self._refused(epoch, peer, "open", response.refusal)
+            return
+        self._tell(StageOpened(epoch, peer, response.stage_cert, response.reusable_tokens))
 
-    def _on_response(self, peer: PeerId, message: stage_pb2.LinkResponse) -> None:
-        kind = message.WhichOneof("kind")
-        if kind == "result" and message.result.session_id == self.terms.session_id:
-            if peer == self.terms.stages[-1].peer and message.result.epoch == self.terms.epoch:
-                self._offer_result(message.result)
-        elif kind == "fault" and message.fault.session_id == self.terms.session_id:
-            self._offer_result(self._lost(peer, message.fault))
+    async def _confirm_one(self, action: ConfirmStage, request: session_pb2.ConfirmRequest) -> None:
+        peer = action.peer
+        try:
+            response = await self._stub(peer).Confirm(request, timeout=CONFIRM_TIMEOUT_S)
+            if action.link and not response.HasField("refusal"):
+                await self._link(peer)
+        except (grpc.aio.AioRpcError, NetworkError) as error:
+            self._failed(action.epoch, peer, "confirm", error)
+            return
+        if response.HasField("refusal"):
+            self._refused(action.epoch, peer, "confirm", response.refusal)
+            return
+        self._tell(StageConfirmed(action.epoch, peer))
 
-    def _lost(self, sender: PeerId, fault: stage_pb2.SessionFault) -> SessionLost:
-        peers = [stage.peer for stage in self.terms.stages]
-        # Only stages of the route can be to blame; a name from elsewhere is the sender's word.
-        blamed = fault.peer_id if fault.peer_id in peers else sender
-        return SessionLost(
-            f"stage {peers.index(PeerId(blamed))} ({blamed}) failed: {fault.code}: {fault.reason}",
-            remedy="run it again: the router avoids a dead node within seconds",
+    async def _show_one(self, action: ShowGrant, request: session_pb2.ConfirmRequest) -> None:
+        peer = action.peer
+        try:
+            response = await self._stub(peer).Confirm(request, timeout=CONFIRM_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            self._failed(action.epoch, peer, "grant", error)
+            return
+        if response.HasField("refusal"):
+            self._refused(action.epoch, peer, "grant", response.refusal)
+            return
+        self._tell(GrantShown(action.epoch, peer))
+
+    async def _close_epoch_one(
+        self, action: CloseEpoch, peer: PeerId, request: session_pb2.CloseEpochRequest
+    ) -> None:
+        timeout_s = action.timeout_ms / 1000
+        try:
+            response = await self._stub(peer).CloseEpoch(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            self._failed(action.epoch, peer, "close-epoch", error)
+            return
+        self._tell(
+            EpochClosed(
+                epoch=action.epoch,
+                peer=peer,
+                receipt=response.receipt if response.HasField("receipt") else None,
+                positions=response.positions,
+                retained=response.retained,
+                traversals_received=response.traversals_received,
+                traversals_sent=response.traversals_sent,
+            )
         )
 
-    def _offer_result(self, answer: stage_pb2.TokenResult | PlaitError) -> None:
-        # One traversal is in flight, so a full queue means a peer that floods.
-        with contextlib.suppress(asyncio.QueueFull):
-            self._results.put_nowait(answer)
-
-    async def _open_one(self, offer: Offer, request: session_pb2.OpenRequest) -> SignedEnvelope:
-        await self._dialer.greet(offer)
-        stub = stage_pb2_grpc.StageServiceStub(self._dialer.peer_channel(offer))
-        try:
-            response = await _call(offer.peer, stub.Open(request, timeout=OPEN_TIMEOUT_S))
-        except StageUnreachable:
-            self._dialer.forget(offer.peer)
-            raise
-        if response.HasField("refusal"):
-            raise _refused(offer.peer, response.refusal)
-        self._held.add(offer.peer)
-        cert: SignedEnvelope = response.stage_cert
-        return cert
-
-    async def _confirm_one(self, offer: Offer, request: session_pb2.ConfirmRequest) -> None:
-        stub = stage_pb2_grpc.StageServiceStub(self._dialer.peer_channel(offer))
-        response = await _call(offer.peer, stub.Confirm(request, timeout=CONFIRM_TIMEOUT_S))
-        if response.HasField("refusal"):
-            raise _refused(offer.peer, response.refusal)
-
     async def _close_one(self, offer: Offer, request: session_pb2.CloseRequest) -> bool:
-        stub = stage_pb2_grpc.StageServiceStub(self._dialer.peer_channel(offer))
         try:
-            response = await _call(offer.peer, stub.Close(request, timeout=CLOSE_TIMEOUT_S))
-        except PlaitError as error:
-            log.info("close not answered", peer=offer.peer, reason=str(error))
+            response = await self._stub(offer.peer).Close(request, timeout=CLOSE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            log.info("close not answered", peer=offer.peer, reason=error.details())
             return False
         return bool(response.settled)
 
+    # Links --------------------------------------------------------------------------
 
-def _refused(peer: PeerId, refusal: session_pb2.Refusal) -> StageRefused:
-    return StageRefused(peer, refusal.code, refusal.reason, refusal.retry_after_ms)
+    async def _link(self, peer: PeerId) -> None:
+        """Return once our stream to a stage is up; raises ``PeerUnreachable``."""
+        link = self._links.get(peer)
+        if link is None or link.outbox.closed:
+            link = OutgoingLink(peer, self._dialer.link_channel(self._offers[peer]))
+            self._links[peer] = link
+            self._spawn(self._pump(link), f"link to {peer}")
+        await link.wait_open()
+
+    async def _pump(self, link: OutgoingLink) -> None:
+        reason = await link.run(self._on_response)
+        if self._links.get(link.peer) is link and link.peer in (self._peers[0], self._peers[-1]):
+            self._tell(LinkLost(self._epoch, link.peer, reason))
+
+    def _on_response(self, peer: PeerId, message: stage_pb2.LinkResponse) -> None:
+        match message.WhichOneof("kind"):
+            case "result" if message.result.session_id == self.session_id:
+                if peer == self._peers[-1]:
+                    self._tell(_result(message.result))
+            case "fault" if message.fault.session_id == self.session_id:
+                fault = message.fault
+                # Only stages of the route can be to blame; another name is the sender's word.
+                blamed = PeerId(fault.peer_id) if fault.peer_id in self._peers else peer
+                self._tell(Faulted(fault.epoch, peer, blamed, fault.code, fault.reason))
+
+    # Small things -------------------------------------------------------------------
+
+    def _stub(self, peer: PeerId) -> stage_pb2_grpc.StageServiceStub:
+        return stage_pb2_grpc.StageServiceStub(self._dialer.peer_channel(self._offers[peer]))
+
+    def _spawn(self, call: Coroutine[None, None, None], name: str) -> None:
+        self._tasks.create_task(call, name=name)
+
+    def _tell(self, event: Event) -> None:
+        if not self._over:
+            self._report(event)
+
+    def _failed(
+        self,
+        epoch: int,
+        peer: PeerId,
+        call: Call,
+        error: grpc.aio.AioRpcError | PlaitError | TimeoutError,
+    ) -> None:
+        code, reason = "peer-unreachable", str(error) or "no answer in time"
+        if isinstance(error, grpc.aio.AioRpcError):
+            reason = f"{error.code().name}: {error.details()}"
+        self._tell(StageFailed(epoch, peer, call, code, reason, gone=True))
+
+    def _refused(self, epoch: int, peer: PeerId, call: Call, refusal: session_pb2.Refusal) -> None:
+        self._tell(
+            StageFailed(
+                epoch,
+                peer,
+                call,
+                refusal.code,
+                f"refused: {refusal.reason}",
+                gone=False,
+                retry_after_ms=refusal.retry_after_ms,
+            )
+        )
 
 
-async def _call(peer: PeerId, call: Awaitable[ResultT]) -> ResultT:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
-            raise RemoteProtocolError(f"{peer} refused our call: {error.details()}") from error
-        raise StageUnreachable(peer, f"{error.code().name}: {error.details()}") from error
-
-
-async def gather_whole(calls: Sequence[Awaitable[ResultT]]) -> list[ResultT]:
-    """Wait for every call, then raise the first failure, if any: nothing is left running."""
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    answers: list[ResultT] = []
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-        answers.append(result)
-    return answers
+def _result(message: stage_pb2.TokenResult) -> Resulted:
+    return Resulted(
+        epoch=message.epoch,
+        traversal=message.traversal,
+        ids=tuple(message.ids),
+        logprobs=tuple(message.logprobs),
+        receipts=tuple(message.receipts),
+        statement=message.draws if message.HasField("draws") else None,
+        stage_us=tuple(message.stage_us),
+    )

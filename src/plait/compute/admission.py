@@ -24,6 +24,8 @@ def check_work(
         _check_ids(work, vocabulary_size)
     else:
         _check_hidden(work, width)
+    if work.drafts:
+        _check_drafts(work, vocabulary_size)
     if not 0 <= work.first_position <= cached:
         raise RemoteProtocolError(
             f"rows at position {work.first_position}, but only {cached} positions are cached"
@@ -38,6 +40,16 @@ def _check_ids(work: Work, vocabulary_size: int) -> None:
         raise RemoteProtocolError("the first stage takes token ids")
     if not all(0 <= token < vocabulary_size for token in work.ids):
         raise RemoteProtocolError(f"a token id outside of 0…{vocabulary_size - 1}")
+
+
+def _check_drafts(work: Work, vocabulary_size: int) -> None:
+    drafts = work.drafts
+    if not work.sample or len(drafts) >= work.rows:
+        raise RemoteProtocolError(f"{len(drafts)} drafts among {work.rows} rows")
+    if not all(0 <= token < vocabulary_size for token in drafts):
+        raise RemoteProtocolError(f"a draft outside of 0…{vocabulary_size - 1}")
+    if work.ids is not None and work.ids[-len(drafts) :] != drafts:
+        raise RemoteProtocolError("the last rows are not the drafts")
 
 
 def _check_hidden(work: Work, width: int) -> None:

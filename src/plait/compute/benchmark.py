@@ -1,21 +1,21 @@
 """How fast one stage with all layers computes: by dtype, threads and sessions at once.
 
 Engines take turns within a round, and rounds repeat, so that what else the machine does
-meets all alike. Compare figures of one run only. llama.cpp joins in, one session at a time,
-where the package ``llama_cpp`` is installed.
+meets all alike. Compare figures of one run only. llama.cpp joins in where the package
+``llama_cpp`` is installed. How good a dtype is, ``quality.py`` measures.
 """
 
-import importlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from statistics import median
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from plait.compute import llama_cpp_peer
+from plait.compute.llama_cpp_peer import LlamaCpp
 from plait.compute.load import load_stage
 from plait.compute.port import Work
 from plait.compute.stage import TorchStage
@@ -105,12 +105,16 @@ def measure_compute(
         stage = load_stage(local, Span(0, local.manifest.layers), dtype)
         load_s[dtype] = round(time.perf_counter() - started, 2)
         engines[dtype] = _StageEngine(stage, plan.batches, PROMPT_ROWS + max(2, plan.steps))
+    peers: dict[int, dict[str, _Engine]] = {threads: {} for threads in plan.threads}
+    if llama_cpp_peer.is_installed():
+        for threads, of_threads in peers.items():
+            of_threads[LLAMA_CPP] = _LlamaCppEngine(local, plan.batches, threads)
     decode: dict[tuple[str, int, int], list[float]] = defaultdict(list)
     prefill: dict[tuple[str, int], list[float]] = defaultdict(list)
     for turn in range(plan.rounds):
         for threads in plan.threads:
             torch.set_num_threads(threads)
-            for name, engine in [*engines.items(), *_llama_cpp(local, threads)]:
+            for name, engine in [*engines.items(), *peers[threads].items()]:
                 prefill[name, threads].append(engine.prefill_s())
                 for batch in engine.batches:
                     decode[name, threads, batch] += engine.decode_s(batch, plan.steps_of(batch))
@@ -190,37 +194,18 @@ class _StageEngine:
 
 
 class _LlamaCppEngine:
-    """llama.cpp on the same file, through llama-cpp-python."""
+    """llama.cpp on the same file."""
 
-    batches: Sequence[int] = (1,)
-
-    def __init__(self, local: LocalModel, threads: int) -> None:
-        package: Any = importlib.import_module("llama_cpp")
-        self._llama = package.Llama(
-            model_path=str(local.weights_path),
-            n_ctx=2 * PREFILL_ROWS,
-            n_batch=PREFILL_ROWS,
-            n_threads=threads,
-            n_threads_batch=threads,
-            verbose=False,
-        )
+    def __init__(self, local: LocalModel, batches: Sequence[int], threads: int) -> None:
+        self.batches = batches
+        self._peer = LlamaCpp(local.weights_path, max(batches), threads)
+        for sequence in range(max(batches)):
+            self._peer.prefill_s(sequence, range(PROMPT_ROWS))
 
     def prefill_s(self) -> float:
-        self._llama.reset()
-        return self._eval(range(PREFILL_ROWS))
+        seconds = self._peer.prefill_s(0, range(PREFILL_ROWS))
+        self._peer.prefill_s(0, range(PROMPT_ROWS))
+        return seconds
 
     def decode_s(self, batch: int, steps: int) -> list[float]:
-        self._llama.reset()
-        self._eval(range(PROMPT_ROWS))
-        return [self._eval([step]) for step in range(steps)]
-
-    def _eval(self, ids: Sequence[int]) -> float:
-        started = time.perf_counter()
-        self._llama.eval(list(ids))
-        return time.perf_counter() - started
-
-
-def _llama_cpp(local: LocalModel, threads: int) -> list[tuple[str, _Engine]]:
-    if find_spec("llama_cpp") is None:
-        return []
-    return [(LLAMA_CPP, _LlamaCppEngine(local, threads))]
+        return [self._peer.step_s(PROMPT_ROWS + step, [step] * batch) for step in range(steps)]

@@ -4,9 +4,11 @@ transformers come with ``preload`` or the first ``load_stage``."""
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from plait.compute.grammar import Vocabulary
 from plait.errors import ConfigError
 from plait.model.gguf_reader import GgufFile
 from plait.model.local import LocalModel
+from plait.model.tokenizer import Tokenizer
 from plait.model.weights import Weights
 from plait.types import Span
 
@@ -64,10 +66,24 @@ def load_stage(
     from plait.compute.stage import TorchStage
 
     torch.set_num_threads(threads)
+    return TorchStage(
+        load_model(local, span, dtype, progress),
+        local.manifest.shape,
+        kv_tokens_max=kv_tokens_max,
+        threads=threads,
+        vocabulary=Vocabulary(lambda: Tokenizer.load(local), local.manifest.vocabulary_size),
+    )
+
+
+def load_model(
+    local: LocalModel,
+    span: Span,
+    dtype: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> "SpanCompute":
+    """The arithmetic of a span alone; raises as ``load_stage`` does."""
     with GgufFile.open(local.weights_path) as gguf:
-        model = _load_span(Weights(gguf, local.manifest), span, dtype, progress)
-    shape = local.manifest.shape
-    return TorchStage(model, shape, kv_tokens_max=kv_tokens_max, threads=threads)
+        return _load_span(Weights(gguf, local.manifest), span, dtype, progress)
 
 
 def _load_span(

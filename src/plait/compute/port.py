@@ -1,6 +1,6 @@
 """What a node asks of a compute backend. A backend is driven from one compute thread."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,16 @@ class Work:
     The first stage is given ``ids``, every other stage ``hidden``. Writing at positions
     that were already written overwrites them and forgets what lay behind. ``sample`` makes
     the last stage draw the token that follows the last row; other stages ignore it.
+
+    ``drafts`` are guesses, the ids of the last ``len(drafts)`` rows. The last stage then
+    draws after the row before them, and goes on to the next row while what it drew is the
+    draft there and no end token. So it draws 1 to ``len(drafts) + 1`` tokens, the same ones
+    as without drafts. Rows of drafts that were not drawn stay in the cache; whoever sends
+    the next work starts at the position of the last drawn token, which overwrites them.
+
+    ``claimed`` is for audits: ids that are said to have been drawn by this work. They are
+    taken for drawn, whatever the logits say, and ``Drawn.margins`` tells how far off each is.
+    There may be one more of them than drafts, whose ids do not matter then.
     """
 
     session: SessionId
@@ -27,6 +37,8 @@ class Work:
     ids: tuple[int, ...] | None
     hidden: Hidden | None
     sample: bool = False
+    drafts: tuple[int, ...] = ()
+    claimed: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -36,10 +48,17 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Drawn tokens and the log-probability the model gave each, before any temperature."""
+    """Drawn tokens and the log-probability the model gave each, before any temperature.
+
+    ``tops``, if the sampling asks for it, has for each the likeliest tokens: (id,
+    log-probability), most likely first.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    tops: tuple[tuple[tuple[int, float], ...], ...] = ()
+    margins: tuple[float, ...] = ()
+    """Of claimed ids: see ``judging.draw_margin``; 0 is the right one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +69,21 @@ class Done:
     hidden: Hidden | None = None
     drawn: Drawn | None = None
     error: Exception | None = None
+
+
+def draw_with_drafts(
+    drafts: Sequence[int], end_ids: Sequence[int], draw: Callable[[int], int]
+) -> int:
+    """Draw token 0, 1, …, by ``draw``, while each is the draft of its place and no end token.
+
+    Returns how many were drawn: 1 to ``len(drafts) + 1``.
+    """
+    for index, draft in enumerate(drafts):
+        token = draw(index)
+        if token != draft or token in end_ids:
+            return index + 1
+    draw(len(drafts))
+    return len(drafts) + 1
 
 
 class StageCompute(Protocol):
@@ -79,13 +113,21 @@ class StageCompute(Protocol):
         """What is not reserved of it."""
 
     def reserve(
-        self, session: SessionId, tokens: int, sampling: Sampling, span: Span | None = None
+        self,
+        session: SessionId,
+        tokens: int,
+        sampling: Sampling,
+        span: Span | None = None,
+        context_ids: Sequence[int] = (),
+        prompt_tokens: int = 0,
     ) -> None:
         """Hold KV pages for ``tokens`` positions. Doing it again for the same session keeps
         what is cached, takes the new sampling and grows the room if needed.
 
         ``span`` is the part of this stage's layers that the session runs; None is all.
         It takes ids if it starts at layer 0 and draws tokens if it ends at the last layer.
+        Where ``sampling.needs_history``, a stage that draws is given all ids known so far,
+        of which the first ``prompt_tokens`` are the prompt.
 
         Raises ``CapacityError`` when the pages are not free, ``RemoteProtocolError`` when
         the session is longer than the model's context.
@@ -98,6 +140,29 @@ class StageCompute(Protocol):
 
     def free(self, session: SessionId) -> None:
         """Forget a session and its cache; nothing happens if it is unknown."""
+
+    def adopt_prefix(self, session: SessionId, tenant: str, hashes: Sequence[bytes]) -> int:
+        """Let a session that has nothing cached start with pages the tenant published.
+
+        ``hashes`` name the pages of its prompt (``pages.prefix_hashes``). Returns how many
+        tokens are cached so; the session's first work may start there or earlier, and what
+        lies behind its start is given up. Nobody else's pages are ever found.
+        """
+
+    def publish_prefix(self, session: SessionId, tenant: str, hashes: Sequence[bytes]) -> None:
+        """Keep the session's first ``len(hashes)`` pages, which are cached, for the tenant,
+        beyond the session's end and until their room is needed. Not while a work of the
+        session is under way."""
+
+    def park(self, session: SessionId) -> None:
+        """Move a session without work under way to disk and give its pages back.
+
+        Raises ``CapacityError`` when there is no room on disk.
+        """
+
+    def resume(self, session: SessionId) -> None:
+        """Bring a parked session back, before its next work; nothing happens if it is not
+        parked. Raises ``CapacityError``, leaving it parked, when the pages are not free."""
 
     def numeric_class(self) -> str:
         """Weights, precision, kernels and threads: equal classes agree to rounding."""

@@ -2,7 +2,8 @@
 
 Every matrix meets the rows of all items together; attention runs per session over exactly
 its own positions, without padding. So nothing a row is added up from, nor the order of it,
-depends on the company it is computed in. ``hf.py`` is the slow oracle of this file.
+depends on the company it is computed in; and rows of an item of at most ``NARROW_ROWS`` are
+each what they would be one at a time. ``hf.py`` is the slow oracle of this file.
 """
 
 from collections.abc import Callable, Sequence
@@ -185,12 +186,18 @@ class _Batch:
         cached_keys, cached_values = item.kv.write(
             layer, item.first_position, keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
         )
-        if rows == 1:
+        if rows <= NARROW_ROWS:
+            # Each row by itself, so that a draft's row is what it would be without drafts.
             # The query heads that share a key head stand in as rows: nothing is copied.
-            grouped = queries.view(1, heads // self._group, self._group, size)
-            return functional.scaled_dot_product_attention(
-                grouped, cached_keys, cached_values
-            ).reshape(1, heads * size)
+            grouped = queries.view(rows, 1, heads // self._group, self._group, size)
+            ends = range(item.first_position + 1, item.first_position + rows + 1)
+            each = [
+                functional.scaled_dot_product_attention(
+                    query, cached_keys[:, :, :end], cached_values[:, :, :end]
+                )
+                for query, end in zip(grouped, ends, strict=True)
+            ]
+            return (torch.cat(each) if rows > 1 else each[0]).reshape(rows, heads * size)
         attended = functional.scaled_dot_product_attention(
             queries.transpose(0, 1)[None],
             cached_keys,
@@ -210,7 +217,7 @@ class _Batch:
 def _mask(item: Item) -> torch.Tensor | None:
     """[rows, keys], what each row may see; None if that is a plain causal triangle."""
     rows = len(item.hidden)
-    if rows == 1 or item.first_position == 0:
+    if rows <= NARROW_ROWS or item.first_position == 0:
         return None
     return torch.ones(rows, item.first_position + rows, dtype=torch.bool).tril(item.first_position)
 

@@ -6,7 +6,8 @@ draws alike and an auditor can replay it. ``position`` is that of the drawn toke
 1. Greedy takes the largest logit, the lowest id among equals.
 2. Otherwise logits are divided by the temperature; ``top_k`` keeps the k largest, then
    ``top_p`` the smallest set of largest ones that holds that probability (of what top_k
-   left). Equal logits are ordered by ascending id.
+   left), then ``min_p`` those with at least that share of the largest one's probability.
+   Equal logits are ordered by ascending id.
 3. Token i of those left scores logit_i + G_i with Gumbel noise G_i = -ln(-ln u_i), and the
    highest score wins: exactly a draw from their softmax (the Gumbel-max trick). A margin
    between the two highest scores makes the choice robust against rounding.
@@ -34,16 +35,40 @@ _SHIFT = np.uint64(32)
 
 
 def draw(logits: npt.NDArray[np.float32], sampling: Sampling, position: int) -> tuple[int, float]:
-    """Draw the token at ``position``; returns its id and log-probability.
+    """Draw the token at ``position`` without a history; returns its id and log-probability.
 
     Raises ``RemoteProtocolError`` if a logit is not finite: activations overflowed.
     """
+    exact = exact_logits(logits)
+    token = choose(exact, sampling, position)
+    return token, float(exact[token] - log_total(exact))
+
+
+def exact_logits(logits: npt.NDArray[np.float32]) -> F64:
+    """Logits in float64; raises ``RemoteProtocolError`` unless all are finite."""
     if not np.isfinite(logits).all():
         raise RemoteProtocolError("activations that lead to logits which are not finite")
-    exact = logits.astype(np.float64)
-    token = int(np.argmax(exact)) if sampling.greedy else _sample(exact, sampling, position)
-    top = exact.max()
-    return token, float(exact[token] - top - np.log(np.exp(exact - top).sum()))
+    return logits.astype(np.float64)
+
+
+def log_total(logits: F64) -> float:
+    """The logarithm of the sum of exponentials: a logit minus it is a log-probability."""
+    top = logits.max()
+    return float(top + np.log(np.exp(logits - top).sum()))
+
+
+def top_logprobs(logits: F64, total: float, count: int) -> tuple[tuple[int, float], ...]:
+    """The ``count`` likeliest ids with log-probabilities, the lower id first among equals."""
+    count = min(count, len(logits))
+    least = np.partition(logits, len(logits) - count)[len(logits) - count]
+    ids = np.flatnonzero(logits >= least)
+    order = ids[np.argsort(-logits[ids], kind="stable")][:count]
+    return tuple((int(token), min(0.0, float(logits[token] - total))) for token in order)
+
+
+def choose(logits: F64, sampling: Sampling, position: int) -> int:
+    """The id drawn from logits, of which some may be minus infinity: those never are."""
+    return int(np.argmax(logits)) if sampling.greedy else _sample(logits, sampling, position)
 
 
 def _sample(logits: F64, sampling: Sampling, position: int) -> int:
@@ -56,17 +81,22 @@ def _sample(logits: F64, sampling: Sampling, position: int) -> int:
 def _candidates(scaled: F64, sampling: Sampling) -> npt.NDArray[np.int64]:
     """Ids that may be drawn, most likely first (all of them, by id, without limits)."""
     limited = 0 < sampling.top_k < len(scaled)
-    if not limited and sampling.top_p_micros == MILLION:
+    shared = sampling.top_p_micros < MILLION or sampling.min_p_micros
+    if not limited and not shared:
         return np.arange(len(scaled))
     order = np.argsort(-scaled, kind="stable")
     if limited:
         order = order[: sampling.top_k]
+    if not shared:
+        return order
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    kept = len(order)
     if sampling.top_p_micros < MILLION:
-        weights = np.exp(scaled[order] - scaled[order[0]])
         total = np.cumsum(weights)
-        enough = np.searchsorted(total, total[-1] * (sampling.top_p_micros / MILLION))
-        order = order[: int(enough) + 1]
-    return order
+        kept = int(np.searchsorted(total, total[-1] * (sampling.top_p_micros / MILLION))) + 1
+    if sampling.min_p_micros:
+        kept = min(kept, int((weights >= sampling.min_p_micros / MILLION).sum()))
+    return order[:kept]
 
 
 def gumbel(seed: int, position: int, ids: npt.NDArray[np.int64]) -> F64:

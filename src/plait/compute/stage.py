@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from plait.compute.admission import check_work
+from plait.compute.draw_state import Draw, DrawState
+from plait.compute.grammar import Vocabulary
 from plait.compute.kv import KvCache, KvLayout
-from plait.compute.port import Done, Drawn, Work
+from plait.compute.port import Done, Drawn, Work, draw_with_drafts
 from plait.compute.ragged import Item
-from plait.compute.sampling import draw
 from plait.errors import LocalProtocolError, PlaitError, RemoteProtocolError
 from plait.model.config import LlamaConfig
 from plait.types import ModelShape, Sampling, SessionId, Span
@@ -60,12 +63,20 @@ class TorchStage:
     """``StageCompute`` over the layers of a span; made by ``load_stage``."""
 
     def __init__(
-        self, model: SpanCompute, shape: ModelShape, *, kv_tokens_max: int, threads: int
+        self,
+        model: SpanCompute,
+        shape: ModelShape,
+        *,
+        kv_tokens_max: int,
+        threads: int,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self._model = model
         self._shape = shape
         self._threads = threads
         self._kv = KvCache(model.layout, kv_tokens_max)
+        self._vocabulary = vocabulary
+        self._draws: dict[SessionId, DrawState] = {}
 
     @property
     def span(self) -> Span:
@@ -93,7 +104,13 @@ class TorchStage:
         return self._kv.tokens_free
 
     def reserve(
-        self, session: SessionId, tokens: int, sampling: Sampling, span: Span | None = None
+        self,
+        session: SessionId,
+        tokens: int,
+        sampling: Sampling,
+        span: Span | None = None,
+        context_ids: Sequence[int] = (),
+        prompt_tokens: int = 0,
     ) -> None:
         """Hold room for ``tokens`` positions; see ``StageCompute.reserve``."""
         if span is not None and not self.span.contains(span):
@@ -102,19 +119,44 @@ class TorchStage:
         if not 0 < tokens <= context:
             raise RemoteProtocolError(f"a session of {tokens} tokens; the model takes {context}")
         self._kv.reserve(session, tokens, sampling, span)
+        if (span or self.span).end == self._shape.layers:
+            known = self._draws.get(session)
+            # A session that goes on here keeps its history, unless it is told a new one.
+            if known is None or context_ids or known.sampling != sampling:
+                self._draws[session] = DrawState(
+                    sampling, context_ids, prompt_tokens, self._vocabulary
+                )
 
     def free(self, session: SessionId) -> None:
         """Forget a session; nothing happens if it is unknown."""
         self._kv.free(session)
+        self._draws.pop(session, None)
+
+    def adopt_prefix(self, session: SessionId, tenant: str, hashes: Sequence[bytes]) -> int:
+        """Start with cached pages of the tenant; see ``StageCompute.adopt_prefix``."""
+        return self._kv.adopt(session, tenant, hashes)
+
+    def publish_prefix(self, session: SessionId, tenant: str, hashes: Sequence[bytes]) -> None:
+        """Keep the session's first pages for the tenant."""
+        self._kv.publish(session, tenant, hashes)
+
+    def park(self, session: SessionId) -> None:
+        """Move an idle session to disk; see ``StageCompute.park``."""
+        self._kv.park(session)
+
+    def resume(self, session: SessionId) -> None:
+        """Bring a parked session back; nothing happens if it is not parked."""
+        self._kv.resume(session)
 
     @torch.inference_mode()
     def step(self, batch: Sequence[Work]) -> list[Done]:
         """Compute each item; a fault stays with its item."""
         outcomes: dict[int, Done] = {}
-        for wave in _waves(batch):
-            ready = [item for index, work in wave if (item := self._admit(index, work, outcomes))]
-            for together in self._groups(ready):
-                self._compute_all(together, outcomes)
+        with self._kv.computing(work.session for work in batch):
+            for wave in _waves(batch):
+                ready = [one for i, work in wave if (one := self._admit(i, work, outcomes))]
+                for together in self._groups(ready):
+                    self._compute_all(together, outcomes)
         return [outcomes[index] for index in range(len(batch))]
 
     def numeric_class(self) -> str:
@@ -160,6 +202,7 @@ class TorchStage:
                 cached=kv.length,
                 reserved=kv.tokens,
             )
+            kv.prepare(work.first_position, work.rows)
             return _Ready(index, work, Item(self._input(work), work.first_position, kv))
         except (PlaitError, RuntimeError, MemoryError) as error:
             outcomes[index] = Done(error=error)
@@ -198,16 +241,18 @@ class TorchStage:
     def _logits(
         self, together: Sequence[_Ready], results: Sequence[torch.Tensor]
     ) -> dict[int, torch.Tensor]:
-        """By index, logits after the last row of the items that draw a token."""
-        drawing = [
-            (one.index, result[-1])
+        """By index, logits after the last row, and the one before each draft, of the items
+        that draw tokens."""
+        drawing = {
+            one.index: result[-1 - len(one.work.drafts) :]
             for one, result in zip(together, results, strict=True)
             if one.work.sample and one.item.kv.span.end == self._shape.layers
-        ]
+        }
         if not drawing:
             return {}
-        indices, rows = zip(*drawing, strict=True)
-        return dict(zip(indices, self._model.logits(torch.stack(rows)), strict=True))
+        logits = self._model.logits(torch.cat(list(drawing.values())))
+        sizes = [len(rows) for rows in drawing.values()]
+        return dict(zip(drawing, logits.split(sizes), strict=True))
 
     def _finished(self, one: _Ready, output: torch.Tensor, logits: torch.Tensor | None) -> Done:
         """Draw if asked to, and only then count the rows as cached."""
@@ -215,14 +260,36 @@ class TorchStage:
         done = Done()
         if logits is not None:
             try:
-                token, logprob = draw(logits.numpy(), kv.sampling, end)
+                done = Done(drawn=self._drawn(one.work, kv.sampling, logits.numpy()))
             except PlaitError as error:
                 return Done(error=error)
-            done = Done(drawn=Drawn((token,), (logprob,)))
         elif kv.span.end != self._shape.layers:
             done = Done(hidden=output.contiguous().numpy())
         kv.length = end
         return done
+
+    def _drawn(self, work: Work, sampling: Sampling, logits: npt.NDArray[np.float32]) -> Drawn:
+        """Draw from the [drafts + 1, vocabulary] ``logits`` of a work."""
+        state = self._draws.get(work.session) or DrawState(sampling)
+        position = work.first_position + work.rows - len(work.drafts)
+        if work.claimed:
+            margins = [
+                state.take(logits[index], position + index, token)
+                for index, token in enumerate(work.claimed[: len(logits)])
+            ]
+            return Drawn(work.claimed, (), margins=tuple(margins))
+        draws: list[Draw] = []
+
+        def draw(index: int) -> int:
+            draws.append(state.draw(logits[index], position + index))
+            return draws[-1].token_id
+
+        draw_with_drafts(work.drafts, sampling.end_ids, draw)
+        return Drawn(
+            tuple(drawn.token_id for drawn in draws),
+            tuple(drawn.logprob for drawn in draws),
+            tuple(drawn.top for drawn in draws) if sampling.top_logprobs else (),
+        )
 
 
 def _waves(batch: Sequence[Work]) -> Iterable[Sequence[tuple[int, Work]]]:

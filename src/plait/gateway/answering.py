@@ -1,7 +1,8 @@
 """One request's response: runs its jobs and writes JSON or server-sent events.
 
 The status line waits for the first event (or ``keep_alive_s``), so that what fails before
-the first token is a proper HTTP error; what fails later is an error event, without [DONE].
+the first token is a proper HTTP error; what fails later is an error event. Money is held
+before the work and settled after it, whatever happens between.
 """
 
 import asyncio
@@ -9,14 +10,15 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from starlette.types import Receive, Scope, Send
 
 from plait.gateway import failure
+from plait.gateway.budgets import Key
 from plait.gateway.bundles import BundleStore
 from plait.gateway.config import GatewayConfig
-from plait.gateway.dialects import Dialect, Head
 from plait.gateway.failure import ApiError
+from plait.gateway.frames import Dialect, Result, Usage
+from plait.gateway.key_store import Cashier, Spent
 from plait.gateway.metrics import Metrics
 from plait.gateway.orders import Job
 from plait.gateway.port import Upstream
@@ -28,13 +30,19 @@ from plait.gateway.running import (
     InProgress,
     Outcome,
     Piece,
+    Place,
     run_job,
 )
+from plait.gateway.till import Till, predicted_cost
 from plait.task_scope import TaskScope
 
 BUNDLE_PATH = "/v1/bundles/"
 _KEEP_ALIVE = b": keep-alive\n\n"
-_DONE = b"data: [DONE]\n\n"
+_STREAM_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,7 @@ class Desk:
     metrics: Metrics
     bundles: BundleStore
     in_progress: InProgress
+    cashier: Cashier | None
 
 
 class _ClientGone(Exception):
@@ -63,51 +72,80 @@ class Answering:
         *,
         request_id: str,
         owner: str,
+        key: Key | None,
         stream: bool,
-        include_usage: bool,
     ) -> None:
         self._desk, self._config, self._dialect = desk, desk.config, dialect
         self._jobs = jobs
         self._request_id, self._owner = request_id, owner
-        self._stream, self._include_usage = stream, include_usage
-        self._head = Head(dialect.prefix + request_id, int(time.time()), jobs[0].model.name)
+        self._stream = stream
+        self._till = Till(desk.cashier, key, desk.upstream)
         self._events = Events(jobs)
-        self._outcomes: dict[int, Outcome] = {}
-        self._texts: dict[int, list[str]] = {job.index: [] for job in jobs}
+        self._results = [Result(job) for job in jobs]
+        self._unfinished = len(jobs)
+        self._delivered = False
         self._started_s = time.monotonic()
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._desk.in_progress.enter(self._events, len(self._jobs)):
-            await _too_many(self._desk.in_progress).response()(scope, receive, send)
+        place = self._desk.in_progress.enter(self._events, len(self._jobs))
+        if place is None:
+            problem = _too_many(self._desk.in_progress)
+            await problem.response(scope["path"])(scope, receive, send)
             return
-        self._count_sessions()
         try:
             async with TaskScope() as tasks:
                 tasks.create_task(self._watch(receive), name="disconnect watch")
-                for job in self._jobs:
-                    work = run_job(self._desk.upstream, job, self._events)
-                    tasks.create_task(work, name=f"answer {self._request_id}")
-                await self._respond(scope, receive, send)
+                await self._respond(tasks, place, scope, receive, send)
         finally:
-            self._desk.in_progress.leave(self._events)
+            self._desk.in_progress.leave(place)
+            self._till.close(self._spent())
             self._count_sessions()
 
-    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(
+        self, tasks: TaskScope, place: Place, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         try:
             try:
                 async with asyncio.timeout(self._config.request_timeout_s):
+                    await self._wait(place, send)
+                    await self._start(tasks)
                     await (self._write_stream(send) if self._stream else self._write_whole(send))
             except _ClientGone:
                 return
             except Exception as error:  # noqa: BLE001 - every failure of a job arrives here
                 problem = failure.of(error)
                 if self._begun:
-                    await self._send_event(send, problem.body(), last=True)
+                    await self._send(send, self._dialect.failed(problem), last=True)
                 else:
-                    await problem.response()(scope, receive, send)
+                    await problem.response(scope["path"])(scope, receive, send)
         except _ClientGone:
             return
+
+    async def _wait(self, place: Place, send: Send) -> None:
+        """Wait for a place, telling a stream how many stand before it."""
+        while not place.open.is_set():
+            try:
+                async with asyncio.timeout(self._config.keep_alive_s):
+                    await place.open.wait()
+            except TimeoutError:
+                if self._stream:
+                    position = self._desk.in_progress.position(place)
+                    await self._begin(send)
+                    await self._send(send, [b": queue position %d\n\n" % position])
+            match self._events.next_now():
+                case Gone():
+                    raise _ClientGone
+                case Failed(error):
+                    raise error
+        self._count_sessions()
+
+    async def _start(self, tasks: TaskScope) -> None:
+        self._jobs = await self._till.open(self._jobs)
+        for result, job in zip(self._results, self._jobs, strict=True):
+            result.job = job
+            work = run_job(self._desk.upstream, job, self._events)
+            tasks.create_task(work, name=f"answer {self._request_id}")
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -117,19 +155,12 @@ class Answering:
     # Whole --------------------------------------------------------------------------
 
     async def _write_whole(self, send: Send) -> None:
-        while len(self._outcomes) < len(self._jobs):
+        while self._unfinished:
             await self._take(None)
-        choices, answers = [], []
-        for job in self._jobs:
-            outcome = self._outcomes[job.index]
-            choices.append(self._dialect.choice(job, "".join(self._texts[job.index]), outcome))
-            answers.append(self._account(job, outcome))
-        body = self._head.of(self._dialect.whole_kind) | {
-            "choices": choices,
-            "usage": self._usage(),
-            "plait": {"answers": answers},
-        }
-        headers = _headers(answers, self._usage()["cost"])
+        answers = [self._account(result) for result in self._results]
+        usage = self._usage()
+        body = self._dialect.whole(self._results, usage, {"answers": answers})
+        headers = _headers(answers, usage.cost)
         await failure.json_response(body, headers=headers)({"type": "http"}, _nothing, send)
 
     # Streamed -----------------------------------------------------------------------
@@ -138,52 +169,45 @@ class Answering:
         event = await self._take(self._config.keep_alive_s)
         await self._begin(send)
         while True:
-            match event:
-                case None:
-                    await self._send(send, _KEEP_ALIVE)
-                case Piece(index, text):
-                    await self._send_choice(send, self._dialect.piece(index, text))
-                case Done(index, outcome):
-                    job = self._jobs[index]
-                    choice = self._dialect.closing(job, outcome)
-                    extra = {"answers": [self._account(job, outcome)]}
-                    await self._send_choice(send, choice, {"plait": extra})
-            if len(self._outcomes) == len(self._jobs):
+            frames = self._frames(event)
+            try:
+                # What has come meanwhile goes out in the same write.
+                while self._unfinished and (event := self._take_now()) is not None:
+                    frames += self._frames(event)
+            except Exception:
+                await self._send(send, frames)
+                raise
+            if not self._unfinished:
                 break
+            await self._send(send, frames)
             event = await self._take(self._config.keep_alive_s)
-        if self._include_usage:
-            usage = {"choices": [], "usage": self._usage()}
-            await self._send_event(send, self._head.of(self._dialect.chunk_kind) | usage)
-        await self._send(send, _DONE, last=True)
+        frames += self._dialect.end(self._results, self._usage())
+        await self._send(send, frames, last=True)
+
+    def _frames(self, event: Piece | Done | None) -> list[bytes]:
+        match event:
+            case None:
+                return [_KEEP_ALIVE]
+            case Piece():
+                return self._dialect.piece(event)
+            case Done(index):
+                result = self._results[index]
+                return self._dialect.finish(result, {"answers": [self._account(result)]})
 
     async def _begin(self, send: Send) -> None:
+        if self._begun:
+            return
         self._begun = True
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-store"),
-            (b"x-accel-buffering", b"no"),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for job in self._jobs:
-            if (choice := self._dialect.opening(job.index)) is not None:
-                await self._send_choice(send, choice)
+        await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS]})
+        if frames := self._dialect.begin(self._results):
+            await self._send(send, frames)
 
-    async def _send_choice(
-        self, send: Send, choice: dict[str, Any], extra: dict[str, Any] | None = None
-    ) -> None:
-        chunk = self._head.of(self._dialect.chunk_kind) | {"choices": [choice]} | (extra or {})
-        if self._include_usage:
-            chunk["usage"] = None
-        await self._send_event(send, chunk)
-
-    async def _send_event(self, send: Send, value: object, *, last: bool = False) -> None:
-        await self._send(send, b"data: " + msgspec.json.encode(value) + b"\n\n", last=last)
-
-    async def _send(self, send: Send, data: bytes, *, last: bool = False) -> None:
+    async def _send(self, send: Send, frames: list[bytes], *, last: bool = False) -> None:
         # A reader that stalls must not keep its place for ever.
+        body = b"".join(frames)
         try:
             async with asyncio.timeout(self._config.write_timeout_s):
-                await send({"type": "http.response.body", "body": data, "more_body": not last})
+                await send({"type": "http.response.body", "body": body, "more_body": not last})
         except (TimeoutError, OSError) as error:
             raise _ClientGone from error
 
@@ -191,47 +215,68 @@ class Answering:
 
     async def _take(self, timeout_s: float | None) -> Piece | Done | None:
         """The next event, noted; raises what a job raised, or that the client is gone."""
-        event = await self._events.next(timeout_s)
+        return self._noted(await self._events.next(timeout_s))
+
+    def _take_now(self) -> Piece | Done | None:
+        return self._noted(self._events.next_now())
+
+    def _noted(self, event: Any) -> Piece | Done | None:
         match event:
             case Gone():
                 raise _ClientGone
             case Failed(error):
                 raise error
-            case Piece(index, text):
-                if not any(self._texts.values()):
-                    self._desk.metrics.first_token_s.labels(self._head.model).observe(
+            case Piece(index):
+                if not self._delivered:
+                    self._delivered = True
+                    self._desk.metrics.first_token_s.labels(self._model).observe(
                         time.monotonic() - self._started_s
                     )
-                self._texts[index].append(text)
+                self._results[index].add(event)
+                return event
             case Done(index, outcome):
-                self._outcomes[index] = outcome
-                self._note(self._jobs[index], outcome)
-        return event
+                self._results[index].outcome = outcome
+                self._unfinished -= 1
+                self._note(self._results[index].job, outcome)
+                return event
+        return None
+
+    @property
+    def _model(self) -> str:
+        return self._jobs[0].model.name
 
     def _note(self, job: Job, outcome: Outcome) -> None:
         metrics, model = self._desk.metrics, job.model.name
         metrics.prompt_tokens.labels(model).inc(job.prompt_tokens)
         metrics.completion_tokens.labels(model).inc(outcome.completion_tokens)
         metrics.cost.labels(model).inc(outcome.cost or 0)
-        if len(self._outcomes) == len(self._jobs):
+        if not self._unfinished:
             metrics.request_s.labels(model).observe(time.monotonic() - self._started_s)
         if outcome.answer is not None and outcome.answer.bundle is not None:
             self._desk.bundles.put(self._bundle_id(job), self._owner, outcome.answer.bundle)
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> Usage:
         # A prompt counts once, however many choices were drawn for it.
-        prompt = sum(job.prompt_tokens for job in self._jobs if job.choice == 0)
-        completion = sum(outcome.completion_tokens for outcome in self._outcomes.values())
-        costs = [outcome.cost for outcome in self._outcomes.values()]
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "cost": sum(cost for cost in costs if cost is not None),
-        }
+        outcomes = [result.outcome for result in self._results if result.outcome is not None]
+        return Usage(
+            prompt_tokens=sum(job.prompt_tokens for job in self._jobs if job.choice == 0),
+            completion_tokens=sum(outcome.completion_tokens for outcome in outcomes),
+            cost=sum(outcome.cost or 0 for outcome in outcomes),
+        )
 
-    def _account(self, job: Job, outcome: Outcome) -> dict[str, Any]:
+    def _spent(self) -> Spent:
+        """What the key is charged: also for tokens of answers that did not end well."""
+        usage = self._usage()
+        completion, cost = usage.completion_tokens, usage.cost
+        for result in self._results:
+            if result.outcome is None and result.tokens:
+                completion += len(result.tokens)
+                cost += predicted_cost(self._desk.upstream, result.job, len(result.tokens)) or 0
+        return Spent(usage.prompt_tokens if completion else 0, completion, cost)
+
+    def _account(self, result: Result) -> dict[str, Any]:
         """What Plait adds to an answer: who did it, what it cost, where the evidence is."""
+        job, outcome = result.job, result.finished
         answer = outcome.answer
         account: dict[str, Any] = {
             "index": job.index,
@@ -259,6 +304,7 @@ class Answering:
 
     def _count_sessions(self) -> None:
         self._desk.metrics.sessions.set(self._desk.in_progress.sessions)
+        self._desk.metrics.waiting.set(self._desk.in_progress.waiting)
 
 
 def _headers(answers: list[dict[str, Any]], cost: int) -> dict[str, str]:

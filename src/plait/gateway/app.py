@@ -14,46 +14,74 @@ from starlette.types import ASGIApp
 
 from plait.client import Options
 from plait.errors import PlaitError
-from plait.gateway import failure, openapi, page
+from plait.gateway import failure, messages_api, openapi, page, responses_api
 from plait.gateway.answering import Answering, Desk
 from plait.gateway.bundles import BundleStore
 from plait.gateway.config import GatewayConfig
-from plait.gateway.dialects import ChatDialect, Dialect, TextDialect
+from plait.gateway.dialects import ChatDialect, Head, TextDialect
 from plait.gateway.doorman import Doorman
+from plait.gateway.embedding import embeddings
 from plait.gateway.failure import ApiError, invalid, json_response
+from plait.gateway.frames import Dialect
+from plait.gateway.key_store import Cashier
+from plait.gateway.messages_api import CountRequest, MessagesDialect, MessagesRequest
 from plait.gateway.metrics import CONTENT_TYPE, Metrics
-from plait.gateway.orders import Job, chat_jobs, completion_jobs, prompt_tokens, routing
-from plait.gateway.port import Upstream
+from plait.gateway.orders import (
+    Job,
+    chat_ids,
+    chat_jobs,
+    completion_jobs,
+    max_tokens,
+    routing,
+    text_ids,
+)
+from plait.gateway.port import NotServed, Upstream
 from plait.gateway.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     Generating,
     QuoteRequest,
     TokenizeRequest,
     decoder,
     plain_messages,
 )
+from plait.gateway.responses_api import ResponsesDialect, ResponsesRequest
 from plait.gateway.running import InProgress
 from plait.gateway.shelf import Shelf, Shelved, facts_of
+from plait.gateway.till import permitted
 from plait.router.explain import explain
 
 BodyT = TypeVar("BodyT")
+
+_HOLD_SLACK_MS = 60_000
+"""A hold outlives the longest request by this much."""
 
 
 class Gateway:
     """The handlers of one gateway over one client of the network."""
 
     def __init__(self, upstream: Upstream, network_id: str, config: GatewayConfig) -> None:
-        self.in_progress = InProgress(config.sessions_max)
+        self.in_progress = InProgress(config.sessions_max, config.waiting_max)
+        self.cashier: Cashier | None = None
+        if config.key_store is not None:
+            ttl_ms = round(1000 * config.request_timeout_s) + _HOLD_SLACK_MS
+            self.cashier = Cashier(config.key_store, _clock_ms, ttl_ms)
         self._upstream, self._network_id, self._config = upstream, network_id, config
         self._metrics = Metrics()
         self._shelf = Shelf(upstream)
         self._bundles = BundleStore(config.bundles_max, config.bundle_bytes_max)
-        self._desk = Desk(upstream, config, self._metrics, self._bundles, self.in_progress)
+        self._desk = Desk(
+            upstream, config, self._metrics, self._bundles, self.in_progress, self.cashier
+        )
         self._created = int(time.time())
         self._chat_body = decoder(ChatRequest)
         self._completion_body = decoder(CompletionRequest)
+        self._responses_body = decoder(ResponsesRequest)
+        self._messages_body = decoder(MessagesRequest)
+        self._count_body = decoder(CountRequest)
+        self._embedding_body = decoder(EmbeddingRequest)
         self._quote_body = decoder(QuoteRequest)
         self._tokenize_body = decoder(TokenizeRequest)
         self._detokenize_body = decoder(DetokenizeRequest)
@@ -76,6 +104,10 @@ class Gateway:
         writes = {
             "/v1/chat/completions": self.chat,
             "/v1/completions": self.completions,
+            "/v1/responses": self.responses,
+            "/v1/messages": self.messages,
+            "/v1/messages/count_tokens": self.count_tokens,
+            "/v1/embeddings": self.embeddings,
             "/v1/quote": self.quote,
             "/tokenize": self.tokenize,
             "/detokenize": self.detokenize,
@@ -86,12 +118,18 @@ class Gateway:
             exception_handlers={
                 ApiError: _on_error,
                 PlaitError: _on_error,
+                NotServed: _on_error,
                 HTTPException: _on_http_error,
                 ClientDisconnect: _on_disconnect,
                 Exception: _on_error,
             },
         )
-        return Doorman(routes, self._config, self._metrics)
+        return Doorman(routes, self._config, self._metrics, self.cashier)
+
+    def close(self) -> None:
+        """Write what is left of usage."""
+        if self.cashier is not None:
+            self.cashier.close()
 
     # Answers ------------------------------------------------------------------------
 
@@ -100,27 +138,63 @@ class Gateway:
         body = await self._body(request, self._chat_body)
         model = await self._shelf.get(body.model)
         jobs = await chat_jobs(body, model, self._config)
-        return self._answering(request, body, ChatDialect(bool(body.logprobs)), jobs)
+        head = self._head(request, "chatcmpl-", model)
+        usage, logprobs = _include_usage(body), bool(body.logprobs)
+        dialect = ChatDialect(head, include_usage=usage, logprobs=logprobs)
+        return self._answering(request, dialect, jobs, stream=body.stream)
 
     async def completions(self, request: Request) -> Any:
         """``POST /v1/completions``."""
         body = await self._body(request, self._completion_body)
         model = await self._shelf.get(body.model)
         jobs = await completion_jobs(body, model, self._config)
-        return self._answering(request, body, TextDialect(body.logprobs is not None), jobs)
+        head = self._head(request, "cmpl-", model)
+        dialect = TextDialect(head, include_usage=_include_usage(body), logprobs=body.logprobs)
+        return self._answering(request, dialect, jobs, stream=body.stream)
+
+    async def responses(self, request: Request) -> Any:
+        """``POST /v1/responses``."""
+        body = await self._body(request, self._responses_body)
+        model = await self._shelf.get(body.model)
+        jobs = await chat_jobs(responses_api.as_chat(body), model, self._config)
+        dialect = ResponsesDialect(self._head(request, "resp_", model), body)
+        return self._answering(request, dialect, jobs, stream=body.stream)
+
+    async def messages(self, request: Request) -> Any:
+        """``POST /v1/messages``."""
+        body = await self._body(request, self._messages_body)
+        model = await self._shelf.get(body.model)
+        jobs = await chat_jobs(messages_api.as_chat(body), model, self._config)
+        dialect = MessagesDialect(self._head(request, "msg_", model))
+        return self._answering(request, dialect, jobs, stream=body.stream)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """``POST /v1/messages/count_tokens``."""
+        body = await self._body(request, self._count_body)
+        model = await self._shelf.get(body.model)
+        jobs = await chat_jobs(messages_api.as_chat(body), model, self._config)
+        return json_response({"input_tokens": jobs[0].prompt_tokens})
+
+    async def embeddings(self, request: Request) -> Response:
+        """``POST /v1/embeddings``."""
+        body = await self._body(request, self._embedding_body)
+        model = await self._shelf.get(body.model)
+        return json_response(await embeddings(body, model, self._upstream, self._config))
+
+    def _head(self, request: Request, prefix: str, model: Shelved) -> Head:
+        return Head(prefix + request.state.request_id, int(time.time()), model)
 
     def _answering(
-        self, request: Request, body: Generating, dialect: Dialect, jobs: list[Job]
+        self, request: Request, dialect: Dialect, jobs: list[Job], *, stream: bool | None
     ) -> Answering:
-        options = body.stream_options
         return Answering(
             self._desk,
             dialect,
-            jobs,
+            permitted(jobs, request.state.key),
             request_id=request.state.request_id,
             owner=request.state.owner,
-            stream=bool(body.stream),
-            include_usage=bool(options and options.include_usage),
+            key=request.state.key,
+            stream=bool(stream),
         )
 
     async def bundle(self, request: Request) -> Response:
@@ -135,7 +209,8 @@ class Gateway:
         body = await self._body(request, self._quote_body)
         model = await self._shelf.get(body.model)
         count = body.prompt_tokens or await self._measure(model, body)
-        options = Options(max_tokens=body.max_tokens or self._config.default_max_tokens)
+        limit = max_tokens(count, body.max_tokens, model, self._config, "prompt_tokens")
+        options = Options(max_tokens=limit)
         options = routing(options, body.provider, body.plait)
         decision = explain(self._upstream.plan(model.name, count, options))
         predicted = decision.pop("predicted")
@@ -164,7 +239,7 @@ class Gateway:
         if (body.prompt is None) == (body.messages is None):
             raise invalid("prompt", "give either a prompt or messages")
         if body.messages is not None:
-            ids = await asyncio.to_thread(model.tokenizer.chat, plain_messages(body.messages))
+            ids = list(await chat_ids(model, plain_messages(body.messages)))
         else:
             ids = await asyncio.to_thread(model.tokenizer.encode, body.prompt or "")
         length = {"count": len(ids), "max_model_len": model.context_length}
@@ -207,7 +282,8 @@ class Gateway:
 
     async def openapi(self, request: Request) -> Response:
         """``GET /openapi.json``."""
-        return json_response(openapi.describe(self._config.version))
+        models = [name for name, _ in self._shelf.ready()]
+        return json_response(openapi.describe(self._config.version, models))
 
     async def page(self, request: Request) -> Response:
         """``GET /``."""
@@ -234,9 +310,9 @@ class Gateway:
 
     async def _measure(self, model: Shelved, body: QuoteRequest) -> int:
         if body.messages is not None:
-            return await prompt_tokens(model, plain_messages(body.messages), raw=False)
+            return len(await chat_ids(model, plain_messages(body.messages)))
         if body.prompt is not None:
-            return await prompt_tokens(model, body.prompt, raw=True)
+            return len(await text_ids(model, body.prompt, "prompt"))
         raise invalid("prompt_tokens", "give prompt_tokens, messages or a prompt")
 
     async def _body(self, request: Request, decode: Callable[[bytes], BodyT]) -> BodyT:
@@ -254,15 +330,23 @@ class Gateway:
         return decode(b"".join(parts))
 
 
+def _include_usage(body: Generating) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)
+
+
+def _clock_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
 async def _on_error(request: Request, error: Exception) -> Response:
-    return failure.of(error).response()
+    return failure.of(error).response(request.url.path)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     message = f"{request.method} {request.url.path}: {error.detail}"
-    response = ApiError(error.status_code, message, code=code).response()
+    response = ApiError(error.status_code, message, code=code).response(request.url.path)
     response.headers.update(error.headers or {})
     return response
 

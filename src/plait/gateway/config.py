@@ -2,6 +2,7 @@
 
 import ipaddress
 from dataclasses import dataclass
+from pathlib import Path
 
 from plait.errors import ConfigError
 from plait.gateway.keys import KeyRing
@@ -18,9 +19,13 @@ class GatewayConfig:
     host: str = "127.0.0.1"
     port: int = 4700
     keys: KeyRing | None = None
+    key_store: Path | None = None
+    """Managed keys with budgets; their file."""
     always_bundle: bool = False
     version: str = ""
     sessions_max: int = 256
+    waiting_max: int = 0
+    """Requests that may wait for a place; more are refused."""
     body_bytes_max: int = 1 << 20
     answers_max: int = 32
     """Answers of one request: prompts times ``n``."""
@@ -32,11 +37,16 @@ class GatewayConfig:
     write_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.keys is None and not self.loopback:
+        if not self.locked and not self.loopback:
             raise ConfigError(
                 f"{self.host} can be reached from other machines, and there are no API keys",
-                remedy="plait serve --api-key-file KEYS, or leave out --host",
+                remedy="plait keys create NAME, or leave out --host",
             )
+
+    @property
+    def locked(self) -> bool:
+        """Whether a key is needed."""
+        return self.keys is not None or self.key_store is not None
 
     @property
     def loopback(self) -> bool:

@@ -1,11 +1,13 @@
-"""The two shapes of a completion, whole and in chunks, as OpenAI's clients expect them."""
+"""OpenAI's completions and chat completions, whole and in chunks, as its clients expect them."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
-from plait.gateway.orders import Job
-from plait.gateway.running import Outcome
+from plait.gateway.failure import ApiError
+from plait.gateway.frames import DONE, Result, Usage, data
+from plait.gateway.running import Piece, Token
 from plait.gateway.shelf import Shelved
+from plait.gateway.tools import ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,135 +16,192 @@ class Head:
 
     id: str
     created: int
-    model: str
+    model: Shelved
 
     def of(self, kind: str) -> dict[str, Any]:
         """The members common to a response and its chunks."""
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
 
 
-class Dialect(Protocol):
-    """Builds JSON-ready values; ``extra`` is Plait's account of one answer."""
+class _Completions:
+    """What chat and text completions share: chunks of choices, usage, [DONE]."""
 
-    prefix: ClassVar[str]
-    whole_kind: ClassVar[str]
-    chunk_kind: ClassVar[str]
+    chunk_kind = ""
+    whole_kind = ""
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The choice of the first chunk, if there is one before the text."""
-        ...
+    def __init__(self, head: Head, *, include_usage: bool) -> None:
+        self._head = head
+        self._include_usage = include_usage
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        """The choice of a chunk with text."""
-        ...
+    def failed(self, problem: ApiError) -> list[bytes]:
+        """An error event, and no [DONE]."""
+        return [data(problem.body())]
 
-    def closing(self, job: Job, outcome: Outcome) -> dict[str, Any]:
-        """The choice of an answer's last chunk."""
-        ...
+    def end(self, results: list[Result], usage: Usage) -> list[bytes]:
+        """Usage if it was asked for, and [DONE]."""
+        if not self._include_usage:
+            return [DONE]
+        last = self._head.of(self.chunk_kind) | {"choices": [], "usage": usage.to_json()}
+        return [data(last), DONE]
 
-    def choice(self, job: Job, text: str, outcome: Outcome) -> dict[str, Any]:
-        """The choice of a whole response."""
-        ...
+    def _chunk(self, choice: dict[str, Any], plait: dict[str, Any] | None = None) -> bytes:
+        chunk = self._head.of(self.chunk_kind) | {"choices": [choice]}
+        if self._include_usage:
+            chunk["usage"] = None
+        if plait is not None:
+            chunk["plait"] = plait
+        return data(chunk)
+
+    def _whole(
+        self, choices: list[dict[str, Any]], usage: Usage, plait: dict[str, Any]
+    ) -> dict[str, Any]:
+        members = {"choices": choices, "usage": usage.to_json(), "plait": plait}
+        return self._head.of(self.whole_kind) | members
 
 
-@dataclass(frozen=True, slots=True)
-class ChatDialect:
+class ChatDialect(_Completions):
     """``/v1/chat/completions``."""
 
-    logprobs: bool = False
-    prefix: ClassVar[str] = "chatcmpl-"
-    whole_kind: ClassVar[str] = "chat.completion"
-    chunk_kind: ClassVar[str] = "chat.completion.chunk"
+    chunk_kind = "chat.completion.chunk"
+    whole_kind = "chat.completion"
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The role."""
-        return _delta(index, {"role": "assistant", "content": ""})
+    def __init__(self, head: Head, *, include_usage: bool = False, logprobs: bool = False) -> None:
+        super().__init__(head, include_usage=include_usage)
+        self._logprobs = logprobs
+        self._calls: dict[int, int] = {}
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        """A delta."""
-        return _delta(index, {"content": text})
+    def begin(self, results: list[Result]) -> list[bytes]:
+        """The roles."""
+        first = {"role": "assistant", "content": ""}
+        return [self._chunk(_delta(result.job.index, first)) for result in results]
 
-    def closing(self, job: Job, outcome: Outcome) -> dict[str, Any]:
-        """An empty delta with the reason, and all log-probabilities."""
-        choice = _delta(job.index, {}, outcome.finish_reason)
-        return choice | {"logprobs": self._logprobs(job, outcome)}
+    def piece(self, piece: Piece) -> list[bytes]:
+        """Deltas of text and of calls."""
+        frames = []
+        if piece.text or (self._logprobs and piece.tokens):
+            choice = _delta(piece.index, {"content": piece.text})
+            if self._logprobs:
+                choice["logprobs"] = chat_logprobs(self._head.model, piece.tokens)
+            frames.append(self._chunk(choice))
+        for call in piece.calls:
+            number = self._calls.get(piece.index, 0)
+            self._calls[piece.index] = number + 1
+            delta = {"tool_calls": [{"index": number} | _call(call)]}
+            frames.append(self._chunk(_delta(piece.index, delta)))
+        return frames
 
-    def choice(self, job: Job, text: str, outcome: Outcome) -> dict[str, Any]:
-        """A message."""
+    def finish(self, result: Result, plait: dict[str, Any]) -> list[bytes]:
+        """An empty delta with the reason."""
+        choice = _delta(result.job.index, {}, result.finished.finish_reason)
+        return [self._chunk(choice, plait)]
+
+    def whole(self, results: list[Result], usage: Usage, plait: dict[str, Any]) -> dict[str, Any]:
+        """Messages."""
+        return self._whole([self._choice(result) for result in results], usage, plait)
+
+    def _choice(self, result: Result) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
+        if result.calls:
+            message["content"] = result.text or None
+            message["tool_calls"] = [_call(call) for call in result.calls]
+        tokens = chat_logprobs(self._head.model, result.tokens) if self._logprobs else None
         return {
-            "index": job.index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self._logprobs(job, outcome),
-            "finish_reason": outcome.finish_reason,
+            "index": result.job.index,
+            "message": message,
+            "logprobs": tokens,
+            "finish_reason": result.finished.finish_reason,
         }
 
-    def _logprobs(self, job: Job, outcome: Outcome) -> dict[str, Any] | None:
-        if not self.logprobs or outcome.answer is None:
-            return None
-        content = [
-            {
-                "token": raw.decode("utf-8", "replace"),
-                "logprob": logprob,
-                "bytes": list(raw),
-                "top_logprobs": [],
-            }
-            for raw, logprob in _drawn(job.model, outcome)
-        ]
-        return {"content": content, "refusal": None}
 
-
-@dataclass(frozen=True, slots=True)
-class TextDialect:
+class TextDialect(_Completions):
     """``/v1/completions``."""
 
-    logprobs: bool = False
-    prefix: ClassVar[str] = "cmpl-"
-    whole_kind: ClassVar[str] = "text_completion"
-    chunk_kind: ClassVar[str] = "text_completion"
+    chunk_kind = whole_kind = "text_completion"
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def __init__(
+        self, head: Head, *, include_usage: bool = False, logprobs: int | None = None
+    ) -> None:
+        super().__init__(head, include_usage=include_usage)
+        self._logprobs = logprobs
+        self._offsets: dict[int, int] = {}
+
+    def begin(self, results: list[Result]) -> list[bytes]:
         """Text has no role."""
-        return None
+        return []
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
+    def piece(self, piece: Piece) -> list[bytes]:
         """A piece of text."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+        offset = self._offsets.get(piece.index, 0)
+        self._offsets[piece.index] = offset + len(piece.text)
+        return [self._chunk(self._choice(piece.index, piece.text, piece.tokens, offset, None))]
 
-    def closing(self, job: Job, outcome: Outcome) -> dict[str, Any]:
+    def finish(self, result: Result, plait: dict[str, Any]) -> list[bytes]:
         """No text, and the reason."""
-        return self.choice(job, "", outcome)
+        reason = result.finished.finish_reason
+        return [self._chunk(self._choice(result.job.index, "", (), 0, reason), plait)]
 
-    def choice(self, job: Job, text: str, outcome: Outcome) -> dict[str, Any]:
-        """The whole text."""
-        return {
-            "index": job.index,
-            "text": text,
-            "logprobs": self._logprobs(job, outcome),
-            "finish_reason": outcome.finish_reason,
-        }
+    def whole(self, results: list[Result], usage: Usage, plait: dict[str, Any]) -> dict[str, Any]:
+        """The texts."""
+        choices = [
+            self._choice(
+                result.job.index,
+                result.text,
+                tuple(result.tokens),
+                len(result.job.echo),
+                result.finished.finish_reason,
+            )
+            for result in results
+        ]
+        return self._whole(choices, usage, plait)
 
-    def _logprobs(self, job: Job, outcome: Outcome) -> dict[str, Any] | None:
-        if not self.logprobs or outcome.answer is None:
-            return None
-        tokens, offsets, offset = [], [], 0
-        for raw, _ in _drawn(job.model, outcome):
-            tokens.append(raw.decode("utf-8", "replace"))
+    def _choice(
+        self, index: int, text: str, tokens: tuple[Token, ...], offset: int, reason: str | None
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None}
+        if self._logprobs is not None and tokens:
+            choice["logprobs"] = self._text_logprobs(tokens, offset)
+        return choice | {"finish_reason": reason}
+
+    def _text_logprobs(self, tokens: tuple[Token, ...], offset: int) -> dict[str, Any]:
+        tokenizer, texts, offsets = self._head.model.tokenizer, list[str](), list[int]()
+        for token in tokens:
+            texts.append(tokenizer.token_bytes(token.id).decode("utf-8", "replace"))
             offsets.append(offset)
-            offset += len(tokens[-1])
+            offset += len(texts[-1])
+        tops = [
+            {
+                tokenizer.token_bytes(other).decode("utf-8", "replace"): value
+                for other, value in token.top
+            }
+            for token in tokens
+        ]
         return {
-            "tokens": tokens,
-            "token_logprobs": list(outcome.answer.logprobs),
-            "top_logprobs": None,
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": tops if self._logprobs else None,
             "text_offset": offsets,
         }
 
 
+def chat_logprobs(model: Shelved, tokens: "list[Token] | tuple[Token, ...]") -> dict[str, Any]:
+    """The ``logprobs`` member of a chat's choice."""
+    content = [
+        _logprob(model, token.id, token.logprob)
+        | {"top_logprobs": [_logprob(model, other, value) for other, value in token.top]}
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _logprob(model: Shelved, token: int, logprob: float | None) -> dict[str, Any]:
+    raw = model.tokenizer.token_bytes(token)
+    return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
 def _delta(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _drawn(model: Shelved, outcome: Outcome) -> list[tuple[bytes, float]]:
-    answer = outcome.answer
-    assert answer is not None
-    pairs = zip(answer.token_ids, answer.logprobs, strict=False)
-    return [(model.tokenizer.token_bytes(token), logprob) for token, logprob in pairs]

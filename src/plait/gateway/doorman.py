@@ -8,13 +8,17 @@ machine's, and bodies must be declared as JSON, which a browser asks permission 
 import base64
 import binascii
 import secrets
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from plait.gateway.budgets import Key
 from plait.gateway.config import GatewayConfig, is_loopback
 from plait.gateway.failure import ApiError
+from plait.gateway.key_store import Cashier
 from plait.gateway.metrics import Metrics
+from plait.gateway.rates import Rates
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 BROWSER_PATHS = frozenset({"/", "/page.css", "/metrics"})
@@ -22,10 +26,14 @@ BROWSER_PATHS = frozenset({"/", "/page.css", "/metrics"})
 
 
 class Doorman:
-    """ASGI middleware; puts ``request_id`` and ``owner`` into the request's state."""
+    """ASGI middleware; puts ``request_id``, ``owner`` and ``key`` into the request's state."""
 
-    def __init__(self, app: ASGIApp, config: GatewayConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, config: GatewayConfig, metrics: Metrics, cashier: Cashier | None
+    ) -> None:
         self._app, self._config, self._metrics = app, config, metrics
+        self._cashier = cashier
+        self._rates = Rates()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or answer it here."""
@@ -34,13 +42,15 @@ class Doorman:
             return
         request_id = secrets.token_hex(16)
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id
+        state["request_id"], state["key"] = request_id, None
+        limits: dict[str, str] = {}
 
         async def marked(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"
+                headers.update(limits)
                 route = getattr(scope.get("route"), "path", "none")
                 self._metrics.requests.labels(route, str(message["status"])).inc()
             await send(message)
@@ -48,9 +58,12 @@ class Doorman:
         headers = Headers(scope=scope)
         try:
             self._check_host(headers)
-            state["owner"] = self._owner(scope["path"], headers)
+            state["owner"] = self._owner(scope["path"], headers, state)
+            if state["key"] is not None and scope["method"] == "POST":
+                limits |= self._rates.take(state["key"])
         except ApiError as error:
-            response = error.response()
+            limits |= self._rates.told(state["key"])
+            response = error.response(scope["path"])
             if error.status == 401 and scope["path"] in BROWSER_PATHS:
                 response.headers["www-authenticate"] = 'Basic realm="plait"'
             await response(scope, receive, marked)
@@ -58,7 +71,7 @@ class Doorman:
         await self._app(scope, receive, marked)
 
     def _check_host(self, headers: Headers) -> None:
-        if self._config.keys is not None:
+        if self._config.locked:
             return  # Whoever has a key is meant to come in, perhaps through a proxy.
         host = headers.get("host", "").strip()
         name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
@@ -66,16 +79,20 @@ class Doorman:
             message = f"this gateway serves this machine only, not {name!r}"
             raise ApiError(403, message, code="host_not_allowed")
 
-    def _owner(self, path: str, headers: Headers) -> str:
-        keys = self._config.keys
-        if keys is None or path in OPEN_PATHS:
+    def _owner(self, path: str, headers: Headers, state: dict[str, Any]) -> str:
+        if not self._config.locked or path in OPEN_PATHS:
             return ""
-        key = _key(headers.get("authorization", ""), basic=path in BROWSER_PATHS)
-        owner = keys.owner_of(key) if key else None
-        if owner is None:
+        secret = _key(headers.get("authorization", ""), basic=path in BROWSER_PATHS)
+        secret = secret or headers.get("x-api-key", "").strip()  # as Anthropic's clients send it
+        owner = self._config.keys.owner_of(secret) if secret and self._config.keys else None
+        if owner is not None:
+            return owner
+        found: Key | None = self._cashier.find(secret) if secret and self._cashier else None
+        if found is None:
             message = "the API key is missing or wrong: send Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key")
-        return owner
+        state["key"] = found
+        return found.id
 
 
 def _key(authorization: str, *, basic: bool) -> str:

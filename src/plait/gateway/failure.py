@@ -19,6 +19,7 @@ from plait.errors import (
     SessionLost,
     VerificationError,
 )
+from plait.gateway.port import NotServed
 
 INVALID = "invalid_request_error"
 
@@ -36,6 +37,18 @@ _TABLE: tuple[tuple[type[PlaitError], int, str, str], ...] = (
     (VerificationError, 502, "peer_error", "verification_failed"),
 )
 _AGAIN_S = 1.0
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _PASSING = frozenset({429, 502, 503, 504})
 
 
@@ -75,6 +88,12 @@ class ApiError(Exception):
             error["remedy"] = self.remedy
         return {"error": error}
 
+    def anthropic_body(self) -> dict[str, Any]:
+        """Anthropic's error object."""
+        kind = _ANTHROPIC.get(self.status, "api_error")
+        error = {"type": kind, "message": str(self), "code": self.code, "param": self.param}
+        return {"type": "error", "error": error}
+
     def headers(self) -> dict[str, str]:
         """Whether and when to try again, for SDKs that would guess from the status."""
         headers = {"x-should-retry": "true" if self.retry else "false"}
@@ -84,9 +103,10 @@ class ApiError(Exception):
             headers["retry-after"] = str(max(1, round(after_s)))
         return headers
 
-    def response(self) -> Response:
-        """The error as a whole response."""
-        return json_response(self.body(), self.status, self.headers())
+    def response(self, path: str = "") -> Response:
+        """The error as a whole response, in the words of the API that ``path`` belongs to."""
+        body = self.anthropic_body() if path.startswith(ANTHROPIC_PATH) else self.body()
+        return json_response(body, self.status, self.headers())
 
 
 def refused(param: str, why: str) -> ApiError:
@@ -103,6 +123,8 @@ def of(error: Exception) -> ApiError:
     """The HTTP side of any error; what is not ours to tell stays in the log."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, NotServed):
+        return ApiError(501, str(error), kind="not_implemented_error", code="not_implemented")
     if isinstance(error, TimeoutError):
         return ApiError(
             504, "the answer took too long", kind="timeout_error", code="deadline_exceeded"

@@ -30,6 +30,9 @@ class Metrics:
         self.sessions = Gauge(
             "plait_gateway_sessions_active", "Answers in progress.", registry=registry
         )
+        self.waiting = Gauge(
+            "plait_gateway_requests_waiting", "Requests that wait for a place.", registry=registry
+        )
         self.prompt_tokens = Counter(
             "plait_gateway_prompt_tokens",
             "Prompt tokens of finished answers.",

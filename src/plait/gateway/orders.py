@@ -1,27 +1,35 @@
 """From a request to jobs: one generation each, with every limit checked before any starts."""
 
 import asyncio
-from dataclasses import dataclass, replace
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from plait.client import Options
-from plait.client.prompt import Prompt, prompt_ids
+from plait.compute.grammar import JSON_OBJECT, check_grammar
 from plait.errors import ConfigError
 from plait.gateway.config import GatewayConfig
 from plait.gateway.failure import ApiError, invalid, refused
+from plait.gateway.port import Ask
 from plait.gateway.requests import (
     ChatRequest,
     CompletionRequest,
     Generating,
     PlaitFields,
     Provider,
+    ResponseFormat,
+    ToolSpec,
     check_chat,
     check_completion,
     plain_messages,
-    prompts_of,
     stops_of,
+    texts_of,
 )
 from plait.gateway.shelf import Shelved
-from plait.types import PeerId
+from plait.gateway.tools import Tool, ToolMode, Tools, chosen, introduced
+from plait.types import MILLION, Grammar, PeerId, Sampling
 
 _SEEDS = 2**63
 _TOP_P_MIN = 1e-6
@@ -38,27 +46,35 @@ class Job:
     index: int
     choice: int
     model: Shelved
-    prompt: Prompt
-    prompt_tokens: int
-    options: Options
-    stops: tuple[str, ...]
+    ask: Ask
+    stops: tuple[str, ...] = ()
+    tools: Tools = field(default_factory=Tools)
     echo: str = ""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.ask.prompt_ids)
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of the answer."""
+        return self.ask.options.max_tokens
 
 
 async def chat_jobs(request: ChatRequest, model: Shelved, config: GatewayConfig) -> list[Job]:
     """The jobs of a chat: one per choice. Raises ``ApiError``."""
     check_chat(request)
-    prompt = plain_messages(request.messages)
-    count = await prompt_tokens(model, prompt, raw=False)
+    tools = _tools(request)
+    ids = await chat_ids(model, plain_messages(request.messages), tools.offered)
     asked = request.max_completion_tokens or request.max_tokens
-    options = _options(
-        request, _max_tokens(count, asked, model, config, raw=False), config, raw=False
+    options = _options(request, max_tokens(len(ids), asked, model, config, "messages"), config)
+    grammar = await checked_grammar(
+        tools.grammar() or _format_grammar(request.response_format) or _own_grammar(request.plait)
     )
-    stops = stops_of(request)
-    return [
-        Job(index, index, model, prompt, count, _seeded(options, index), stops)
-        for index in range(request.n or 1)
-    ]
+    top = (request.top_logprobs or 0) if request.logprobs else 0
+    sampling = sampling_of(request, model, grammar, top)
+    return jobs_of(model, ids, sampling, options, request, stops_of(request), tools)
 
 
 async def completion_jobs(
@@ -66,43 +82,225 @@ async def completion_jobs(
 ) -> list[Job]:
     """The jobs of a completion: one per prompt and choice. Raises ``ApiError``."""
     check_completion(request)
-    choices, prompts = request.n or 1, prompts_of(request)
-    if len(prompts) * choices > config.answers_max:
+    prompts = texts_of(request.prompt, "prompt")
+    if len(prompts) * (request.n or 1) > config.answers_max:
         raise invalid("prompt", f"more than {config.answers_max} answers in one request")
+    sampling = sampling_of(
+        request, model, await checked_grammar(_own_grammar(request.plait)), request.logprobs or 0
+    )
     stops, jobs = stops_of(request), list[Job]()
     for prompt in prompts:
-        text = prompt if isinstance(prompt, str) else _text_of(model, prompt)
-        count = await prompt_tokens(model, text, raw=True)
-        limit = _max_tokens(count, request.max_tokens, model, config, raw=True)
-        options = _options(request, limit, config, raw=True)
-        echo = text if request.echo else ""
-        jobs += [
-            Job(
-                index=len(jobs) + choice,
-                choice=choice,
-                model=model,
-                prompt=text,
-                prompt_tokens=count,
-                options=_seeded(options, choice),
-                stops=stops,
-                echo=echo,
-            )
-            for choice in range(choices)
-        ]
+        ids = await text_ids(model, prompt, "prompt")
+        limit = max_tokens(len(ids), request.max_tokens, model, config, "prompt")
+        echo = _echo(model, prompt) if request.echo else ""
+        options = _options(request, limit, config)
+        jobs += jobs_of(model, ids, sampling, options, request, stops, first=len(jobs), echo=echo)
     return jobs
 
 
-async def prompt_tokens(model: Shelved, prompt: Prompt, *, raw: bool) -> int:
-    """How many tokens a prompt has; raises ``ApiError`` where the template refuses it."""
-    where = "prompt" if raw else "messages"
-    size = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) for m in prompt)
+def jobs_of(
+    model: Shelved,
+    ids: tuple[int, ...],
+    sampling: Sampling,
+    options: Options,
+    request: Generating,
+    stops: tuple[str, ...],
+    tools: Tools | None = None,
+    *,
+    first: int = 0,
+    echo: str = "",
+) -> list[Job]:
+    """One job per choice of a prompt."""
+    return [
+        Job(
+            index=first + choice,
+            choice=choice,
+            model=model,
+            ask=Ask(
+                model=model.name,
+                prompt_ids=ids,
+                sampling=_seeded(sampling, request.seed, choice),
+                options=options,
+            ),
+            stops=stops,
+            tools=tools or Tools(),
+            echo=echo,
+        )
+        for choice in range(request.n or 1)
+    ]
+
+
+# Prompts ------------------------------------------------------------------------------
+
+
+async def chat_ids(
+    model: Shelved, messages: list[dict[str, Any]], tools: Sequence[Tool] = ()
+) -> tuple[int, ...]:
+    """The ids of a conversation; raises ``ApiError`` where the template refuses it."""
+    if not any(message["content"].strip() for message in messages):
+        raise invalid("messages", "the prompt is empty")
+    described: list[dict[str, Any]] | None = [tool.described() for tool in tools]
+    if not model.tokenizer.template_takes_tools:
+        messages, described = introduced(messages, tools), None
+    size = sum(len(message["content"]) for message in messages)
     try:
         if size < _LONG_CHARACTERS:
-            return len(prompt_ids(model.tokenizer, prompt, raw=raw))
+            return tuple(model.tokenizer.chat(messages, described))
         # A long text takes a while, in which other answers must go on.
-        return len(await asyncio.to_thread(prompt_ids, model.tokenizer, prompt, raw=raw))
+        return tuple(await asyncio.to_thread(model.tokenizer.chat, messages, described))
     except ConfigError as error:
-        raise invalid(where, str(error)) from error
+        raise invalid("messages", str(error)) from error
+
+
+async def text_ids(model: Shelved, prompt: str | list[int], param: str) -> tuple[int, ...]:
+    """The ids of a text without template, or ids as they are; raises ``ApiError``."""
+    if isinstance(prompt, list):
+        if not all(0 <= token < model.local.manifest.vocabulary_size for token in prompt):
+            raise invalid(param, f"{model.name} has no such token id")
+        ids = prompt
+    elif len(prompt) < _LONG_CHARACTERS:
+        ids = model.tokenizer.encode(prompt)
+    else:
+        ids = await asyncio.to_thread(model.tokenizer.encode, prompt)
+    if not ids:
+        raise invalid(param, f"{param} is empty")
+    return tuple(ids)
+
+
+def _echo(model: Shelved, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+
+
+def max_tokens(
+    prompt_tokens: int, asked: int | None, model: Shelved, config: GatewayConfig, where: str
+) -> int:
+    """How long the answer may be; raises ``ApiError`` if it cannot fit the context."""
+    room = model.context_length - prompt_tokens
+    if room < 1 or (asked or 1) > room:
+        wanted = f" and {asked} are asked for" if asked else ""
+        raise ApiError(
+            400,
+            f"the prompt has {prompt_tokens} tokens{wanted}, "
+            f"but the context of {model.name} ends at {model.context_length}",
+            code="context_length_exceeded",
+            param="max_tokens" if room >= 1 else where,
+        )
+    return asked or min(room, config.default_max_tokens)
+
+
+# How tokens are drawn -----------------------------------------------------------------
+
+
+def sampling_of(
+    request: Generating, model: Shelved, grammar: Grammar | None, top_logprobs: int
+) -> Sampling:
+    """The sampling of a request, its seed still to be set; raises ``ApiError``."""
+    temperature = 1.0 if request.temperature is None else request.temperature
+    repetition = 1.0 if request.repetition_penalty is None else request.repetition_penalty
+    try:
+        return Sampling(
+            temperature_micros=_micros(temperature),
+            top_p_micros=_micros(1.0 if request.top_p is None else max(request.top_p, _TOP_P_MIN)),
+            top_k=max(request.top_k or 0, 0),
+            end_ids=model.tokenizer.end_ids,
+            min_p_micros=_micros(request.min_p or 0.0),
+            presence_penalty_micros=_micros(request.presence_penalty or 0.0),
+            frequency_penalty_micros=_micros(request.frequency_penalty or 0.0),
+            repetition_penalty_micros=max(1, _micros(repetition)),
+            logit_bias=_bias(request.logit_bias, model),
+            top_logprobs=top_logprobs,
+            grammar=grammar,
+        )
+    except ValueError as error:
+        raise invalid(None, str(error)) from error
+
+
+def _micros(value: float) -> int:
+    return round(value * MILLION)
+
+
+def _bias(biases: dict[str, float] | None, model: Shelved) -> tuple[tuple[int, int], ...]:
+    found: dict[int, int] = {}
+    for name, bias in (biases or {}).items():
+        if not (name.isascii() and name.isdigit() and len(name) < 10):
+            raise invalid("logit_bias", f"{name!r} is not a token id")
+        if int(name) >= model.local.manifest.vocabulary_size:
+            raise invalid("logit_bias", f"{model.name} has no such token id")
+        found[int(name)] = _micros(bias)
+    return tuple(sorted(found.items()))
+
+
+def _seeded(sampling: Sampling, seed: int | None, choice: int) -> Sampling:
+    """Choice k draws with the seed k further on; without a seed each draws a fresh one."""
+    drawn = secrets.randbits(63) if seed is None else (seed + choice) % _SEEDS
+    return replace(sampling, seed=drawn)
+
+
+# What an answer looks like ------------------------------------------------------------
+
+
+def _tools(request: ChatRequest) -> Tools:
+    offered = [tool_of(spec) for spec in request.tools or ()]
+    choice = request.tool_choice
+    if isinstance(choice, ToolSpec):
+        return tools_of(offered, "auto", choice.function.name)
+    return tools_of(offered, choice or "auto")
+
+
+def tool_of(spec: ToolSpec) -> Tool:
+    """A tool as it was described."""
+    function = spec.function
+    return Tool(function.name, function.description or "", function.parameters or {})
+
+
+def tools_of(offered: Sequence[Tool], mode: ToolMode, name: str | None = None) -> Tools:
+    """Tools after the choice among them; raises ``ApiError``."""
+    try:
+        return chosen(offered, mode, name)
+    except ValueError as error:
+        raise invalid("tool_choice", str(error)) from error
+
+
+def _format_grammar(format_: ResponseFormat | None) -> Grammar | None:
+    if format_ is None or format_.type == "text":
+        return None
+    if format_.type == "json_object":
+        return JSON_OBJECT
+    if format_.json_schema is None or format_.json_schema.schema is None:
+        raise invalid("response_format.json_schema", "json_schema needs a schema")
+    return schema_grammar(format_.json_schema.schema, "response_format.json_schema")
+
+
+def schema_grammar(schema: dict[str, Any], param: str) -> Grammar:
+    """The grammar of a JSON schema; raises ``ApiError`` if it is too long."""
+    return _grammar_of("json_schema", json.dumps(schema), param)
+
+
+def _own_grammar(plait: PlaitFields | None) -> Grammar | None:
+    if plait is None or (plait.regex is None and plait.lark is None):
+        return None
+    if plait.regex is not None and plait.lark is not None:
+        raise invalid("plait.lark", "give either a regex or a lark grammar")
+    if plait.regex is not None:
+        return _grammar_of("regex", plait.regex, "plait.regex")
+    return _grammar_of("lark", plait.lark or "", "plait.lark")
+
+
+def _grammar_of(kind: Any, text: str, param: str) -> Grammar:
+    try:
+        return Grammar(kind, text)
+    except ValueError as error:
+        raise invalid(param, str(error)) from error
+
+
+async def checked_grammar(grammar: Grammar | None) -> Grammar | None:
+    """The grammar, if it can be used; raises ``ApiError`` naming what is wrong with it."""
+    if grammar is not None and (why := await asyncio.to_thread(check_grammar, grammar)):
+        raise invalid("response_format", f"the grammar cannot be used: {why}")
+    return grammar
+
+
+# Routing ------------------------------------------------------------------------------
 
 
 def routing(options: Options, provider: Provider | None, plait: PlaitFields | None) -> Options:
@@ -136,48 +334,6 @@ def _max_price(provider: Provider) -> int | None:
     return price.request
 
 
-def _options(request: Generating, max_tokens: int, config: GatewayConfig, *, raw: bool) -> Options:
-    temperature = 1.0 if request.temperature is None else request.temperature
-    plain = Options(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=1.0 if request.top_p is None else max(request.top_p, _TOP_P_MIN),
-        top_k=max(request.top_k or 0, 0),
-        seed=request.seed,
-        raw=raw,
-        bundle=config.always_bundle or bool(request.plait and request.plait.bundle),
-    )
-    return routing(plain, request.provider, request.plait)
-
-
-def _seeded(options: Options, choice: int) -> Options:
-    """Choice k draws with the seed k further on; without a seed each draws a fresh one."""
-    if options.seed is None:
-        return options
-    return replace(options, seed=(options.seed + choice) % _SEEDS)
-
-
-def _max_tokens(
-    prompt_tokens: int, asked: int | None, model: Shelved, config: GatewayConfig, *, raw: bool
-) -> int:
-    room = model.context_length - prompt_tokens
-    if room < 1 or (asked or 1) > room:
-        wanted = f" and {asked} are asked for" if asked else ""
-        raise ApiError(
-            400,
-            f"the prompt has {prompt_tokens} tokens{wanted}, "
-            f"but the context of {model.name} ends at {model.context_length}",
-            code="context_length_exceeded",
-            param="max_tokens" if room >= 1 else "prompt" if raw else "messages",
-        )
-    return asked or min(room, config.default_max_tokens)
-
-
-def _text_of(model: Shelved, ids: list[int]) -> str:
-    """The text of token ids, if it has just these ids: the client takes text only."""
-    if not all(0 <= token < model.tokenizer.vocabulary_size for token in ids):
-        raise invalid("prompt", f"{model.name} has no such token id")
-    text = model.tokenizer.decode(ids)
-    if model.tokenizer.encode(text) != ids:
-        raise refused("prompt", "only token ids that this model's tokenizer makes are supported")
-    return text
+def _options(request: Generating, limit: int, config: GatewayConfig) -> Options:
+    bundle = config.always_bundle or bool(request.plait and request.plait.bundle)
+    return routing(Options(max_tokens=limit, bundle=bundle), request.provider, request.plait)

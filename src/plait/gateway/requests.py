@@ -11,18 +11,20 @@ import msgspec
 from msgspec import Meta, Struct
 
 from plait.gateway.failure import INVALID, ApiError, invalid, refused
+from plait.types import BIASES_MAX, TOP_LOGPROBS_MAX
 
 BodyT = TypeVar("BodyT")
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
-Positive = Annotated[int, Meta(ge=1)]
-Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Choices = Annotated[int, Meta(ge=1, le=8)]
 TokenIds = list[Count]
 
 STOPS_MAX = 16
+TOOLS_MAX = 128
 STOP_CHARACTERS_MAX = 256
 
 
@@ -55,9 +57,11 @@ class Provider(Struct):
 
 
 class PlaitFields(Struct):
-    """What only Plait has: evidence, and bounds on predicted times."""
+    """What only Plait has: evidence, bounds on predicted times, and grammars of its own."""
 
     bundle: bool = False
+    regex: str | None = None
+    lark: str | None = None
     ttft_s: Annotated[float, Meta(gt=0)] | None = None
     tpot_s: Annotated[float, Meta(gt=0)] | None = None
 
@@ -69,12 +73,64 @@ class Part(Struct):
     text: str | None = None
 
 
+class CalledFunction(Struct):
+    """A call's function; ``arguments`` is JSON."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class Called(Struct):
+    """A call that the model made earlier."""
+
+    function: CalledFunction
+    id: str = ""
+    type: Literal["function"] = "function"
+
+
 class Message(Struct):
     """A chat message."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[Called] | None = None
+    tool_call_id: str | None = None
+
+
+class FunctionSpec(Struct):
+    """A function that the model may call."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolSpec(Struct):
+    """A tool: functions only."""
+
+    function: FunctionSpec
+    type: Literal["function"] = "function"
+
+
+class SchemaSpec(Struct):
+    """A named JSON schema."""
+
+    name: str = ""
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(Struct):
+    """What an answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaSpec | None = None
+
+
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
 class Generating(Struct, kw_only=True):
@@ -90,11 +146,11 @@ class Generating(Struct, kw_only=True):
     top_k: Annotated[int, Meta(ge=-1)] | None = None
     seed: Seed | None = None
     n: Choices | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    min_p: float | None = None
-    logit_bias: dict[str, float] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    min_p: Probability | None = None
+    logit_bias: Annotated[dict[str, Bias], Meta(max_length=BIASES_MAX)] | None = None
     provider: Provider | None = None
     plait: PlaitFields | None = None
 
@@ -106,10 +162,11 @@ class ChatRequest(Generating, kw_only=True):
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[ToolSpec], Meta(max_length=TOOLS_MAX)] | None = None
     functions: list[Any] | None = None
-    tool_choice: Any = None
-    response_format: dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolSpec | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     modalities: list[str] | None = None
 
 
@@ -118,7 +175,7 @@ class CompletionRequest(Generating, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
-    logprobs: Count | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
     best_of: int | None = None
     suffix: str | None = None
 
@@ -133,6 +190,15 @@ class QuoteRequest(Struct, kw_only=True):
     max_tokens: Positive | None = None
     provider: Provider | None = None
     plait: PlaitFields | None = None
+
+
+class EmbeddingRequest(Struct, kw_only=True):
+    """``POST /v1/embeddings``."""
+
+    model: str
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Positive | None = None
 
 
 class TokenizeRequest(Struct, kw_only=True):
@@ -176,12 +242,6 @@ def _field(message: str) -> str | None:
 
 def check_common(request: Generating) -> None:
     """Raise ``ApiError`` for what no answer can honour."""
-    neutral = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_p": 0}
-    for name, nothing in neutral.items():
-        if getattr(request, name) not in (None, nothing):
-            raise refused(name, f"{name} is not supported: it must be {nothing}")
-    if request.logit_bias:
-        raise refused("logit_bias", "logit_bias is not supported")
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options", "stream_options goes with stream: true only")
 
@@ -189,19 +249,12 @@ def check_common(request: Generating) -> None:
 def check_chat(request: ChatRequest) -> None:
     """Raise ``ApiError`` for what a chat asks and we cannot do."""
     check_common(request)
-    for name in ("tools", "functions"):
-        if getattr(request, name):
-            raise refused(name, f"{name} are not supported")
-    if request.tool_choice not in (None, "none", "auto"):
-        raise refused("tool_choice", "tool_choice is not supported: there are no tools")
-    format_ = (request.response_format or {}).get("type", "text")
-    if format_ != "text":
-        raise refused("response_format", f"response_format {format_!r} is not supported")
+    if request.functions:
+        raise refused("functions", "functions are not supported: use tools")
     if set(request.modalities or ()) - {"text"}:
         raise refused("modalities", "only text is supported")
-    if request.top_logprobs:
-        raise refused("top_logprobs", "only the drawn token's logprob is known: use 0")
-    _check_logprobs_and_stop(request, wanted=bool(request.logprobs))
+    if request.top_logprobs and not request.logprobs:
+        raise invalid("top_logprobs", "top_logprobs goes with logprobs: true only")
 
 
 def check_completion(request: CompletionRequest) -> None:
@@ -211,16 +264,8 @@ def check_completion(request: CompletionRequest) -> None:
         raise refused("suffix", "suffix is not supported")
     if request.best_of not in (None, 1, request.n):
         raise refused("best_of", "best_of is not supported")
-    if request.logprobs:
-        raise refused("logprobs", "only the drawn token's logprob is known: use 0")
     if request.echo and request.logprobs is not None:
         raise refused("echo", "the prompt's logprobs are not known: echo goes without logprobs")
-    _check_logprobs_and_stop(request, wanted=request.logprobs is not None)
-
-
-def _check_logprobs_and_stop(request: Generating, *, wanted: bool) -> None:
-    if wanted and stops_of(request):
-        raise refused("logprobs", "logprobs together with stop is not supported")
 
 
 def stops_of(request: Generating) -> tuple[str, ...]:
@@ -236,36 +281,52 @@ def stops_of(request: Generating) -> tuple[str, ...]:
     return stops
 
 
-def plain_messages(messages: list[Message]) -> list[dict[str, str]]:
-    """Messages as the chat template takes them; raises ``ApiError`` for anything but text."""
-    return [
-        {
-            "role": "system" if message.role == "developer" else message.role,
-            "content": _text(message, f"messages[{index}]"),
-        }
-        for index, message in enumerate(messages)
-    ]
+def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates take them; raises ``ApiError`` for anything but text."""
+    return [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _plain(message: Message, where: str) -> dict[str, Any]:
+    if message.role == "function":
+        raise refused(f"{where}.role", "messages of role 'function' are not supported: use 'tool'")
+    plain: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": _text(message, where),
+    }
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {"type": "function", "function": _arguments(call, f"{where}.tool_calls[{number}]")}
+            for number, call in enumerate(message.tool_calls)
+        ]
+    return plain
+
+
+def _arguments(call: Called, where: str) -> dict[str, Any]:
+    try:
+        arguments = msgspec.json.decode(call.function.arguments or "{}")
+    except msgspec.DecodeError as error:
+        raise invalid(
+            f"{where}.function.arguments", f"the arguments are not JSON: {error}"
+        ) from error
+    return {"name": call.function.name, "arguments": arguments}
 
 
 def _text(message: Message, where: str) -> str:
-    if message.tool_calls:
-        raise refused(f"{where}.tool_calls", "tool calls are not supported")
-    if message.role in ("tool", "function"):
-        raise refused(f"{where}.role", f"messages of role {message.role!r} are not supported")
     if message.content is None:
+        if message.tool_calls:
+            return ""
         raise invalid(f"{where}.content", "the message has no content")
     if isinstance(message.content, str):
         return message.content
     for number, part in enumerate(message.content):
-        if part.type != "text":
+        if part.type not in ("text", "refusal"):
             why = f"content of type {part.type!r} is not supported, only text"
             raise refused(f"{where}.content[{number}].type", why)
     return "\n".join(part.text or "" for part in message.content)
 
 
-def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
-    """The prompts of a completion, each text or token ids; raises ``ApiError`` for a mixture."""
-    prompt = request.prompt
+def texts_of(prompt: str | list[str | int | list[int]], param: str) -> list[str | list[int]]:
+    """Prompts or inputs, each text or token ids; raises ``ApiError`` for a mixture."""
     if isinstance(prompt, str):
         return [prompt]
     ids = [item for item in prompt if isinstance(item, int)]
@@ -273,5 +334,5 @@ def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
         return [ids]
     texts = [item for item in prompt if not isinstance(item, int)]
     if not texts or len(texts) != len(prompt) or len({type(item) for item in texts}) > 1:
-        raise invalid("prompt", "a prompt is a text, texts, token ids, or lists of token ids")
+        raise invalid(param, f"{param} is a text, texts, token ids, or lists of token ids")
     return texts

@@ -1,42 +1,60 @@
-"""Running jobs: the client's streams, through the stop filters, as one queue of events."""
+"""Running jobs: the client's streams, through stop filters and call readers, as events."""
 
 import asyncio
+from collections import deque
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from plait.client import Answer
 from plait.errors import CapacityError, PlaitError
 from plait.gateway.orders import Job
-from plait.gateway.port import Upstream
-from plait.gateway.shelf import cost_of
+from plait.gateway.port import Delta, Top, Upstream
 from plait.gateway.stops import StopFilter
+from plait.gateway.till import predicted_cost
+from plait.gateway.tools import CallReader, ToolCall
 from plait.logs import get_logger
-from plait.types import TokenCounts
 
 log = get_logger(__name__)
+
+Reason = Literal["stop", "length", "tool_calls"]
 
 _ROOM = 16
 """Events of a job besides its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a job ended. ``answer`` is None when a stop sequence cut it short: the session was
-    then cancelled, and ``cost`` is the predicted route's price of the tokens drawn."""
+class Token:
+    """A delivered token, the log-probability the model gave it, and the likeliest ones."""
 
-    finish_reason: Literal["stop", "length"]
+    id: int
+    logprob: float | None
+    top: Top = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended; ``stop`` is the stop sequence that cut it.
+
+    ``answer`` is None when its session could only be cancelled: ``cost`` is then the
+    predicted route's price of the tokens drawn.
+    """
+
+    finish_reason: Reason
     completion_tokens: int
     cost: int | None
     answer: Answer | None
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text of one job."""
+    """Text of one job, the tokens it came with, and calls that became complete."""
 
     index: int
     text: str
+    tokens: tuple[Token, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +84,16 @@ class Events:
     """Events of all jobs of one request; there is always room, as the jobs are bounded."""
 
     def __init__(self, jobs: list[Job]) -> None:
-        size = sum(job.options.max_tokens + _ROOM for job in jobs)
+        size = sum(job.max_tokens + _ROOM for job in jobs)
         self._queue: asyncio.Queue[Event] = asyncio.Queue(size)
 
     def put(self, event: Event) -> None:
         """Add an event."""
         self._queue.put_nowait(event)
+
+    def next_now(self) -> Event | None:
+        """The next event if there is one."""
+        return None if self._queue.empty() else self._queue.get_nowait()
 
     async def next(self, timeout_s: float | None = None) -> Event | None:
         """The next event, or None after ``timeout_s``."""
@@ -84,36 +106,74 @@ class Events:
             return None
 
 
-class InProgress:
-    """The requests being answered, bounded, and all ended when the gateway closes."""
+@dataclass(slots=True)
+class Place:
+    """A request's place: ``open`` is set when its answers may run."""
 
-    def __init__(self, sessions_max: int) -> None:
-        self._sessions_max = sessions_max
-        self._sessions: dict[int, tuple[Events, int]] = {}
+    events: Events
+    count: int
+    open: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class InProgress:
+    """The requests being answered and those that wait for a place, both bounded.
+
+    First come, first served; all end when the gateway closes.
+    """
+
+    def __init__(self, sessions_max: int, waiting_max: int = 0) -> None:
+        self._sessions_max, self._waiting_max = sessions_max, waiting_max
+        self._running: dict[int, Place] = {}
+        self._waiting: deque[Place] = deque()
+        self.sessions = 0
+        """Answers in progress."""
         self.closing = False
 
     @property
-    def sessions(self) -> int:
-        """Answers in progress."""
-        return sum(count for _, count in self._sessions.values())
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._waiting)
 
-    def enter(self, events: Events, count: int) -> bool:
-        """Take ``count`` answers in; False when that is too many or the gateway closes."""
-        if self.closing or self.sessions + count > self._sessions_max:
-            return False
-        self._sessions[id(events)] = (events, count)
-        return True
+    def enter(self, events: Events, count: int) -> Place | None:
+        """A place for ``count`` answers, perhaps later; None when there will be none."""
+        if self.closing or count > self._sessions_max:
+            return None
+        place = Place(events, count)
+        if not self._waiting and self._fits(place):
+            self._start(place)
+            return place
+        if len(self._waiting) >= self._waiting_max:
+            return None
+        self._waiting.append(place)
+        return place
 
-    def leave(self, events: Events) -> None:
-        """A request is over."""
-        self._sessions.pop(id(events), None)
+    def position(self, place: Place) -> int:
+        """How many requests stand before this one and itself; 0 once it runs."""
+        return 0 if place.open.is_set() else self._waiting.index(place) + 1
+
+    def leave(self, place: Place) -> None:
+        """A request is over: the next ones may start."""
+        if self._running.pop(id(place), None) is not None:
+            self.sessions -= place.count
+        elif place in self._waiting:
+            self._waiting.remove(place)
+        while self._waiting and self._fits(self._waiting[0]):
+            self._start(self._waiting.popleft())
 
     def close(self) -> None:
         """End all requests, and take no more."""
         self.closing = True
         error = CapacityError("the gateway is shutting down", retry_after_s=2.0)
-        for events, _ in self._sessions.values():
-            events.put(Failed(error))
+        for place in (*self._running.values(), *self._waiting):
+            place.events.put(Failed(error))
+
+    def _fits(self, place: Place) -> bool:
+        return self.sessions + place.count <= self._sessions_max
+
+    def _start(self, place: Place) -> None:
+        self._running[id(place)] = place
+        self.sessions += place.count
+        place.open.set()
 
 
 async def run_job(upstream: Upstream, job: Job, events: Events) -> None:
@@ -129,36 +189,79 @@ async def run_job(upstream: Upstream, job: Job, events: Events) -> None:
 
 
 async def _run(upstream: Upstream, job: Job, events: Events) -> None:
-    stops, delivered = StopFilter(job.stops), 0
+    reader = _Reader(job)
     if job.echo:
         events.put(Piece(job.index, job.echo))
-    stream = upstream.stream(job.model.name, job.prompt, job.options)
+    stream = upstream.stream(job.ask)
     # The stream is emptied as fast as it comes: a slow reader must not fill the client's queue.
     async with aclosing(stream):
         async for item in stream:
             if isinstance(item, Answer):
-                _put(events, job, stops.flush())
-                outcome = Outcome(
-                    item.finish_reason, item.completion_tokens, item.cost_microcredits, item
-                )
-                events.put(Done(job.index, outcome))
+                reader.end(events)
+                events.put(Done(job.index, reader.outcome(item)))
                 return
-            delivered += len(item.token_ids)
-            _put(events, job, stops.push(item.text))
-            if stops.stopped:
-                cost = _predicted_cost(upstream, job, delivered)
-                events.put(Done(job.index, Outcome("stop", delivered, cost, None)))
-                return
+            if reader.stopped:
+                continue
+            reader.push(item, events)
+            if reader.stopped:
+                stream.finish()
+    if reader.stopped:
+        # The session could not be ended in good order, only cancelled.
+        reader.end(events)
+        cost = predicted_cost(upstream, job, reader.delivered)
+        events.put(Done(job.index, reader.cut(cost)))
 
 
-def _put(events: Events, job: Job, text: str) -> None:
-    if text:
-        events.put(Piece(job.index, text))
+class _Reader:
+    """The text of one job on its way: stop sequences end it, calls are taken out.
 
+    A token goes out with the text that it begins; one that only a stop sequence needed
+    does not.
+    """
 
-def _predicted_cost(upstream: Upstream, job: Job, delivered: int) -> int | None:
-    try:
-        plan = upstream.plan(job.model.name, job.prompt_tokens, job.options)
-    except PlaitError:
-        return None
-    return cost_of(plan, TokenCounts(prompt=job.prompt_tokens, output=delivered))
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._stops = StopFilter(job.stops)
+        self._calls = CallReader(job.tools)
+        self._tokens: list[tuple[int, Token]] = []
+        self._read = self._passed = 0
+        self.delivered = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop sequence is complete."""
+        return self._stops.stopped
+
+    def push(self, delta: Delta, events: Events) -> None:
+        self.delivered += len(delta.token_ids)
+        for number, token in enumerate(delta.token_ids):
+            logprob = delta.logprobs[number] if delta.logprobs else None
+            known = Token(token, logprob, delta.tops[number] if delta.tops else ())
+            self._tokens.append((self._read, known))
+        self._read += len(delta.text)
+        if text := self._stops.push(delta.text):
+            self._passed += len(text)
+            self._put(*self._calls.push(text), events)
+
+    def end(self, events: Events) -> None:
+        held = self._stops.flush()
+        text, calls = self._calls.push(held)
+        more, last = self._calls.flush()
+        if not self.stopped:
+            self._passed = self._read + 1  # tokens without text, too
+        self._put(text + more, calls + last, events)
+
+    def _put(self, text: str, calls: list[ToolCall], events: Events) -> None:
+        tokens = tuple(token for start, token in self._tokens if start < self._passed)
+        if text or calls or (tokens and self._passed > self._read):
+            self._tokens = [pair for pair in self._tokens if pair[0] >= self._passed]
+            events.put(Piece(self._job.index, text, tokens, tuple(calls)))
+
+    def outcome(self, answer: Answer) -> Outcome:
+        reason: Reason = "length" if answer.finish_reason == "length" else "stop"
+        reason = "stop" if self.stopped else "tool_calls" if self._calls.calls else reason
+        cost, count = answer.cost_microcredits, answer.completion_tokens
+        return Outcome(reason, count, cost, answer, self._stops.found)
+
+    def cut(self, cost: int | None) -> Outcome:
+        return Outcome("stop", self.delivered, cost, None, self._stops.found)

@@ -13,6 +13,7 @@ from plait.client import AsyncClient
 from plait.errors import ConfigError
 from plait.gateway.app import Gateway
 from plait.gateway.config import GatewayConfig
+from plait.gateway.upstream import ClientUpstream
 
 _BACKLOG = 1024
 _LAST_WORDS_S = 5
@@ -54,7 +55,7 @@ async def _serve(
     announce: Callable[[str], None],
 ) -> None:
     async with AsyncClient(network, account=account) as client:
-        gateway = Gateway(client, client.network.network_id, config)
+        gateway = Gateway(ClientUpstream(client), client.network.network_id, config)
         server = _Server(
             uvicorn.Config(
                 gateway.app(),
@@ -76,7 +77,10 @@ async def _serve(
             loop.add_signal_handler(number, stop)
         host, port = listener.getsockname()[:2]
         announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        await server.serve(sockets=[listener])
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            gateway.close()
 
 
 class _Server(uvicorn.Server):

@@ -16,6 +16,8 @@ class StopFilter:
         self._stops = tuple(stops)
         self._held = ""
         self.stopped = False
+        self.found: str | None = None
+        """The stop sequence that ended the answer."""
 
     def push(self, text: str) -> str:
         """The text that may go out now; sets ``stopped`` when a stop sequence is complete."""
@@ -24,10 +26,11 @@ class StopFilter:
         if not self._stops:
             return text
         text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
+            _, at, self.found = min(found)
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            return text[:at]
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

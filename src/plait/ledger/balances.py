@@ -1,8 +1,8 @@
 """Journal entries and the balances that follow from them alone.
 
-This is all an auditor needs: every entry balances, moves credit only between the
-accounts its kind may touch, is caused once, and leaves no account but ``issuer:equity``
-below zero. A balance is credits minus debits.
+Every entry balances, moves credit only between the accounts its kind may touch, is caused
+once, and leaves no account below its limit: zero, or as far below as the issuer's last
+LIMIT says. Only ``issuer:equity`` has none. A balance is credits minus debits.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from enum import IntEnum
 from plait.envelope import decode, encode
 from plait.errors import LedgerError
 from plait.types import U64_MAX, AccountId
-from plait.v1.ledger_pb2 import JournalEntry, JournalLine
+from plait.v1.ledger_pb2 import AccountLimit, JournalEntry, JournalLine
 
 EQUITY = AccountId("issuer:equity")
 """The counterpart of all issued credit."""
@@ -26,6 +26,7 @@ class EntryKind(IntEnum):
     RESERVE = 2
     SETTLE = 3
     VOID = 4
+    LIMIT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,14 @@ class Line:
     account: AccountId
     debit: int = 0
     credit: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How far below zero an account may stand, microcredits; 0 is prepaid."""
+
+    account: AccountId
+    credit_limit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,8 @@ class Entry:
     cause: bytes
     lines: tuple[Line, ...]
     posted_ms: int
+    limit: Limit | None = None
+    """Of a LIMIT, which has no lines."""
 
     @property
     def payload(self) -> bytes:
@@ -73,7 +84,14 @@ def entry_message(entry: Entry) -> JournalEntry:
             for line in entry.lines
         ],
         posted_ms=entry.posted_ms,
+        limit=_limit_message(entry.limit),
     )
+
+
+def _limit_message(limit: Limit | None) -> AccountLimit | None:
+    if limit is None:
+        return None
+    return AccountLimit(account=limit.account, credit_limit=limit.credit_limit)
 
 
 def entry_from_payload(payload: bytes) -> Entry:
@@ -93,6 +111,9 @@ def entry_from_payload(payload: bytes) -> Entry:
             Line(AccountId(line.account), line.debit, line.credit) for line in message.lines
         ),
         posted_ms=message.posted_ms,
+        limit=Limit(AccountId(message.limit.account), message.limit.credit_limit)
+        if message.HasField("limit")
+        else None,
     )
 
 
@@ -103,11 +124,17 @@ class Balances:
         self.network_id = network_id
         self.size = 0
         self._balances: dict[AccountId, int] = {}
+        self._limits: dict[AccountId, int] = {}
+        self._limits_total = 0
         self._booked: set[tuple[EntryKind, bytes]] = set()
 
     def of(self, account: AccountId) -> int:
         """Credits minus debits, microcredits."""
         return self._balances.get(account, 0)
+
+    def limit(self, account: AccountId) -> int:
+        """How far below zero the account may stand, microcredits."""
+        return U64_MAX if account == EQUITY else self._limits.get(account, 0)
 
     def all(self) -> dict[AccountId, int]:
         """Every account that is not at zero."""
@@ -115,6 +142,9 @@ class Balances:
 
     def violation(self, entry: Entry) -> str | None:
         """Which rule of the books the next entry would break, if any."""
+        return self._violation(entry, self._after(entry))
+
+    def _violation(self, entry: Entry, after: dict[AccountId, int]) -> str | None:
         if entry.network_id != self.network_id or entry.index != self.size:
             return "it is not the next entry of this network"
         if any((line.debit == 0) == (line.credit == 0) for line in entry.lines):
@@ -123,27 +153,42 @@ class Balances:
             return "debits and credits differ"
         if not _has_shape(entry):
             return f"its accounts do not fit the kind {entry.kind.name}"
-        once = entry.kind in (EntryKind.ISSUE, EntryKind.RESERVE)
+        once = entry.kind in (EntryKind.ISSUE, EntryKind.RESERVE, EntryKind.LIMIT)
         if once and (len(entry.cause) != 32 or (entry.kind, entry.cause) in self._booked):
             return "its cause is missing or booked twice"
-        for account, balance in self._after(entry).items():
-            low = -U64_MAX if account == EQUITY else 0
-            if not low <= balance <= U64_MAX:
+        if entry.limit and self.of(entry.limit.account) < -entry.limit.credit_limit:
+            return f"{entry.limit.account} stands below its new limit already"
+        if self._credit_after(entry) > U64_MAX:
+            return "it would make more credit than can exist"
+        for account, balance in after.items():
+            if not -self.limit(account) <= balance <= U64_MAX:
                 return f"{account} would stand at {balance}"
         return None
 
     def post(self, entry: Entry) -> None:
         """Add an entry; raises ``LedgerError`` if it breaks a rule."""
-        reason = self.violation(entry)
+        after = self._after(entry)
+        reason = self._violation(entry, after)
         if reason is not None:
             raise LedgerError(f"entry {entry.index} is not valid: {reason}")
-        for account, balance in self._after(entry).items():
+        for account, balance in after.items():
             if balance or not account.startswith(HOLD):
                 self._balances[account] = balance
             else:  # a closed hold never moves again
                 self._balances.pop(account, None)
+        if entry.limit is not None:
+            self._limits_total += entry.limit.credit_limit - self.limit(entry.limit.account)
+            self._limits[entry.limit.account] = entry.limit.credit_limit
         self._booked.add((entry.kind, entry.cause))
         self.size += 1
+
+    def _credit_after(self, entry: Entry) -> int:
+        """All credit there may be after an entry: no balance can ever be above it."""
+        limits = self._limits_total
+        if entry.limit is not None:
+            limits += entry.limit.credit_limit - self.limit(entry.limit.account)
+        issued = sum(line.debit for line in entry.lines if line.account == EQUITY)
+        return issued - self.of(EQUITY) + limits
 
     def _after(self, entry: Entry) -> dict[AccountId, int]:
         changed: dict[AccountId, int] = {}
@@ -158,7 +203,11 @@ def _has_shape(entry: Entry) -> bool:
     hold = f"{HOLD}{entry.session_id.hex()}:"
     debits = [line.account for line in entry.lines if line.debit]
     credits = [line.account for line in entry.lines if line.credit]
+    if (entry.limit is not None) != (entry.kind is EntryKind.LIMIT):
+        return False
     match entry.kind:
+        case EntryKind.LIMIT:
+            return entry.limit is not None and ":" not in entry.limit.account and not entry.lines
         case EntryKind.ISSUE:
             return debits == [EQUITY] and len(credits) == 1 and ":" not in credits[0]
         case EntryKind.RESERVE:

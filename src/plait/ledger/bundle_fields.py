@@ -142,3 +142,13 @@ def read_prices(value: JsonValue, what: str) -> Prices:
 
 
 _PRICES = ("prompt", "output", "cached_prompt", "rejected_draft", "replayed")
+
+
+def write_optional_envelope(envelope: SignedEnvelope | None) -> JsonValue:
+    """An envelope, or null."""
+    return None if envelope is None else write_envelope(envelope)
+
+
+def read_optional_envelope(value: JsonValue, what: str) -> SignedEnvelope | None:
+    """An envelope, or None for null."""
+    return None if value is None else read_envelope(value, what)

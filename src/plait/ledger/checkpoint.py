@@ -99,7 +99,7 @@ def open_checkpoint(text: str, origin: str, log_key: bytes) -> Checkpoint:
     if not (lines[1].isascii() and lines[1].isdigit()) or str(int(lines[1][:20])) != lines[1]:
         raise BadProof("the tree size is not a plain decimal number")
     try:
-        root = _canonical_base64(lines[2])
+        root = canonical_base64(lines[2])
     except ValueError as error:
         raise BadProof("the root hash is not base64") from error
     size = int(lines[1])
@@ -118,7 +118,7 @@ def _signature(line: str) -> NoteLine:
     """Split a signature line; raises ``BadSignature``."""
     name, space, encoded = line.removeprefix(_SIGNATURE_START).partition(" ")
     try:
-        raw = _canonical_base64(encoded)
+        raw = canonical_base64(encoded)
         check_name(name)
     except ValueError as error:
         raise BadSignature("a signature line of the note is malformed") from error
@@ -127,7 +127,8 @@ def _signature(line: str) -> NoteLine:
     return NoteLine(name, raw[:4], raw[4:])
 
 
-def _canonical_base64(text: str) -> bytes:
+def canonical_base64(text: str) -> bytes:
+    """Bytes of the one spelling of base64; raises ``ValueError`` for any other."""
     try:
         raw = base64.b64decode(text, validate=True)
     except binascii.Error as error:

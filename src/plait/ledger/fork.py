@@ -12,15 +12,18 @@ from plait.envelope import decode, digest, open_envelope
 from plait.errors import BadProof, BadSignature
 from plait.ledger.blame import about
 from plait.ledger.bundle_fields import (
+    read_base64,
     read_envelopes,
     read_items,
     read_members,
     read_text,
+    write_base64,
     write_envelope,
 )
 from plait.ledger.canonical import JsonValue, decode_canonical, encode_canonical
 from plait.ledger.certs import check_key_cert
-from plait.ledger.checkpoint import open_checkpoint
+from plait.ledger.checkpoint import Checkpoint, open_checkpoint
+from plait.ledger.merkle import verify_consistency
 from plait.network_file import NetworkFile
 from plait.types import PeerId
 from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
@@ -30,6 +33,12 @@ ItemT = TypeVar("ItemT")
 
 FORK_FORMAT = "plait.fork.v1"
 FORK_BYTES_MAX = 65_536
+
+_MEMBERS = {
+    "log": ("origin", "checkpoints"),
+    "growth": ("origin", "checkpoints", "prefix_root", "hashes"),
+    "reservation": ("reservations", "certs"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,21 @@ class ReservationFork:
     certs: tuple[SignedEnvelope, SignedEnvelope]
 
 
-ForkProof = LogFork | ReservationFork
+@dataclass(frozen=True, slots=True)
+class GrowthFork:
+    """Two checkpoints of one log, of which the larger does not contain the smaller.
+
+    The larger tree's first leaves have another root, ``prefix_root``: the consistency proof
+    ``hashes`` leads from it to the larger root. Whoever has the larger tree can make it.
+    """
+
+    origin: str
+    checkpoints: tuple[str, str]
+    prefix_root: bytes
+    hashes: tuple[bytes, ...]
+
+
+ForkProof = LogFork | GrowthFork | ReservationFork
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +88,14 @@ def write_fork_proof(proof: ForkProof) -> bytes:
     match proof:
         case LogFork():
             members |= {"kind": "log", "origin": proof.origin, "checkpoints": proof.checkpoints}
+        case GrowthFork():
+            members |= {
+                "kind": "growth",
+                "origin": proof.origin,
+                "checkpoints": proof.checkpoints,
+                "prefix_root": write_base64(proof.prefix_root),
+                "hashes": [write_base64(hashed) for hashed in proof.hashes],
+            }
         case ReservationFork():
             members |= {
                 "kind": "reservation",
@@ -80,14 +111,21 @@ def read_fork_proof(data: bytes) -> ForkProof:
         raise ValueError(f"a fork proof is at most {FORK_BYTES_MAX} bytes")
     value = decode_canonical(data)
     kind = value.get("kind") if isinstance(value, dict) else None
-    names = ("origin", "checkpoints") if kind == "log" else ("reservations", "certs")
+    names = _MEMBERS.get(kind, ()) if isinstance(kind, str) else ()
     members = read_members(value, "the fork proof", ("format", "kind", *names))
-    if members["format"] != FORK_FORMAT or kind not in ("log", "reservation"):
+    if members["format"] != FORK_FORMAT or not names:
         raise ValueError(f"the format is not {FORK_FORMAT}, or its kind is unknown")
-    if kind == "log":
+    if kind != "reservation":
         notes = read_items(members["checkpoints"], "checkpoints")
         first, second = _two([read_text(note, "checkpoint") for note in notes])
-        return LogFork(read_text(members["origin"], "origin"), (first, second))
+        origin = read_text(members["origin"], "origin")
+        if kind == "log":
+            return LogFork(origin, (first, second))
+        hashes = read_items(members["hashes"], "hashes")
+        prefix_root = read_base64(members["prefix_root"], "prefix_root")
+        return GrowthFork(
+            origin, (first, second), prefix_root, tuple(read_base64(h, "hash") for h in hashes)
+        )
     return ReservationFork(
         _two(read_envelopes(members["reservations"], "reservations")),
         _two(read_envelopes(members["certs"], "certs")),
@@ -96,12 +134,18 @@ def read_fork_proof(data: bytes) -> ForkProof:
 
 def check_fork_proof(proof: ForkProof, network: NetworkFile) -> ForkVerdict:
     """Judge a proof by the network file's keys; ``VerificationError`` if it proves nothing."""
-    if isinstance(proof, LogFork):
-        return _check_log_fork(proof, network)
-    return _check_reservation_fork(proof, network)
+    match proof:
+        case LogFork():
+            return _check_log_fork(proof, network)
+        case GrowthFork():
+            return _check_growth_fork(proof, network)
+        case ReservationFork():
+            return _check_reservation_fork(proof, network)
 
 
-def _check_log_fork(proof: LogFork, network: NetworkFile) -> ForkVerdict:
+def _opened(
+    proof: LogFork | GrowthFork, network: NetworkFile
+) -> tuple[PeerId, Checkpoint, Checkpoint]:
     for authority in network.authorities:
         if authority.log_origin == proof.origin:
             break
@@ -110,6 +154,25 @@ def _check_log_fork(proof: LogFork, network: NetworkFile) -> ForkVerdict:
     first, second = (
         open_checkpoint(note, authority.log_origin, authority.log_key) for note in proof.checkpoints
     )
+    return authority.peer, first, second
+
+
+def _check_growth_fork(proof: GrowthFork, network: NetworkFile) -> ForkVerdict:
+    culprit, first, second = _opened(proof, network)
+    if not 0 < first.size < second.size:
+        raise BadProof(f"the sizes do not rise from above 0: {first.size} and {second.size}")
+    if proof.prefix_root == first.root:
+        raise BadProof("the larger tree contains the smaller: nothing was signed twice")
+    verify_consistency(first.size, second.size, proof.prefix_root, second.root, proof.hashes)
+    statement = (
+        f"signed a tree of size {second.size} of the log {proof.origin} that does not contain "
+        f"the one of size {first.size} that it signed too"
+    )
+    return ForkVerdict(culprit, statement)
+
+
+def _check_log_fork(proof: LogFork, network: NetworkFile) -> ForkVerdict:
+    culprit, first, second = _opened(proof, network)
     if first.size != second.size:
         raise BadProof(
             f"the sizes differ, {first.size} and {second.size}: one may follow the other"
@@ -117,7 +180,7 @@ def _check_log_fork(proof: LogFork, network: NetworkFile) -> ForkVerdict:
     if first.root == second.root:
         raise BadProof("the roots are equal: nothing was signed twice")
     statement = f"signed two different trees of size {first.size} of the log {proof.origin}"
-    return ForkVerdict(authority.peer, statement)
+    return ForkVerdict(culprit, statement)
 
 
 def _check_reservation_fork(proof: ReservationFork, network: NetworkFile) -> ForkVerdict:

@@ -50,6 +50,13 @@ class HandoffChain:
 
         Raises ``RemoteProtocolError`` if traversals do not rise or a chunk never closes.
         """
+        hashed = Digest(hashlib.sha256(payload).digest())
+        self.add_digest(traversal, first_position, rows, hashed)
+
+    def add_digest(
+        self, traversal: int, first_position: int, rows: int, payload_digest: Digest
+    ) -> None:
+        """The same, where only the SHA-256 of what crossed is known."""
         if traversal <= self.traversal:
             raise RemoteProtocolError(f"traversal {traversal} follows {self.traversal}")
         if len(self._pending) >= PENDING_FRAMES_MAX:
@@ -59,7 +66,7 @@ class HandoffChain:
             + first_position.to_bytes(4, "big")
             + rows.to_bytes(4, "big")
         )
-        link = self.commit + numbers + hashlib.sha256(payload).digest()
+        link = self.commit + numbers + payload_digest
         self.commit = Digest(hashlib.sha256(link).digest())
         self.traversal = traversal
         self._pending[traversal] = self.commit

@@ -2,7 +2,8 @@
 
 ``Books.apply(command, now_ms)`` answers a command with the entries it posts or with a
 refusal; the same command again gives the earlier answer. A balance is credits minus
-debits; only ``issuer:equity``, the counterpart of all issued credit, may be below zero.
+debits; only ``issuer:equity``, the counterpart of all issued credit, and accounts to which
+the issuer has given a credit limit may be below zero.
 What a session sets aside stands in one hold account per epoch, is paid out to the
 cumulative amounts of the client's vouchers, each payee up to its cap, and the remainder
 goes back once every payee has released it or its expiry and the grace time have passed.
@@ -10,112 +11,77 @@ goes back once every payee has released it or its expiry and the grace time have
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import lru_cache
 
 from plait.errors import LedgerError
 from plait.identity import public_key_of
-from plait.ledger.balances import EQUITY, HOLD, Balances, Entry, EntryKind, Line, hold_account
-from plait.types import U64_MAX, AccountId, Digest, SessionId
-from plait.v1.ledger_pb2 import BudgetReservation, IssueOrder, SessionVoucher, SettlementRequest
+from plait.ledger.balances import (
+    EQUITY,
+    HOLD,
+    Balances,
+    Entry,
+    EntryKind,
+    Limit,
+    Line,
+    hold_account,
+)
+from plait.ledger.journal_commands import (
+    Accepted,
+    Cause,
+    Command,
+    Decline,
+    Expire,
+    Fork,
+    Issue,
+    Outcome,
+    Refusal,
+    Release,
+    Reserve,
+    SetLimit,
+    Settle,
+)
+from plait.ledger.journal_holds import (
+    FRESHNESS_MS,
+    GRACE_MS,
+    Hold,
+    has_expired,
+    may_release,
+)
+from plait.types import AccountId, Digest, SessionId
+from plait.v1.ledger_pb2 import (
+    BudgetReservation,
+    IssueOrder,
+    LimitOrder,
+    SessionVoucher,
+    SettlementRequest,
+)
 
-GRACE_MS = 60_000
-"""How long payees may still settle after a reservation's expiry."""
-FRESHNESS_MS = 120_000
+__all__ = [
+    "FRESHNESS_MS",
+    "GRACE_MS",
+    "PAYEES_MAX",
+    "RESERVATION_TTL_MAX_MS",
+    "Accepted",
+    "Books",
+    "Cause",
+    "Command",
+    "Decline",
+    "Expire",
+    "Fork",
+    "Hold",
+    "Issue",
+    "Outcome",
+    "Refusal",
+    "Release",
+    "Reserve",
+    "SetLimit",
+    "Settle",
+]
+
 RESERVATION_TTL_MAX_MS = 24 * 3_600_000
 PAYEES_MAX = 64
 FIRST_SEQUENCE = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Issue:
-    """Credit from nothing to an account, by the network's issuer."""
-
-    order: IssueOrder
-    digest: Digest
-
-
-@dataclass(frozen=True, slots=True)
-class Reserve:
-    """Credit from an account to a session's hold."""
-
-    reservation: BudgetReservation
-    digest: Digest
-
-
-@dataclass(frozen=True, slots=True)
-class Settle:
-    """A payee shows a voucher: all payees in it are paid up to it."""
-
-    voucher: SessionVoucher
-    voucher_digest: Digest
-    request: SettlementRequest
-    request_digest: Digest
-
-
-@dataclass(frozen=True, slots=True)
-class Expire:
-    """Void every hold whose grace time is over."""
-
-
-Command = Issue | Reserve | Settle | Expire
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A payee wants nothing more from one hold."""
-
-    session_id: SessionId
-    epoch: int
-    payee: AccountId
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """What a command did. ``value`` is the entry index of an issue or a reservation (also
-    when it was booked earlier), or what the settling payee has been paid in the session."""
-
-    entries: tuple[Entry, ...]
-    releases: tuple[Release, ...]
-    value: int
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a command did nothing: a stable code and a sentence."""
-
-    code: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fork:
-    """Two different reservations signed under one number; freezes the account."""
-
-    account: AccountId
-    first: Digest
-    second: Digest
-
-
-Outcome = Accepted | Refusal | Fork
-Cause = IssueOrder | BudgetReservation | None
-
-
-@dataclass(slots=True)
-class Hold:
-    """Credit set aside for one epoch of a session."""
-
-    account: AccountId
-    reservation: Digest
-    granted_ms: int
-    expires_ms: int
-    caps: Mapping[AccountId, int]
-    paid: dict[AccountId, int] = field(default_factory=dict)
-    released: set[AccountId] = field(default_factory=set)
-
-    def room(self, payee: AccountId) -> int:
-        """What the payee's cap leaves."""
-        return self.caps.get(payee, 0) - self.paid.get(payee, 0)
 
 
 class Books:
@@ -127,7 +93,7 @@ class Books:
         self.frozen: set[AccountId] = set()
         self._sessions: dict[SessionId, dict[int, Hold]] = {}
         self._open: dict[tuple[SessionId, int], Hold] = {}
-        self._orders: dict[bytes, tuple[str, int, int]] = {}
+        self._orders: dict[bytes, tuple[EntryKind, str, int, int]] = {}
         self._reservations: dict[Digest, int] = {}
         self._lanes: dict[tuple[str, int], list[Digest]] = {}
         self._history: dict[str, list[int]] = {}
@@ -135,8 +101,8 @@ class Books:
     # What may be asked.
 
     def available(self, account: AccountId) -> int:
-        """Credit that a reservation may take, microcredits."""
-        return self.balances.of(account)
+        """Credit that a reservation may take, microcredits: balance and credit limit."""
+        return self.balances.of(account) + self.balances.limit(account)
 
     def pending(self, account: AccountId) -> int:
         """Credit of the account that stands in holds, microcredits."""
@@ -149,6 +115,12 @@ class Books:
     def next_sequence(self, account: AccountId, lane: int) -> int:
         """The number the next reservation of this lane must carry."""
         return FIRST_SEQUENCE + len(self._lanes.get((account, lane), ()))
+
+    def granted(self, account: AccountId, lane: int, sequence: int) -> Digest | None:
+        """The reservation that was granted under a number."""
+        position = sequence - FIRST_SEQUENCE
+        numbers = self._lanes.get((account, lane), [])
+        return numbers[position] if 0 <= position < len(numbers) else None
 
     def paid(self, session_id: SessionId, payee: AccountId) -> int:
         """What the payee has been paid in a session, all epochs together."""
@@ -174,6 +146,10 @@ class Books:
         match command:
             case Issue():
                 return self._issue(command, now_ms)
+            case SetLimit():
+                return self._set_limit(command, now_ms)
+            case Decline():
+                return self._decline(command, now_ms)
             case Reserve():
                 return self._reserve(command, now_ms)
             case Settle():
@@ -189,7 +165,9 @@ class Books:
         self.balances.post(entry)
         match entry.kind, cause:
             case EntryKind.ISSUE, IssueOrder():
-                self._orders[cause.order_id] = (cause.account, cause.amount, entry.index)
+                self._orders[cause.order_id] = (*_order_key(cause), entry.index)
+            case EntryKind.LIMIT, LimitOrder():
+                self._orders[cause.order_id] = (*_order_key(cause), entry.index)
             case EntryKind.RESERVE, BudgetReservation():
                 self._open_hold(entry, cause)
             case EntryKind.SETTLE, None:
@@ -212,23 +190,50 @@ class Books:
 
     def _issue(self, command: Issue, now_ms: int) -> Accepted | Refusal:
         order = command.order
+        answer = self._order_answered(order, now_ms)
+        if answer is not None:
+            return answer
+        if order.amount == 0:
+            return Refusal("amount", "the amount is zero")
+        lines = Line(EQUITY, debit=order.amount), Line(AccountId(order.account), 0, order.amount)
+        entry = self._entry(EntryKind.ISSUE, b"", command.digest, lines, now_ms)
+        return self._ordered(entry, order)
+
+    def _set_limit(self, command: SetLimit, now_ms: int) -> Accepted | Refusal:
+        order = command.order
+        answer = self._order_answered(order, now_ms)
+        if answer is not None:
+            return answer
+        account = AccountId(order.account)
+        owed = -self.balances.of(account)
+        if order.credit_limit < owed:
+            return Refusal("amount", f"the account owes {owed} already")
+        entry = self._entry(EntryKind.LIMIT, b"", command.digest, (), now_ms)
+        return self._ordered(replace(entry, limit=Limit(account, order.credit_limit)), order)
+
+    def _ordered(self, entry: Entry, order: IssueOrder | LimitOrder) -> Accepted | Refusal:
+        reason = self.balances.violation(entry)
+        if reason is not None:
+            return Refusal("amount", reason)
+        self.post(entry, order)
+        return Accepted((entry,), (), entry.index)
+
+    def _order_answered(
+        self, order: IssueOrder | LimitOrder, now_ms: int
+    ) -> Accepted | Refusal | None:
+        """The answer to an order that is booked already or that no account can have."""
         earlier = self._orders.get(order.order_id)
         if earlier is not None:
-            if earlier[:2] == (order.account, order.amount):
-                return Accepted((), (), earlier[2])
+            if earlier[:3] == _order_key(order):
+                return Accepted((), (), earlier[3])
             return Refusal("order-id", "the order id is booked with another account or amount")
         if order.network_id != self.network_id:
             return Refusal("network", "the order is for another network")
         if not _is_peer(order.account) or not 1 <= len(order.order_id) <= 64:
             return Refusal("malformed", "the account is no peer id or the order id is no id")
-        if order.amount == 0 or order.amount - self.balances.of(EQUITY) > U64_MAX:
-            return Refusal("amount", "the amount is zero or more credit than can exist")
         if abs(order.issued_ms - now_ms) > FRESHNESS_MS:
             return _stale("order")
-        lines = Line(EQUITY, debit=order.amount), Line(AccountId(order.account), 0, order.amount)
-        entry = self._entry(EntryKind.ISSUE, b"", command.digest, lines, now_ms)
-        self.post(entry, order)
-        return Accepted((entry,), (), entry.index)
+        return None
 
     def _reserve(self, command: Reserve, now_ms: int) -> Outcome:
         reservation, digest = command.reservation, command.digest
@@ -242,8 +247,9 @@ class Books:
         position = reservation.sequence - FIRST_SEQUENCE
         if 0 <= position < len(granted):
             self.freeze(account)
-            return Fork(account, granted[position], digest)
-        refusal = self._reservation_refused(reservation, account, now_ms)
+            if not command.certified:
+                return Fork(account, granted[position], digest)
+        refusal = self._reservation_refused(command, account, now_ms)
         if refusal is not None:
             return refusal
         hold = hold_account(reservation.session_id, reservation.epoch)
@@ -268,16 +274,20 @@ class Books:
         return None
 
     def _reservation_refused(
-        self, reservation: BudgetReservation, account: AccountId, now_ms: int
+        self, command: Reserve, account: AccountId, now_ms: int
     ) -> Refusal | None:
-        if account in self.frozen:
+        reservation = command.reservation
+        if account in self.frozen and not command.certified:
             return Refusal("frozen", "the account signed two reservations under one number")
         expected = self.next_sequence(account, reservation.lane)
-        if reservation.sequence != expected:
+        if reservation.sequence > expected or (
+            reservation.sequence < expected and not command.certified
+        ):
             return Refusal("sequence", f"the next number of this lane is {expected}")
-        if abs(reservation.issued_ms - now_ms) > FRESHNESS_MS:
+        if command.dated and abs(reservation.issued_ms - now_ms) > FRESHNESS_MS:
             return _stale("reservation")
-        if not now_ms < reservation.expires_ms <= now_ms + RESERVATION_TTL_MAX_MS:
+        expired = command.dated and reservation.expires_ms <= now_ms
+        if expired or reservation.expires_ms > now_ms + RESERVATION_TTL_MAX_MS:
             return Refusal("expiry", "the reservation has expired or is too long")
         holds = self._holds(SessionId(reservation.session_id))
         if reservation.epoch in holds or any(hold.account != account for hold in holds.values()):
@@ -294,22 +304,52 @@ class Books:
         if refusal is not None:
             return refusal
         session_id, payee = SessionId(voucher.session_id), AccountId(request.payee)
-        entries: list[Entry] = []
-        lines = self._payment_lines(voucher)
-        if lines:
-            entry = self._entry(EntryKind.SETTLE, session_id, command.voucher_digest, lines, now_ms)
-            self.post(entry, None)
-            entries.append(entry)
-        releases = self._release(session_id, payee, request.issued_ms) if request.release else ()
-        for release in releases:
-            hold = self._sessions[session_id][release.epoch]
-            if hold.released >= hold.caps.keys():
-                entries += self._void(session_id, release.epoch, command.request_digest, now_ms)
+        payment = self.payment(voucher, command.voucher_digest, now_ms)
+        if payment is not None:
+            self.post(payment, None)
+        releases, voids = (), ()  # type: tuple[Release, ...], tuple[Entry, ...]
+        if request.release:
+            releases, voids = self._released(request, command.request_digest, now_ms)
+        entries = (payment, *voids) if payment is not None else voids
         paid = self.paid(session_id, payee)
         promised = max((a.microcredits for a in voucher.amounts if a.payee == payee), default=0)
         if promised > paid and not entries and not releases:
             return Refusal("cap", f"{paid} paid, and nothing more is reserved for this payee")
-        return Accepted(tuple(entries), releases, paid)
+        return Accepted(entries, releases, paid)
+
+    def _decline(self, command: Decline, now_ms: int) -> Accepted | Refusal:
+        request = command.request
+        if request.network_id != self.network_id:
+            return Refusal("network", "the request is for another network")
+        if request.voucher_digest or not request.release:
+            return Refusal("malformed", "a request without a voucher can only release")
+        session_id, payee = SessionId(request.session_id), AccountId(request.payee)
+        if not self._holds(session_id):
+            return Refusal("session", "no reservation is known for this session")
+        if not any(payee in hold.caps for hold in self._holds(session_id).values()):
+            return Refusal("payee", "nothing is reserved for this payee")
+        releases, voids = self._released(request, command.digest, now_ms)
+        return Accepted(voids, releases, self.paid(session_id, payee))
+
+    def payment(self, voucher: SessionVoucher, voucher_digest: Digest, now_ms: int) -> Entry | None:
+        """The entry, not posted, that pays everybody up to a voucher; ``None`` if all are."""
+        lines = self._payment_lines(voucher)
+        session_id = voucher.session_id
+        return (
+            self._entry(EntryKind.SETTLE, session_id, voucher_digest, lines, now_ms)
+            if lines
+            else None
+        )
+
+    def void(self, session_id: SessionId, epoch: int, cause: bytes, now_ms: int) -> Entry | None:
+        """The entry, not posted, that gives a hold's remainder back; ``None`` if none is left."""
+        account = hold_account(session_id, epoch)
+        remainder = self.balances.of(account)
+        if remainder == 0:
+            return None
+        owner = self._sessions[session_id][epoch].account
+        lines = Line(account, debit=remainder), Line(owner, credit=remainder)
+        return self._entry(EntryKind.VOID, session_id, cause, lines, now_ms)
 
     def _settlement_refused(self, command: Settle) -> Refusal | None:
         # An old request is as good as a new one: a stage may have waited out an outage.
@@ -355,35 +395,35 @@ class Books:
                 owed[line.account] -= line.credit
         return tuple(lines)
 
-    def _release(
-        self, session_id: SessionId, payee: AccountId, issued_ms: int
-    ) -> tuple[Release, ...]:
-        # An old request must not be replayed against a hold that was opened after it.
+    def _released(
+        self, request: SettlementRequest, cause: Digest, now_ms: int
+    ) -> tuple[tuple[Release, ...], tuple[Entry, ...]]:
+        """Note a payee's release of all its open holds; void those that all have released."""
+        session_id, payee = SessionId(request.session_id), AccountId(request.payee)
         releases = tuple(
             Release(session_id, epoch, payee)
             for epoch, hold in sorted(self._holds(session_id).items())
             if (session_id, epoch) in self._open
-            and payee in hold.caps
             and payee not in hold.released
-            and issued_ms >= hold.granted_ms - FRESHNESS_MS
+            and may_release(hold, request)
         )
+        voids: list[Entry] = []
         for release in releases:
             self.mark_released(release)
-        return releases
+            hold = self._sessions[session_id][release.epoch]
+            if hold.released >= hold.caps.keys():
+                voids += self._void(session_id, release.epoch, cause, now_ms)
+        return releases, tuple(voids)
 
     def _expire(self, now_ms: int) -> Accepted:
-        due = [key for key, hold in self._open.items() if hold.expires_ms + GRACE_MS <= now_ms]
+        due = [key for key, hold in self._open.items() if has_expired(hold, now_ms)]
         entries = [entry for key in due for entry in self._void(*key, b"", now_ms)]
         return Accepted(tuple(entries), (), len(entries))
 
     def _void(self, session_id: SessionId, epoch: int, cause: bytes, now_ms: int) -> list[Entry]:
-        account = hold_account(session_id, epoch)
-        remainder = self.balances.of(account)
-        if remainder == 0:
+        entry = self.void(session_id, epoch, cause, now_ms)
+        if entry is None:
             return []
-        owner = self._sessions[session_id][epoch].account
-        lines = Line(account, debit=remainder), Line(owner, credit=remainder)
-        entry = self._entry(EntryKind.VOID, session_id, cause, lines, now_ms)
         self.post(entry, None)
         return [entry]
 
@@ -405,7 +445,7 @@ class Books:
             account=AccountId(reservation.account),
             reservation=Digest(entry.cause),
             granted_ms=entry.posted_ms,
-            expires_ms=reservation.expires_ms,
+            expires_ms=max(reservation.expires_ms, entry.posted_ms),
             caps={AccountId(cap.payee): cap.microcredits for cap in reservation.caps},
         )
         self._sessions.setdefault(session_id, {})[reservation.epoch] = hold
@@ -427,6 +467,8 @@ class Books:
 
     def _index(self, entry: Entry) -> None:
         touched = {entry.session_id.hex()} if entry.session_id else set()
+        if entry.limit is not None:
+            touched.add(entry.limit.account)
         for line in entry.lines:
             if line.account.startswith(HOLD):
                 touched.add(self._hold_named(line.account).account)
@@ -438,6 +480,12 @@ class Books:
             if line.account.startswith(HOLD) and self.balances.of(line.account) == 0:
                 _, session_hex, epoch = line.account.split(":")
                 self._open.pop((SessionId(bytes.fromhex(session_hex)), int(epoch)), None)
+
+
+def _order_key(order: IssueOrder | LimitOrder) -> tuple[EntryKind, str, int]:
+    if isinstance(order, IssueOrder):
+        return EntryKind.ISSUE, order.account, order.amount
+    return EntryKind.LIMIT, order.account, order.credit_limit
 
 
 @lru_cache(maxsize=4_096)  # base58 is slow, and the payees are always the same

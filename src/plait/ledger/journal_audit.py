@@ -1,13 +1,40 @@
-"""An outsider's check of a whole journal: recompute everything, trust only the log key."""
+"""An outsider's check of a whole journal: recompute everything, trust only named keys.
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+Each entry is decided again from the signed object that caused it, at the time it was
+posted: an order by the issuer's key, a reservation and a voucher by the ledger key that the
+account's certificate names, releases by the payees'. What the books then post must be the
+entry, byte for byte. Whether an authority left something out cannot be seen here.
+"""
 
-from plait.errors import PlaitError
-from plait.ledger.balances import Balances, entry_from_payload
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from plait.envelope import MessageT, decode, digest, open_envelope
+from plait.errors import BadSignature, LedgerError, PlaitError
+from plait.ledger.balances import Entry, EntryKind, entry_from_payload
+from plait.ledger.certs import check_key_cert
 from plait.ledger.checkpoint import Checkpoint
-from plait.ledger.merkle import leaf_hash, root_of
-from plait.types import Digest
+from plait.ledger.journal import Accepted, Books, Issue, Reserve, SetLimit
+from plait.ledger.journal_holds import Hold, has_expired, may_release
+from plait.ledger.merkle import Tree, leaf_hash
+from plait.types import AccountId, Digest, PeerId, SessionId
+from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
+from plait.v1.ledger_pb2 import (
+    BudgetReservation,
+    IssueOrder,
+    LimitOrder,
+    SessionVoucher,
+    SettlementRequest,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class JournalPage:
+    """Some leaves of the log, in order, and the signed objects behind them."""
+
+    entries: tuple[bytes, ...]
+    objects: tuple[SignedEnvelope, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,40 +43,176 @@ class JournalReport:
 
     ``balanced``: every entry keeps the books' rules and all balances sum to zero.
     ``tree_size`` and ``root_hash`` are what the journal gives for the signed checkpoint's
-    size.
+    size; ``causes`` is how many entries were decided again from what was signed.
     """
 
     balanced: bool
     entries: int
     tree_size: int
     root_hash: Digest
+    causes: int
     violations: tuple[str, ...]
 
 
-def audit_journal(
-    network_id: str, payloads: Iterable[bytes], checkpoint: Checkpoint
-) -> JournalReport:
-    """Recompute balances and root from the journal's leaves, in order from the first.
+@dataclass(slots=True)
+class JournalAuditor:
+    """Takes a journal page by page. ``committee``: several authorities grant together.
 
-    ``checkpoint`` is verified already; entries beyond it are newer and checked too.
+    Then dates of reservations and their order in a lane are the committee's business.
     """
-    balances, hashes, violations = Balances(network_id), list[Digest](), list[str]()
-    for payload in payloads:
-        hashes.append(leaf_hash(payload))
-        if violations:
-            continue  # what follows a false entry can only be false as well
-        try:
-            balances.post(entry_from_payload(payload))
-        except PlaitError as error:
-            violations.append(str(error))
-    balanced = not violations and sum(balances.all().values()) == 0
-    root = root_of(hashes[: checkpoint.size])
-    if len(hashes) < checkpoint.size:
-        violations.append(
-            f"the checkpoint covers {checkpoint.size} entries, the journal has {len(hashes)}"
+
+    network_id: str
+    issuer_key: bytes
+    committee: bool = False
+    tree: Tree = field(default_factory=Tree)
+    causes: int = 0
+    violations: list[str] = field(default_factory=list)
+    books: Books = field(init=False)
+    _payers: dict[SessionId, set[bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.books = Books(self.network_id)
+
+    def add(self, page: JournalPage) -> None:
+        """Check a page's entries against what was signed."""
+        objects = {digest(envelope.payload): envelope for envelope in page.objects}
+        for payload in page.entries:
+            index = self.tree.append(leaf_hash(payload))
+            if self.violations:
+                continue  # what follows a false entry can only be false as well
+            try:
+                self._add(entry_from_payload(payload), objects)
+            except PlaitError as error:
+                self.violations.append(f"entry {index}: {error}")
+
+    def report(self, checkpoint: Checkpoint) -> JournalReport:
+        """What was found; entries beyond the checkpoint, verified already, are newer."""
+        entries, size = self.tree.size, min(self.tree.size, checkpoint.size)
+        violations = list(self.violations)
+        balanced = not violations and sum(self.books.balances.all().values()) == 0
+        if entries < checkpoint.size:
+            violations.append(
+                f"the checkpoint covers {checkpoint.size} entries, the journal has {entries}"
+            )
+        elif self.tree.root(size) != checkpoint.root:
+            violations.append("the journal's root is not the one that the checkpoint signs")
+        root = self.tree.root(size)
+        return JournalReport(balanced, entries, size, root, self.causes, tuple(violations))
+
+    def _add(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+        if entry.kind is not EntryKind.SETTLE:  # a payment is compared whole
+            reason = self.books.balances.violation(entry)
+            if reason is not None:
+                raise LedgerError(reason)
+        match entry.kind:
+            case EntryKind.ISSUE:
+                order = self._caused(entry, objects, IssueOrder, self.issuer_key)
+                self._decide(entry, Issue(order, Digest(entry.cause)))
+            case EntryKind.LIMIT:
+                limit = self._caused(entry, objects, LimitOrder, self.issuer_key)
+                self._decide(entry, SetLimit(limit, Digest(entry.cause)))
+            case EntryKind.RESERVE:
+                self._reserve(entry, objects)
+            case EntryKind.SETTLE:
+                self._settle(entry, objects)
+            case EntryKind.VOID:
+                self._void(entry, objects)
+        self.causes += 1
+
+    def _caused(
+        self,
+        entry: Entry,
+        objects: Mapping[Digest, SignedEnvelope],
+        message_class: type[MessageT],
+        signer: bytes | None = None,
+    ) -> MessageT:
+        envelope = objects.get(Digest(entry.cause))
+        if envelope is None:
+            raise LedgerError("the signed object that caused it is missing")
+        return open_envelope(envelope, message_class, signer=signer)
+
+    def _decide(self, entry: Entry, command: Issue | SetLimit | Reserve) -> None:
+        outcome = self.books.apply(command, entry.posted_ms)
+        if not isinstance(outcome, Accepted) or outcome.entries != (entry,):
+            raise LedgerError("it is not what its cause says")
+
+    def _reserve(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+        reservation = self._caused(entry, objects, BudgetReservation)
+        signer = objects[Digest(entry.cause)].signer
+        self._check_key(reservation.account, signer, entry.posted_ms, objects)
+        command = Reserve(
+            reservation,
+            Digest(entry.cause),
+            certified=self.committee,
+            dated=not self.committee,
         )
-    elif root != checkpoint.root:
-        violations.append("the journal's root is not the one that the checkpoint signs")
-    return JournalReport(
-        balanced, len(hashes), min(len(hashes), checkpoint.size), root, tuple(violations)
-    )
+        self._decide(entry, command)
+        self._payers.setdefault(SessionId(entry.session_id), set()).add(signer)
+
+    def _settle(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+        voucher = self._caused(entry, objects, SessionVoucher)
+        session_id = SessionId(entry.session_id)
+        holds = self.books.holds(session_id)
+        named = voucher.network_id == self.network_id and voucher.session_id == session_id
+        if not named or any(hold.account != voucher.account for hold in holds.values()):
+            raise LedgerError("its voucher is of another network, session or account")
+        if objects[Digest(entry.cause)].signer not in self._payers.get(session_id, ()):
+            raise LedgerError("its voucher is not signed by who reserved")
+        self._post(entry, self.books.payment(voucher, Digest(entry.cause), entry.posted_ms))
+
+    def _void(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+        session_id = SessionId(entry.session_id)
+        epoch = int(entry.lines[0].account.rpartition(":")[2])
+        hold = self.books.holds(session_id)[epoch]
+        if not entry.cause:
+            if not has_expired(hold, entry.posted_ms):
+                raise LedgerError("the hold had not expired, and nobody released it")
+        elif not hold.caps.keys() <= self._released(entry, hold, objects):
+            raise LedgerError("not every payee has released the hold")
+        self._post(entry, self.books.void(session_id, epoch, entry.cause, entry.posted_ms))
+
+    def _released(
+        self, entry: Entry, hold: Hold, objects: Mapping[Digest, SignedEnvelope]
+    ) -> set[AccountId]:
+        if Digest(entry.cause) not in objects:
+            raise LedgerError("the request that caused it is missing")
+        payees = set[AccountId]()
+        for envelope in _of_type(objects, "settlement"):
+            request = decode(envelope.payload, SettlementRequest)
+            fits = request.network_id == self.network_id and request.release
+            if request.session_id == entry.session_id and fits and may_release(hold, request):
+                open_envelope(envelope, SettlementRequest)
+                self._check_key(request.payee, envelope.signer, entry.posted_ms, objects)
+                payees.add(AccountId(request.payee))
+        return payees
+
+    def _post(self, entry: Entry, expected: Entry | None) -> None:
+        if entry != expected:
+            raise LedgerError("it is not what its cause says")
+        self.books.post(entry, None)
+
+    def _check_key(
+        self, peer: str, key: bytes, at_ms: int, objects: Mapping[Digest, SignedEnvelope]
+    ) -> None:
+        """Raises ``LedgerError`` unless a certificate says that the key was the peer's then."""
+        for envelope in _of_type(objects, "node-key-cert"):
+            cert = decode(envelope.payload, NodeKeyCert)
+            if (cert.peer_id, cert.ledger_key) == (peer, key) and at_ms < cert.expires_ms:
+                with suppress(BadSignature):  # another may be valid at this time
+                    check_key_cert(envelope, self.network_id, at_ms, PeerId(peer))
+                    return
+        raise LedgerError(f"no certificate says that its signer is {peer}")
+
+
+def _of_type(objects: Mapping[Digest, SignedEnvelope], name: str) -> Iterable[SignedEnvelope]:
+    suffix = f".{name}.v1"
+    return (item for item in objects.values() if item.payload_type.endswith(suffix))
+
+
+def audit_journal(
+    auditor: JournalAuditor, pages: Iterable[JournalPage], checkpoint: Checkpoint
+) -> JournalReport:
+    """Check a journal from its first entry on. ``checkpoint`` is verified already."""
+    for page in pages:
+        auditor.add(page)
+    return auditor.report(checkpoint)

@@ -77,16 +77,25 @@ class Tree:
             raise ValueError(f"no consistency proof from {first} to {second} leaves")
         return self._subproof(first, 0, second, whole=True) if first < second else []
 
+    def complete(self, level: int, first: int, end: int) -> list[Digest]:
+        """Hashes of the complete subtrees of 2^level leaves, by index; ``ValueError``."""
+        if not 0 <= first < end <= self.size >> level:
+            raise ValueError(f"the tree has no complete subtrees {first} to {end} of level {level}")
+        return [self._complete(level, index) for index in range(first, end)]
+
     def _check_size(self, size: int) -> None:
         if not 0 <= size <= self.size:
             raise ValueError(f"the tree has {self.size} leaves, not {size}")
+
+    def _complete(self, level: int, index: int) -> Digest:
+        return self._levels[level][index]
 
     def _subtree(self, start: int, end: int) -> Digest:
         # start is always a multiple of the largest power of two within the range.
         width = end - start
         if width & (width - 1) == 0:
             level = width.bit_length() - 1
-            return self._levels[level][start >> level]
+            return self._complete(level, start >> level)
         middle = start + _split(width)
         return node_hash(self._subtree(start, middle), self._subtree(middle, end))
 

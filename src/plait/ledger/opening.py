@@ -4,12 +4,27 @@ from collections.abc import Sequence
 
 from plait.envelope import digest, encode
 from plait.errors import RemoteProtocolError
+from plait.ledger.sampling_wire import sampling_from_message, sampling_to_message
 from plait.ledger.terms import SessionTerms, StageTerms
 from plait.prices_wire import prices_from_message, prices_to_message
-from plait.types import Digest, PeerId, Sampling, SessionId, Span
+from plait.types import (
+    Digest,
+    Microcredits,
+    PeerId,
+    Qos,
+    Sampling,
+    SessionId,
+    Span,
+    TokenCounts,
+)
 from plait.v1 import session_pb2
 
 _DIGEST_BYTES = 32
+_QOS_TO_MESSAGE: dict[Qos, session_pb2.Qos] = {
+    "interactive": session_pb2.QOS_INTERACTIVE,
+    "standard": session_pb2.QOS_STANDARD,
+    "batch": session_pb2.QOS_BATCH,
+}
 
 
 def route_to_message(terms: SessionTerms) -> session_pb2.RoutePlan:
@@ -22,6 +37,11 @@ def route_to_message(terms: SessionTerms) -> session_pb2.RoutePlan:
             offer_digest=stage.offer_digest,
             priced_layers=stage.priced_layers,
             prices=prices_to_message(stage.prices),
+            entered_epoch=stage.entered_epoch,
+            base=_counts_to_message(stage.base),
+            carried_microcredits=stage.carried,
+            replayed_tokens=stage.replayed,
+            rebuilt=stage.rebuilt,
         )
         for stage in terms.stages
     ]
@@ -43,13 +63,7 @@ def opening_to_message(
         epoch=terms.epoch,
         client_peer_id=terms.client,
         route=route_to_message(terms),
-        sampling=session_pb2.Sampling(
-            temperature_micros=sampling.temperature_micros,
-            top_p_micros=sampling.top_p_micros,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            end_ids=sampling.end_ids,
-        ),
+        sampling=sampling_to_message(sampling),
         prompt_tokens=terms.prompt_tokens,
         max_tokens=terms.max_tokens,
         chunk_tokens=terms.chunk_tokens,
@@ -58,6 +72,9 @@ def opening_to_message(
         handoff_salt=terms.handoff_salt,
         issued_ms=issued_ms,
         expires_ms=expires_ms,
+        resume_position=terms.resume_position,
+        qos=_QOS_TO_MESSAGE[terms.qos],
+        start=_counts_to_message(terms.start),
     )
 
 
@@ -73,13 +90,7 @@ def terms_from_message(
     reader does not know them.
     """
     try:
-        sampling = Sampling(
-            temperature_micros=message.sampling.temperature_micros,
-            top_p_micros=message.sampling.top_p_micros,
-            top_k=message.sampling.top_k,
-            seed=message.sampling.seed,
-            end_ids=tuple(message.sampling.end_ids),
-        )
+        sampling = sampling_from_message(message.sampling)
         stages = tuple(
             _stage_terms(stage, numeric_class, ledger_key)
             for stage, numeric_class, ledger_key in zip(
@@ -100,6 +111,9 @@ def terms_from_message(
             chunk_tokens=message.chunk_tokens,
             prefill_chunk_tokens=message.prefill_chunk_tokens,
             handoff_salt=message.handoff_salt,
+            resume_position=message.resume_position,
+            start=_counts_from_message(message.start),
+            qos=_qos_from_message(message.qos),
         )
     except ValueError as error:
         raise RemoteProtocolError(f"a session cannot have these terms: {error}") from error
@@ -119,7 +133,37 @@ def _stage_terms(
         prices=prices_from_message(stage.prices),
         numeric_class=numeric_class,
         offer_digest=Digest(stage.offer_digest),
+        entered_epoch=stage.entered_epoch,
+        base=_counts_from_message(stage.base),
+        carried=Microcredits(stage.carried_microcredits),
+        replayed=stage.replayed_tokens,
+        rebuilt=stage.rebuilt,
     )
+
+
+def _counts_to_message(counts: TokenCounts) -> session_pb2.Counts:
+    return session_pb2.Counts(
+        prompt=counts.prompt,
+        output=counts.output,
+        cached_prompt=counts.cached_prompt,
+        rejected_draft=counts.rejected_draft,
+    )
+
+
+def _counts_from_message(message: session_pb2.Counts) -> TokenCounts:
+    return TokenCounts(
+        prompt=message.prompt,
+        output=message.output,
+        cached_prompt=message.cached_prompt,
+        rejected_draft=message.rejected_draft,
+    )
+
+
+def _qos_from_message(value: session_pb2.Qos) -> Qos:
+    for qos, number in _QOS_TO_MESSAGE.items():
+        if number == value:
+            return qos
+    raise ValueError("an unknown class of service")
 
 
 def _check_route(message: session_pb2.SessionOpen) -> None:

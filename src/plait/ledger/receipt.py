@@ -8,7 +8,7 @@ from plait.ledger.blame import about
 from plait.ledger.terms import SessionTerms
 from plait.types import Digest, TokenCounts
 from plait.v1.identity_pb2 import SignedEnvelope
-from plait.v1.ledger_pb2 import StageReceipt
+from plait.v1.ledger_pb2 import DrawStatement, StageReceipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,20 @@ def receipt_message(
         output_commit=output_commit,
         previous_digest=previous_digest,
         issued_ms=issued_ms,
+        cached_prompt_tokens=close.counts.cached_prompt,
+        rejected_draft_tokens=close.counts.rejected_draft,
+        replayed_tokens=stage.replayed,
+    )
+
+
+def draw_statement(terms: SessionTerms, traversal: int, commit: Digest) -> DrawStatement:
+    """What the last stage signs for the ids drawn up to a traversal."""
+    return DrawStatement(
+        network_id=terms.network_id,
+        session_id=terms.session_id,
+        epoch=terms.epoch,
+        traversal=traversal,
+        output_commit=commit,
     )
 
 

@@ -5,57 +5,78 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from plait.envelope import decode, digest
-from plait.errors import BadProof, BadSignature, Overspend
+from plait.errors import BadProof, Overspend
 from plait.ledger.balances import Entry, EntryKind, entry_from_payload, hold_account
 from plait.ledger.blame import about
-from plait.ledger.bundle import BundleParts
+from plait.ledger.bundle import BundleParts, EpochParts
 from plait.ledger.checkpoint import Checkpoint, open_checkpoint
+from plait.ledger.committee import check_grants, granters
 from plait.ledger.cosignature import open_cosignatures
 from plait.ledger.merkle import leaf_hash, verify_inclusion
 from plait.ledger.report import Absent
-from plait.ledger.reserve import caps_of, check_grant
+from plait.ledger.reserve import caps_of
+from plait.ledger.verify_session import promised_in
 from plait.network_file import Authority, NetworkFile
-from plait.types import AccountId
-from plait.v1.ledger_pb2 import BudgetReservation, SessionVoucher
+from plait.types import AccountId, Digest
+from plait.v1.ledger_pb2 import BudgetReservation
 
 
 def granting_authority(parts: BundleParts, network: NetworkFile) -> Authority:
-    """The authority of the network file whose key is on the grant."""
-    for authority in network.authorities:
-        if authority.ledger_key == parts.grant.signer:
-            return authority
-    raise BadSignature("the grant is not signed by an authority of the network file")
+    """The authority that granted; of a committee, the one whose log the checkpoint is of."""
+    first = parts.epochs[0]
+    if first.grant is None or first.reservation is None:
+        raise BadProof("the first epoch has no reservation or no grant")
+    granting = granters(first.grant, first.reservation, network.authorities)
+    origin = (parts.checkpoint or "").partition("\n")[0]
+    return next((one for one in granting if one.log_origin == origin), granting[0])
 
 
-def check_reservation(parts: BundleParts, network: NetworkFile, opened_ms: int) -> Authority:
-    """A ledger authority set aside what the client reserved for this route."""
+def check_reservations(
+    parts: BundleParts, network: NetworkFile, opened_ms: Sequence[int]
+) -> Authority:
+    """The network's ledger set aside what the client reserved for the stages of each route."""
     authority = granting_authority(parts, network)
-    check_grant(parts.grant, parts.reservation, authority, parts.terms, None, opened_ms)
+    everybody = network.authorities
+    for epoch, at_ms in zip(parts.epochs, opened_ms, strict=True):
+        if not any(map(epoch.terms.entered, range(len(epoch.terms.stages)))):
+            if epoch.reservation is not None or epoch.grant is not None:
+                raise BadProof(f"epoch {epoch.terms.epoch} reserves, but no stage enters")
+            continue
+        if epoch.reservation is None:
+            raise BadProof(f"epoch {epoch.terms.epoch} has no reservation")
+        if epoch.grant is None:
+            raise Absent(f"the grant of epoch {epoch.terms.epoch} is not here")
+        check_grants(epoch.grant, epoch.reservation, everybody, epoch.terms, None, at_ms)
     return authority
 
 
-def check_caps(parts: BundleParts, voucher: SessionVoucher) -> None:
-    """No stage is promised more than was reserved for it."""
-    reservation = decode(parts.reservation.payload, BudgetReservation)
-    caps = caps_of(reservation, parts.terms)
-    for index, (promised, cap) in enumerate(zip(voucher.amounts, caps, strict=True)):
-        if promised.microcredits > cap:
-            raise Overspend(f"stage {index} is promised {promised.microcredits}, its cap is {cap}")
+def check_caps(parts: BundleParts) -> None:
+    """No stage is promised more than was reserved for it in its stint."""
+    limits: dict[tuple[str, int], int] = {}
+    for epoch in parts.epochs:
+        if epoch.reservation is not None:
+            caps = caps_of(decode(epoch.reservation.payload, BudgetReservation), epoch.terms)
+            for stage, cap in zip(epoch.terms.stages, caps, strict=True):
+                if cap is not None:
+                    limits[stage.peer, stage.entered_epoch] = stage.carried + cap
+        promised = promised_in(epoch)
+        for index, stage in enumerate(epoch.terms.stages):
+            limit = limits.get((stage.peer, stage.entered_epoch), 0)
+            if promised.get(stage.peer, 0) > limit:
+                raise Overspend(
+                    f"stage {index} is promised {promised[stage.peer]}, its cap is {limit}"
+                )
 
 
-def check_journal(parts: BundleParts, voucher: SessionVoucher) -> None:
-    """The ledger moved the reserved credit to the payees exactly as the voucher says."""
+def check_journal(parts: BundleParts) -> None:
+    """The ledger moved the reserved credit to the payees exactly as the vouchers say."""
     if not parts.entries:
         raise Absent("the bundle has no journal entries")
     entries = [_entry(parts, index, payload) for index, payload in enumerate(parts.entries)]
     if any(a.index >= b.index for a, b in pairwise(entries)):
         raise BadProof("the entries are not in the order of the journal")
-    reservation = decode(parts.reservation.payload, BudgetReservation)
-    _check_reserve_entry(parts, entries, reservation.amount)
-    held, paid = _replay(parts, entries)
-    if held and entries[-1].kind == EntryKind.VOID:
-        raise BadProof(f"{held} microcredits are left in a hold that was voided")
-    _check_paid(parts, entries, voucher, paid)
+    _check_reserve_entries(parts, entries)
+    _check_paid(parts, entries, _replay(parts, entries))
 
 
 def check_log(parts: BundleParts, authority: Authority) -> Checkpoint:
@@ -99,57 +120,114 @@ def _entry(parts: BundleParts, number: int, payload: bytes) -> Entry:
         return entry
 
 
-def _check_reserve_entry(parts: BundleParts, entries: Sequence[Entry], amount: int) -> None:
-    reserves = [entry for entry in entries if entry.kind == EntryKind.RESERVE]
-    if len(reserves) != 1 or entries[0].kind != EntryKind.RESERVE:
-        raise BadProof("the entries do not start with the one reservation")
-    if reserves[0].cause != digest(parts.reservation.payload):
-        raise BadProof("the reserve entry was caused by another reservation")
-    if sum(line.credit for line in reserves[0].lines) != amount:
-        raise BadProof(f"the reserve entry is not of the {amount} microcredits reserved")
-
-
-def _replay(parts: BundleParts, entries: Sequence[Entry]) -> tuple[int, Counter[AccountId]]:
-    """Apply the entries; returns what is left in the hold and what each payee was paid."""
-    client = AccountId(parts.terms.client)
-    hold = hold_account(parts.terms.session_id, parts.terms.epoch)
-    held = 0
-    paid: Counter[AccountId] = Counter()
+def _check_reserve_entries(parts: BundleParts, entries: Sequence[Entry]) -> None:
+    """Each reservation was booked once, by its amount, into the hold of its epoch."""
+    if entries[0].kind != EntryKind.RESERVE:
+        raise BadProof("the entries do not start with a reservation")
+    due = {}
+    for epoch in parts.epochs:
+        if epoch.reservation is not None:
+            amount = decode(epoch.reservation.payload, BudgetReservation).amount
+            due[digest(epoch.reservation.payload)] = (epoch, amount)
     for entry in entries:
-        source = client if entry.kind == EntryKind.RESERVE else hold
-        if entry.kind == EntryKind.ISSUE:
-            raise BadProof(f"entry {entry.index} issues credit")
-        if any(line.account != source for line in entry.lines if line.debit):
-            raise BadProof(f"entry {entry.index} takes credit from elsewhere")
-        credited: Counter[AccountId] = Counter()
-        for line in entry.lines:
-            if line.credit:
-                credited[line.account] += line.credit
-        if source in credited:
-            raise BadProof(f"entry {entry.index} moves credit in a circle")
-        if entry.kind == EntryKind.SETTLE:
-            paid += credited
-        elif set(credited) != {hold if entry.kind == EntryKind.RESERVE else client}:
-            raise BadProof(f"entry {entry.index} moves credit to elsewhere")
-        total = sum(line.debit for line in entry.lines)
-        held += total if entry.kind == EntryKind.RESERVE else -total
-        if held < 0:
-            raise Overspend(f"entry {entry.index} takes more than was reserved")
-    return held, paid
+        if entry.kind != EntryKind.RESERVE:
+            continue
+        if entry.cause not in due:
+            raise BadProof("a reserve entry was caused by another reservation")
+        epoch, amount = due.pop(Digest(entry.cause))
+        credited = [(line.account, line.credit) for line in entry.lines if line.credit]
+        if credited != [(_hold(epoch), amount)]:
+            raise BadProof(f"a reserve entry is not of the {amount} microcredits reserved")
+    granted = [epoch.terms.epoch for epoch, _ in due.values() if epoch.grant is not None]
+    if granted:
+        raise BadProof(f"the reservation of epoch {granted[0]} was granted, but not booked")
 
 
-def _check_paid(
-    parts: BundleParts, entries: Sequence[Entry], voucher: SessionVoucher, paid: Counter[AccountId]
-) -> None:
-    promised = {AccountId(item.payee): item.microcredits for item in voucher.amounts}
-    for payee, amount in paid.items():
-        if amount > promised.get(payee, 0):
-            raise Overspend(f"{payee} was paid {amount}, promised {promised.get(payee, 0)}")
-    owed = [payee for payee, amount in promised.items() if paid[payee] < amount]
-    if not owed:
-        return
-    final = digest(parts.voucher.payload)
-    voided = any(entry.kind == EntryKind.VOID for entry in entries)
-    if voided or any(entry.cause == final for entry in entries):
-        raise BadProof(f"{owed[0]} was paid {paid[owed[0]]}, promised {promised[owed[0]]}")
-    raise Absent("no entry settles the voucher yet")
+def _replay(parts: BundleParts, entries: Sequence[Entry]) -> Counter[AccountId]:
+    """Apply the entries to the session's holds; returns what each payee was paid."""
+    client = AccountId(parts.terms.client)
+    held: Counter[AccountId] = Counter({_hold(epoch): 0 for epoch in parts.epochs})
+    paid: Counter[AccountId] = Counter()
+    voided: set[AccountId] = set()
+    for entry in entries:
+        debited, credited = _sides(entry)
+        match entry.kind:
+            case EntryKind.RESERVE:
+                wrong = set(debited) != {client} or not set(credited) <= set(held)
+            case EntryKind.SETTLE:
+                wrong = not set(debited) <= set(held) or bool({client, *held} & set(credited))
+                paid += credited
+            case EntryKind.VOID:
+                wrong = not set(debited) <= set(held) or set(credited) != {client}
+                voided |= set(debited)
+            case _:
+                raise BadProof(f"entry {entry.index} issues credit")
+        if wrong:
+            raise BadProof(f"entry {entry.index} takes credit from elsewhere, or moves it there")
+        for account in held:
+            held[account] += credited[account] - debited[account]
+            if held[account] < 0:
+                raise Overspend(f"entry {entry.index} takes more than was reserved")
+    left = [account for account in voided if held[account]]
+    if left:
+        raise BadProof(f"{held[left[0]]} microcredits are left in a hold that was voided")
+    return paid
+
+
+def _sides(entry: Entry) -> tuple[Counter[AccountId], Counter[AccountId]]:
+    debited: Counter[AccountId] = Counter()
+    credited: Counter[AccountId] = Counter()
+    for line in entry.lines:
+        if line.debit:
+            debited[line.account] += line.debit
+        if line.credit:
+            credited[line.account] += line.credit
+    return debited, credited
+
+
+def _check_paid(parts: BundleParts, entries: Sequence[Entry], paid: Counter[AccountId]) -> None:
+    """Nobody was paid more than promised; less only if the voucher was never presented."""
+    best: dict[AccountId, tuple[int, Digest]] = {}
+    for epoch in parts.epochs:
+        for payee, amount in promised_in(epoch).items():
+            if epoch.voucher is not None and amount >= best.get(AccountId(payee), (0,))[0]:
+                best[AccountId(payee)] = amount, digest(epoch.voucher.payload)
+    for account, sum_paid in paid.items():
+        promised = best[account][0] if account in best else 0
+        if sum_paid > promised:
+            raise Overspend(f"{account} was paid {sum_paid}, promised {promised}")
+    waiting = ""
+    causes = {Digest(entry.cause) for entry in entries}
+    voided = {
+        line.account
+        for entry in entries
+        if entry.kind == EntryKind.VOID
+        for line in entry.lines
+        if line.debit
+    }
+    for account, (promised, voucher) in best.items():
+        if paid[account] == promised:
+            continue
+        what = f"{account} was paid {paid[account]}, promised {promised}"
+        if voucher in causes or _holds_of(parts, account) <= voided:
+            raise BadProof(what)
+        waiting = waiting or what
+    if waiting:
+        # A stage that was lost presents its own last voucher when it is back, or never.
+        raise Absent(f"{waiting}: no entry settles that voucher yet")
+
+
+def _holds_of(parts: BundleParts, payee: AccountId) -> set[AccountId]:
+    """The holds that set credit aside for a payee."""
+    return {
+        _hold(epoch)
+        for epoch in parts.epochs
+        if epoch.reservation is not None
+        and any(
+            cap.payee == payee for cap in decode(epoch.reservation.payload, BudgetReservation).caps
+        )
+    }
+
+
+def _hold(epoch: EpochParts) -> AccountId:
+    return hold_account(epoch.terms.session_id, epoch.terms.epoch)

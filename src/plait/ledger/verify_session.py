@@ -1,20 +1,24 @@
 """Claims about who took part, on which terms, and which tokens went through."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
 from plait.envelope import decode, digest, open_envelope
 from plait.errors import BadProof, BadSignature
 from plait.identity import public_key_of
 from plait.ledger.blame import about
-from plait.ledger.bundle import BundleParts, Frame, SealedBundle
+from plait.ledger.bundle import BundleParts, EpochParts, SealedBundle
 from plait.ledger.certs import CLOCK_SKEW_MS_MAX, check_key_cert
 from plait.ledger.opening import terms_from_message
-from plait.ledger.receipt import ChunkClose
 from plait.ledger.report import Absent
 from plait.ledger.terms import SessionTerms, StageTerms
 from plait.network_file import NetworkFile
 from plait.prices_wire import prices_from_message
-from plait.types import ModelShape, Sampling, Span
+from plait.types import ModelShape, PeerId, Sampling, Span
 from plait.v1.bundle_pb2 import BundleSeal, ModelManifest
 from plait.v1.identity_pb2 import SignedEnvelope
+from plait.v1.ledger_pb2 import SessionVoucher
 from plait.v1.offer_pb2 import OFFER_STATE_READY, Offer
 from plait.v1.session_pb2 import SessionOpen
 
@@ -35,21 +39,53 @@ def check_network(parts: BundleParts, network: NetworkFile) -> None:
     if parts.network_id != network.network_id:
         raise BadProof(f"the bundle is of {parts.network_id!r}, we trust {network.network_id!r}")
     if network.admission == "allowlist":
-        for peer in (parts.terms.client, *(stage.peer for stage in parts.terms.stages)):
+        stages = (stage.peer for epoch in parts.epochs for stage in epoch.terms.stages)
+        for peer in (parts.terms.client, *stages):
             if not network.admits(peer):
                 raise BadSignature(f"{peer} is not on the network's list")
 
 
-def check_terms(parts: BundleParts) -> tuple[Sampling, int]:
+def check_terms(epoch: EpochParts) -> tuple[Sampling, int]:
     """The client signed these terms; returns how tokens are drawn and when it opened."""
-    terms = parts.terms
-    message = open_envelope(parts.session_open, SessionOpen, signer=terms.client_ledger_key)
+    terms = epoch.terms
+    message = open_envelope(epoch.session_open, SessionOpen, signer=terms.client_ledger_key)
     classes = [stage.numeric_class for stage in terms.stages]
     keys = [stage.ledger_key for stage in terms.stages]
     signed, sampling = terms_from_message(message, terms.client_ledger_key, classes, keys)
     if signed != terms:
         raise BadProof(f"the signed opening has a different {_difference(signed, terms)}")
     return sampling, message.issued_ms
+
+
+def check_succession(parts: BundleParts, openings: Sequence[tuple[Sampling, int]]) -> None:
+    """Each epoch goes on with the session that the one before it left, on the same terms."""
+    for (sampling, opened_ms), (next_sampling, next_ms) in pairwise(openings):
+        if next_sampling != sampling:
+            raise BadProof("an epoch draws in another way than the one before")
+        if next_ms < opened_ms:
+            raise BadProof("an epoch was opened before the one before it")
+    if parts.terms.epoch != 1:
+        raise BadProof("the first epoch is missing")
+    promised: dict[PeerId, int] = {}
+    seen: dict[int, EpochParts] = {}
+    for epoch in parts.epochs:
+        with about(f"epoch {epoch.terms.epoch}"):
+            _check_same_session(parts.terms, epoch.terms)
+            if seen and epoch.terms.epoch <= max(seen):
+                raise BadProof("epoch numbers do not rise")
+            seen[epoch.terms.epoch] = epoch
+            for index, stage in enumerate(epoch.terms.stages):
+                with about(f"stage {index}"):
+                    _check_stint(stage, seen, promised)
+        promised.update(promised_in(epoch))
+
+
+def promised_in(epoch: EpochParts) -> dict[PeerId, int]:
+    """What the epoch's last voucher promises each payee in the session; unchecked."""
+    if epoch.voucher is None:
+        return {}
+    voucher = decode(epoch.voucher.payload, SessionVoucher)
+    return {PeerId(item.payee): item.microcredits for item in voucher.amounts}
 
 
 def check_client_cert(parts: BundleParts, opened_ms: int) -> None:
@@ -60,24 +96,27 @@ def check_client_cert(parts: BundleParts, opened_ms: int) -> None:
         raise BadSignature("the certificate names another ledger key")
 
 
-def check_stage_certs(parts: BundleParts, opened_ms: int) -> None:
+def check_stage_certs(epoch: EpochParts, opened_ms: int) -> None:
     """Each stage's peer key delegated to the ledger key that signs its receipts."""
-    stages = parts.terms.stages
-    _one_each(parts.stage_certs, stages, "certificates")
-    for index, (envelope, stage) in enumerate(zip(parts.stage_certs, stages, strict=True)):
+    terms = epoch.terms
+    _one_each(epoch.stage_certs, terms.stages, "certificates")
+    for index, (envelope, stage) in enumerate(zip(epoch.stage_certs, terms.stages, strict=True)):
         with about(f"stage {index}"):
-            _, key = check_key_cert(envelope, parts.network_id, opened_ms, stage.peer)
+            _, key = check_key_cert(envelope, terms.network_id, opened_ms, stage.peer)
             if key != stage.ledger_key:
                 raise BadSignature("the certificate names another ledger key")
 
 
-def check_offers(parts: BundleParts, opened_ms: int) -> None:
-    """Each stage had offered this span at these prices in this numeric class."""
-    stages = parts.terms.stages
-    _one_each(parts.offers, stages, "offers")
-    for index, (envelope, stage) in enumerate(zip(parts.offers, stages, strict=True)):
+def check_offers(epoch: EpochParts, opened_ms: Mapping[int, int]) -> None:
+    """Each stage had offered this span at these prices in this numeric class when it entered.
+
+    ``opened_ms`` says when each epoch opened.
+    """
+    terms = epoch.terms
+    _one_each(epoch.offers, terms.stages, "offers")
+    for index, (envelope, stage) in enumerate(zip(epoch.offers, terms.stages, strict=True)):
         with about(f"offer of stage {index}"):
-            _check_offer(envelope, stage, parts.terms, opened_ms)
+            _check_offer(envelope, stage, terms, opened_ms.get(stage.entered_epoch, 0))
 
 
 def check_manifest(parts: BundleParts) -> ModelManifest:
@@ -89,9 +128,9 @@ def check_manifest(parts: BundleParts) -> ModelManifest:
     return decode(parts.manifest, ModelManifest)
 
 
-def check_route(parts: BundleParts, manifest: ModelManifest | None) -> None:
+def check_route(epoch: EpochParts, manifest: ModelManifest | None) -> None:
     """The spans cover every layer once, in order, and are priced as the manifest says."""
-    terms = parts.terms
+    terms = epoch.terms
     position = 0
     for index, stage in enumerate(terms.stages):
         if stage.span.start != position:
@@ -113,35 +152,6 @@ def check_route(parts: BundleParts, manifest: ModelManifest | None) -> None:
             raise BadProof(f"stage {index} is paid for {stage.priced_layers} layers")
 
 
-def check_frames(parts: BundleParts) -> tuple[ChunkClose, ...]:
-    """Every position went through once, in order; returns where each chunk ended."""
-    terms = parts.terms
-    if len(parts.prompt_ids) != terms.prompt_tokens:
-        raise BadProof(f"{len(parts.prompt_ids)} prompt ids, {terms.prompt_tokens} were agreed")
-    if not parts.frames or not parts.frames[-1][4]:
-        raise BadProof("the last frame does not close a chunk")
-    position = draws = 0
-    closes: list[ChunkClose] = []
-    for index, frame in enumerate(parts.frames):
-        traversal, first_position, rows, sample, close_chunk = frame
-        with about(f"frame {index}"):
-            if traversal != parts.frames[0][0] + index or first_position != position:
-                raise BadProof("it does not follow the one before")
-            counts = terms.counts_after(first_position, rows, sample)
-            draws += sample
-            _check_shape(frame, terms, is_last=index == len(parts.frames) - 1)
-            if counts.output != draws:
-                raise BadProof(f"{counts.output} draws are counted, {draws} were asked for")
-            if draws - (closes[-1].counts.output if closes else 0) > terms.chunk_tokens:
-                raise BadProof(f"a chunk has more than {terms.chunk_tokens} draws")
-        position += rows
-        if close_chunk:
-            closes.append(ChunkClose(len(closes), traversal, counts))
-    if draws == 0 or draws != len(parts.token_ids):
-        raise BadProof(f"{len(parts.token_ids)} token ids, but {draws} draws")
-    return tuple(closes)
-
-
 def check_answer(
     parts: BundleParts, sampling: Sampling | None, manifest: ModelManifest | None
 ) -> None:
@@ -150,7 +160,7 @@ def check_answer(
         for token in (*parts.prompt_ids, *parts.token_ids):
             if token >= manifest.vocabulary_size:
                 raise BadProof(f"token id {token} is not in the vocabulary")
-    if parts.finish_reason not in ("stop", "length"):
+    if parts.finish_reason not in ("stop", "length", "ended"):
         raise BadProof(f"unknown finish reason {parts.finish_reason!r}")
     full = len(parts.token_ids) == parts.terms.max_tokens
     if parts.finish_reason == "length" and not full:
@@ -185,16 +195,41 @@ def _check_offer(
         raise BadProof("it was not valid when the session opened")
 
 
-def _check_shape(frame: Frame, terms: SessionTerms, *, is_last: bool) -> None:
-    _, first_position, rows, _, close_chunk = frame
-    if rows == 0:
-        if not (is_last and close_chunk):
-            raise BadProof("it has no rows, but does not end the answer")
-    elif first_position >= terms.prompt_tokens:
-        if rows != 1:
-            raise BadProof("a decode step has one row")
-    elif rows > terms.prefill_chunk_tokens or not close_chunk:
-        raise BadProof("a frame of the prompt is a chunk of its own, of limited size")
+def _check_same_session(first: SessionTerms, terms: SessionTerms) -> None:
+    """An epoch may change the route and what follows from it, nothing else."""
+    same = replace(
+        terms,
+        epoch=first.epoch,
+        stages=first.stages,
+        handoff_salt=first.handoff_salt,
+        resume_position=first.resume_position,
+        start=first.start,
+    )
+    if same != first:
+        raise BadProof(f"its {_difference(same, first)} is not the session's")
+
+
+def _check_stint(
+    stage: StageTerms, seen: Mapping[int, EpochParts], promised: Mapping[PeerId, int]
+) -> None:
+    """A stage that stays keeps its terms; one that enters carries what it was promised."""
+    entered = seen.get(stage.entered_epoch)
+    if entered is None:
+        raise BadProof(f"it entered in epoch {stage.entered_epoch}, which is not here")
+    if entered.terms.epoch == max(seen):
+        if stage.carried != promised.get(stage.peer, 0):
+            raise BadProof(
+                f"it carries {stage.carried} microcredits, "
+                f"{promised.get(stage.peer, 0)} were promised before"
+            )
+        return
+    for number in sorted(seen):
+        if number < stage.entered_epoch or number == max(seen):
+            continue
+        if not any(
+            replace(one, rebuilt=stage.rebuilt) == stage for one in seen[number].terms.stages
+        ):
+            raise BadProof(f"it has other terms than in epoch {number}")
 
 
 def _one_each(

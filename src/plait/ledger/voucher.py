@@ -47,9 +47,20 @@ def payee_amounts(terms: SessionTerms, amounts: Iterable[Microcredits]) -> list[
 
 
 def voucher_message(
-    terms: SessionTerms, sequence: int, counts: TokenCounts, transcript: bytes, issued_ms: int
+    terms: SessionTerms,
+    sequence: int,
+    counts: TokenCounts,
+    transcript: bytes,
+    issued_ms: int,
+    *,
+    cut_amounts: Iterable[Microcredits] | None = None,
 ) -> SessionVoucher:
-    """The voucher for the first ``sequence`` chunks of the epoch."""
+    """The voucher for the first ``sequence`` chunks of the epoch.
+
+    ``cut_amounts`` makes it the epoch's last: of the chunk that was cut short, only the
+    stages that signed a receipt for it are paid.
+    """
+    amounts = amounts_of(terms, counts) if cut_amounts is None else cut_amounts
     return SessionVoucher(
         network_id=terms.network_id,
         session_id=terms.session_id,
@@ -59,8 +70,11 @@ def voucher_message(
         prompt_tokens=counts.prompt,
         output_tokens=counts.output,
         transcript=transcript,
-        amounts=payee_amounts(terms, amounts_of(terms, counts)),
+        cached_prompt_tokens=counts.cached_prompt,
+        rejected_draft_tokens=counts.rejected_draft,
+        amounts=payee_amounts(terms, amounts),
         issued_ms=issued_ms,
+        epoch_close=cut_amounts is not None,
     )
 
 
@@ -79,7 +93,12 @@ def open_voucher(envelope: SignedEnvelope, terms: SessionTerms) -> SessionVouche
 
 def voucher_counts(voucher: SessionVoucher) -> TokenCounts:
     """The cumulative counts that a voucher pays for."""
-    return TokenCounts(prompt=voucher.prompt_tokens, output=voucher.output_tokens)
+    return TokenCounts(
+        prompt=voucher.prompt_tokens,
+        output=voucher.output_tokens,
+        cached_prompt=voucher.cached_prompt_tokens,
+        rejected_draft=voucher.rejected_draft_tokens,
+    )
 
 
 def amount_for(voucher: SessionVoucher, payee: str) -> Microcredits:

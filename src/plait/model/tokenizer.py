@@ -81,11 +81,11 @@ class Tokenizer:
         """Tokens that end an answer, ascending."""
         return self._facts.end_ids
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, with the begin token if the model wants one. Names of special
-        tokens in the text become those tokens."""
-        begin = [] if self._facts.begin_id is None else [self._facts.begin_id]
-        return begin + self._encode(text)
+    def encode(self, text: str, *, begin: bool = True) -> list[int]:
+        """Ids of a text, with the begin token if the model wants one and ``begin``. Names of
+        special tokens in the text become those tokens."""
+        first = [self._facts.begin_id] if begin and self._facts.begin_id is not None else []
+        return first + self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -96,22 +96,36 @@ class Tokenizer:
         """A decoder for ids that come one by one."""
         return TextStream(self)
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    @property
+    def template_takes_tools(self) -> bool:
+        """Whether the model's own format knows tools and calls of them."""
+        return "tools" in self._facts.chat_template
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Ids of a conversation in the model's own format, ready for the answer.
 
-        Each message has ``role`` and ``content``. Raises ``ConfigError`` if a message has
-        not, if the model has no chat template, or if the template refuses.
+        Each message has ``role`` and ``content``. ``tools``, and ``tool_calls`` of messages,
+        are for a template that takes them. Raises ``ConfigError`` if a message has no
+        content, if the model has no chat template, or if the template refuses.
         """
-        return self._encode(self.chat_text(messages))
+        return self._encode(self.chat_text(messages, tools))
 
-    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The text that ``chat`` encodes."""
         for message in messages:
             if not all(isinstance(message.get(key), str) for key in ("role", "content")):
                 raise ConfigError("a chat message needs a role and a content, both texts")
         if not self._facts.chat_template:
             raise ConfigError("this model has no chat template", remedy="use --raw")
-        return _render(self._facts, [dict(message) for message in messages])
+        return _render(self._facts, [dict(message) for message in messages], tools)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes an id stands for; none for a special or unknown id."""
@@ -220,12 +234,15 @@ def _template(source: str) -> "jinja2.Template":
     return environment.from_string(source)
 
 
-def _render(facts: Facts, messages: list[dict[str, str]]) -> str:
+def _render(
+    facts: Facts, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> str:
     from jinja2 import TemplateError  # 50 ms that only chats need
 
     try:
         return _template(facts.chat_template).render(
             messages=messages,
+            tools=[dict(tool) for tool in tools] if tools else None,
             add_generation_prompt=True,
             bos_token=facts.begin_token,
             eos_token=facts.end_token,

@@ -14,7 +14,7 @@ import grpc.aio
 
 from plait.errors import PlaitError
 from plait.net.gossip import Gossip
-from plait.net.membership import Change
+from plait.net.membership import Bucket, Change
 from plait.net.tls import acceptable_certificate, check_channel_cert
 from plait.network_file import NetworkFile
 from plait.router.view import View
@@ -27,6 +27,10 @@ WATCHERS_MAX = 512
 WATCHERS_PER_HOST_MAX = 128
 ENVELOPES_PER_MESSAGE = 256
 HELLO_TTL_MS_MAX = 24 * 3_600_000
+HELLOS_PER_S = 20.0
+HELLOS_BURST = 100
+"""Per host: each Hello costs two signature checks and a rebuilt root store."""
+HELLO_HOSTS_MAX = 4096
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -87,6 +91,21 @@ class TrustedCertificates:
         self._all = tuple(self._owners)
 
 
+class HelloRates:
+    """How often each host may say Hello. Bounded; who asked longest ago is forgotten first."""
+
+    def __init__(self) -> None:
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+
+    def take(self, host: str, now_ms: int) -> bool:
+        """Whether one more is within the host's rate."""
+        bucket = self._buckets.pop(host, None) or Bucket(float(HELLOS_BURST), now_ms)
+        self._buckets[host] = bucket
+        while len(self._buckets) > HELLO_HOSTS_MAX:
+            self._buckets.popitem(last=False)
+        return bucket.take(now_ms, HELLOS_PER_S, HELLOS_BURST)
+
+
 class DirectoryServicer(offer_pb2_grpc.DirectoryServiceServicer):
     """``probe`` answers a probe; it must be quick, since it also serves as the ping."""
 
@@ -104,12 +123,13 @@ class DirectoryServicer(offer_pb2_grpc.DirectoryServiceServicer):
         self._probe = probe
         self._clock_ms = clock_ms
         self._watchers: Counter[str] = Counter()
+        self._hellos = HelloRates()
 
     async def Watch(
         self, request: offer_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[offer_pb2.WatchResponse]:
         """Send all that is valid, then every change."""
-        host = context.peer().rpartition(":")[0]
+        host = _host_of(context)
         if self._watchers.total() >= WATCHERS_MAX or self._watchers[host] >= WATCHERS_PER_HOST_MAX:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watchers")
         self._watchers[host] += 1
@@ -136,6 +156,10 @@ class DirectoryServicer(offer_pb2_grpc.DirectoryServiceServicer):
     ) -> offer_pb2.HelloResponse:
         """Trust the caller's certificate on the peer port."""
         now_ms = self._clock_ms()
+        if not self._hellos.take(_host_of(context), now_ms):
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "too many Hellos; wait a second"
+            )
         try:
             peer, cert_der = check_channel_cert(
                 request.channel_cert, self._network.network_id, now_ms
@@ -149,6 +173,10 @@ class DirectoryServicer(offer_pb2_grpc.DirectoryServiceServicer):
         expires_ms = min(statement.expires_ms, now_ms + HELLO_TTL_MS_MAX)
         self._trusted.greet(peer, cert_der, expires_ms)
         return offer_pb2.HelloResponse(expires_ms=expires_ms)
+
+
+def _host_of(context: Context) -> str:
+    return str(context.peer()).rpartition(":")[0]
 
 
 def _told(change: Change) -> offer_pb2.WatchResponse:

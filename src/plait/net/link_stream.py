@@ -6,7 +6,7 @@ the call. A full queue is the slow peer's problem: its sessions fail, nobody wai
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import grpc
 
@@ -14,26 +14,53 @@ from plait.errors import CapacityError, PeerUnreachable
 from plait.types import PeerId
 from plait.v1 import stage_pb2, stage_pb2_grpc
 
-MessageT = TypeVar("MessageT")
+
+class Sized(Protocol):
+    """A message that knows its length on the wire."""
+
+    def ByteSize(self) -> int:
+        """Bytes."""
+
+
+MessageT = TypeVar("MessageT", bound=Sized)
 
 QUEUE_MAX = 1024
+QUEUED_BYTES_MAX = 64 * 1024 * 1024
+CONGESTED_BYTES = 2 * 1024 * 1024
+"""With so much queued, a link is not given what can wait."""
 CONNECT_TIMEOUT_S = 3.0
 
 
-class Outbox(Generic[MessageT]):
-    """A bounded queue with an end, drained by one writer."""
+def _ignore_room() -> None:
+    """Nobody waits for room."""
 
-    def __init__(self) -> None:
-        self._queue: asyncio.Queue[MessageT | None] = asyncio.Queue(QUEUE_MAX + 1)
+
+class Outbox(Generic[MessageT]):
+    """A bounded queue with an end, drained by one writer.
+
+    ``on_room`` is called when it was congested and is no longer.
+    """
+
+    def __init__(self, on_room: Callable[[], None] = _ignore_room) -> None:
+        self._queue: asyncio.Queue[tuple[MessageT, int] | None] = asyncio.Queue(QUEUE_MAX + 1)
+        self._on_room = on_room
+        self.queued_bytes = 0
         self.closed = False
+
+    @property
+    def congested(self) -> bool:
+        """Whether what can wait should wait."""
+        return self.queued_bytes > CONGESTED_BYTES
 
     def put(self, message: MessageT) -> None:
         """Queue a message; raises ``CapacityError`` when full, ``PeerUnreachable`` when closed."""
         if self.closed:
             raise PeerUnreachable("the link is down")
-        if self._queue.qsize() >= QUEUE_MAX:
+        size = message.ByteSize()
+        if self._queue.qsize() >= QUEUE_MAX or self.queued_bytes + size > QUEUED_BYTES_MAX:
             raise CapacityError("the link's queue is full")
-        self._queue.put_nowait(message)
+        self._queue.put_nowait((message, size))
+        self.queued_bytes += size
 
     def close(self) -> None:
         """Let the writer send what is queued and end."""
@@ -43,16 +70,26 @@ class Outbox(Generic[MessageT]):
 
     async def drain(self) -> AsyncIterator[MessageT]:
         """Yield messages until closed."""
-        while (message := await self._queue.get()) is not None:
+        while (queued := await self._queue.get()) is not None:
+            message, size = queued
             yield message
+            was_congested = self.congested
+            self.queued_bytes -= size
+            if was_congested and not self.congested:
+                self._on_room()
 
 
 class OutgoingLink:
     """Our stream to a neighbour downstream, over a channel that it owns and closes."""
 
-    def __init__(self, peer: PeerId, channel: grpc.aio.Channel) -> None:
+    def __init__(
+        self,
+        peer: PeerId,
+        channel: grpc.aio.Channel,
+        on_room: Callable[[], None] = _ignore_room,
+    ) -> None:
         self.peer = peer
-        self.outbox: Outbox[stage_pb2.LinkRequest] = Outbox()
+        self.outbox: Outbox[stage_pb2.LinkRequest] = Outbox(on_room)
         self._channel = channel
         self._opened = asyncio.Event()
         self._reason = ""

@@ -98,13 +98,14 @@ class Verdict:
 
 
 @dataclass(slots=True)
-class _Bucket:
-    """A token bucket in virtual time."""
+class Bucket:
+    """A token bucket in virtual time. ``rate`` is per second."""
 
     tokens: float
     updated_ms: int
 
     def take(self, now_ms: int, rate: float, burst: int) -> bool:
+        """Whether one more is within the rate; then it counts."""
         elapsed_ms = max(0, now_ms - self.updated_ms)
         self.tokens = min(float(burst), self.tokens + elapsed_ms * rate / 1000)
         self.updated_ms = max(self.updated_ms, now_ms)
@@ -126,7 +127,7 @@ class _Kept:
 @dataclass(slots=True)
 class _Peer:
     incarnation: int
-    bucket: _Bucket
+    bucket: Bucket
     forget_ms: int
     """No message of this peer seen so far can be valid from then on."""
     offer: _Kept | None = None
@@ -144,7 +145,7 @@ class Membership:
         self._limits = limits or MembershipLimits()
         self._peers: dict[PeerId, _Peer] = {}
         self._hosts: Counter[Digest] = Counter()
-        self._forwarders: OrderedDict[str, _Bucket] = OrderedDict()
+        self._forwarders: OrderedDict[str, Bucket] = OrderedDict()
         self._verified: OrderedDict[bytes, None] = OrderedDict()
         self._view: View | None = None
 
@@ -225,7 +226,7 @@ class Membership:
         limits = self._limits
         bucket = self._forwarders.pop(forwarder, None)
         if bucket is None:
-            bucket = _Bucket(limits.forwarder_burst, now_ms)
+            bucket = Bucket(limits.forwarder_burst, now_ms)
             if len(self._forwarders) >= limits.peers_remembered_max:
                 self._forwarders.popitem(last=False)
         self._forwarders[forwarder] = bucket
@@ -254,7 +255,7 @@ class Membership:
         if peer is None:
             if len(self._peers) >= limits.peers_remembered_max:
                 return _ignore("too many peers are known")
-            peer = _Peer(statement.incarnation, _Bucket(limits.author_burst, now_ms), 0)
+            peer = _Peer(statement.incarnation, Bucket(limits.author_burst, now_ms), 0)
         slot = _slot(statement)
         refusal = _outranked(peer, statement, envelope) or self._crowded(peer, statement)
         if refusal is not None:

@@ -8,21 +8,20 @@ which also tells us at once when a peer stops answering.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
 import grpc
 import grpc.aio
 
-from plait.envelope import digest
 from plait.errors import PeerUnreachable
 from plait.logs import get_logger
 from plait.net.links import LinkMeter, Target
 from plait.net.membership import Membership
 from plait.net.tls import channel, is_address
 from plait.network_file import Bootstrap, NetworkFile
-from plait.router.view import Offer, View
+from plait.router.view import View
 from plait.task_scope import TaskScope
 from plait.types import PeerId
 from plait.v1 import offer_pb2, offer_pb2_grpc
@@ -85,10 +84,9 @@ class NetworkWatch:
         ours = {(self._me, peer): rtt_us for peer, rtt_us in self._meter.rtts_us().items()}
         return View(known.offers, {**known.rtt_us, **ours}, known.bandwidth)
 
-    def envelope_of(self, offer: Offer) -> SignedEnvelope | None:
-        """The signed envelope of an offer in the view; None once it was replaced or left."""
-        envelopes = self._membership.envelopes()
-        return next((e for e in envelopes if digest(e.payload) == offer.digest), None)
+    def envelopes(self) -> Sequence[SignedEnvelope]:
+        """The signed offers and link reports of the view."""
+        return self._membership.envelopes()
 
     def check_reachable(self) -> None:
         """Raise ``PeerUnreachable`` when no bootstrap node answers and nothing is known."""

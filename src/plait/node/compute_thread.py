@@ -10,12 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Generic, TypeVar
 
-from plait.compute.port import Done, Work
+import numpy as np
+
+from plait.compute.port import Done, Hidden, Work
 from plait.errors import CapacityError, LocalProtocolError
 from plait.logs import get_logger
-from plait.node.scheduler import Scheduler
+from plait.node.scheduler import Part, Scheduler
 
 log = get_logger(__name__)
 JobT = TypeVar("JobT")
@@ -26,8 +29,9 @@ QUEUED_MAX = 1024
 class ComputeThread(Generic[JobT]):
     """Computes jobs in batches chosen by a ``Scheduler``, which only this thread touches.
 
-    ``work_of`` makes the work of a job. ``on_done`` is called on the event loop with each
-    job and its outcome, ``on_step`` with the microseconds of each step of a single row.
+    ``work_of`` makes the work of a job; a job that the scheduler cuts is computed in several
+    steps and delivered once. ``on_done`` is called on the event loop with each job and its
+    outcome, ``on_step`` with the microseconds of each step of a single row.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class ComputeThread(Generic[JobT]):
         self._on_done = on_done
         self._on_step = on_step
         self._incoming: queue.SimpleQueue[JobT | None] = queue.SimpleQueue()
+        self._pieces: dict[int, list[Hidden]] = {}
+        """By the identity of an unfinished job, which the scheduler holds, its rows so far."""
 
     @property
     def queued(self) -> int:
@@ -74,12 +80,15 @@ class ComputeThread(Generic[JobT]):
     def _compute(self, loop: asyncio.AbstractEventLoop, ended: "asyncio.Future[None]") -> None:
         try:
             while self._fill():
-                jobs = self._scheduler.take()
-                works = [self._work_of(job) for job in jobs]
+                parts = self._scheduler.take_parts()
+                works = [_work_of_part(self._work_of(part.item), part) for part in parts]
                 started_s = time.perf_counter()
                 results = self._step_safely(works)
                 elapsed_us = (time.perf_counter() - started_s) * 1e6
-                loop.call_soon_threadsafe(self._deliver, jobs, results, elapsed_us)
+                if len(works) == 1 and works[0].rows == 1:
+                    loop.call_soon_threadsafe(self._on_step, elapsed_us)
+                if ended_items := self._ended(parts, results):
+                    loop.call_soon_threadsafe(self._deliver, ended_items)
         except Exception as error:  # noqa: BLE001 - the top of a thread: the loop raises it
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(ended.set_exception, error)
@@ -110,8 +119,42 @@ class ComputeThread(Generic[JobT]):
                 self._scheduler.add(job)
         return True
 
-    def _deliver(self, jobs: Sequence[JobT], results: Sequence[Done], elapsed_us: float) -> None:
-        if len(jobs) == 1 and self._work_of(jobs[0]).rows == 1:
-            self._on_step(elapsed_us)
-        for job, done in zip(jobs, results, strict=True):
+    def _ended(
+        self, parts: Sequence[Part[JobT]], results: Sequence[Done]
+    ) -> list[tuple[JobT, Done]]:
+        """The jobs that ended in this step, each with its outcome put together."""
+        ended: list[tuple[JobT, Done]] = []
+        for part, done in zip(parts, results, strict=True):
+            if part.start == 0 and part.last:
+                ended.append((part.item, done))
+                continue
+            earlier = self._pieces.setdefault(id(part.item), [])
+            if done.error is None and done.hidden is not None:
+                earlier.append(done.hidden)
+            if done.error is None and not part.last:
+                continue
+            del self._pieces[id(part.item)]
+            if done.error is not None:
+                self._scheduler.abandon(part)
+            elif earlier:
+                done = replace(done, hidden=np.concatenate(earlier))
+            ended.append((part.item, done))
+        return ended
+
+    def _deliver(self, ended: Sequence[tuple[JobT, Done]]) -> None:
+        for job, done in ended:
             self._on_done(job, done)
+
+
+def _work_of_part(work: Work, part: Part[JobT]) -> Work:
+    if part.start == 0 and part.last:
+        return work
+    rows = slice(part.start, part.start + part.rows)
+    return Work(
+        work.session,
+        work.first_position + part.start,
+        None if work.ids is None else work.ids[rows],
+        None if work.hidden is None else work.hidden[rows],
+        sample=work.sample and part.last,
+        drafts=work.drafts if part.last else (),
+    )

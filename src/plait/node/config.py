@@ -7,7 +7,7 @@ from typing import Literal
 from plait.errors import ConfigError
 from plait.types import Prices, Span
 
-Role = Literal["stage", "ledger"]
+Role = Literal["stage", "ledger", "witness"]
 
 DEFAULT_PRICES = Prices(prompt=5_000, output=20_000)
 """Microcredits per million tokens per layer, when the operator names none."""
@@ -19,7 +19,8 @@ class NodeConfig:
 
     ``data_dir`` holds the keys (``identity.key``, ``ledger.key``), the TLS pair
     (``tls.key``, ``tls.crt``), ``state`` (one word: starting, ready, draining, stopped)
-    and, for the ledger role, ``log.key`` and ``journal.db``.
+    and, for the ledger role, ``log.key``, ``journal.db`` and the published ``log``; for the
+    witness role ``witness.key`` and ``witness``. A witness answers on the public port.
     """
 
     name: str
@@ -33,20 +34,32 @@ class NodeConfig:
     prices: Prices = DEFAULT_PRICES
     region: str = ""
     host: str = "127.0.0.1"
+    announce_host: str = ""
+    """Where others dial us, if not at ``host``: behind a port mapping or a forwarder."""
     public_port: int = 0
     peer_port: int = 0
     p2p_port: int = 0
     ledger_port: int = 0
+    ledger_database: str = ""
+    """PostgreSQL connection string of the journal; empty: the file ``journal.db``."""
     threads: int = 0
     """Compute threads; 0 is one per core."""
     kv_tokens_max: int = 16_384
     sessions_max: int = 64
+    drain_s: float = 30.0
+    """How long sessions may go on after SIGTERM or a drain before they are ended."""
+    retained_mb: int = 512
+    """Memory for the rows that a replacement of the next stage would be rebuilt from."""
+    spill_mb: int = 4096
+    """Disk for what of them does not fit in memory."""
+    retain_inputs: bool = False
+    """Keep what was received too, so that an auditor can ask for it."""
     extra_bootstrap: tuple[str, ...] = field(default=())
     """More multiaddrs to dial than the network file names."""
 
     def __post_init__(self) -> None:
         if not self.roles:
-            raise ConfigError("a node needs at least one role: stage or ledger")
+            raise ConfigError("a node needs at least one role: stage, ledger or witness")
         if "stage" in self.roles and not self.model:
             raise ConfigError("a stage needs a model", remedy="add --model smollm2-135m")
         for port in (self.public_port, self.peer_port, self.p2p_port, self.ledger_port):

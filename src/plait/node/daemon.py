@@ -2,29 +2,45 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 import time
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from plait.errors import ConfigError, PlaitError
+from plait.errors import ConfigError, LedgerError, PlaitError
 from plait.identity import load_or_create_key
 from plait.logs import get_logger, to_stderr
+from plait.model.catalog import load
 from plait.net.tls import load_or_create
 from plait.network_file import Authority, NetworkFile, load_network_file
 from plait.node.config import NodeConfig
-from plait.node.state import StateFile, lock_data_dir
+from plait.node.control import serve_control
+from plait.node.state import NodeState, StateFile, lock_data_dir
+from plait.task_scope import TaskScope
+from plait.types import PeerId
+
+if TYPE_CHECKING:  # torch and the ledger's storage are imported only for their roles
+    from plait.ledger.service.authority import RunningAuthority
+    from plait.node.stage_node import StageNode
 
 log = get_logger(__name__)
 
+_DRAIN_POLL_S = 0.05
+
 
 def main(config: NodeConfig) -> int:
-    """Run a node until SIGTERM or SIGINT; return its exit code.
+    """Run a node until SIGTERM or SIGINT, which drain it; return its exit code.
 
     A ``PlaitError`` becomes one line on standard error and its exit code.
     """
     to_stderr(logging.INFO)
     try:
+        if "stage" in config.roles:
+            load(config.model or "")  # before a data folder is made for a model that is not there
         with lock_data_dir(config.data_dir), asyncio.Runner(loop_factory=_event_loop) as runner:
             return runner.run(_run_node(config))
     except PlaitError as error:
@@ -40,41 +56,116 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
+@dataclass
+class _Node:
+    """A running node, as its control socket sees it."""
+
+    config: NodeConfig
+    peer: PeerId
+    state_file: StateFile
+    started_s: float = field(default_factory=time.monotonic)
+    state: NodeState = "starting"
+    stage: "StageNode | None" = None
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
+    at_once: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def become(self, state: NodeState) -> None:
+        """Go on to a state, and write it for whoever watches."""
+        self.state = state
+        self.state_file.write(state)
+
+    def on_signal(self) -> None:
+        """The first signal drains; the second ends at once."""
+        (self.at_once if self.ending.is_set() else self.ending).set()
+
+    def drain(self) -> None:
+        """Take nothing new, tell the clients to move, end when nothing is left."""
+        self.ending.set()
+
+    def status(self) -> dict[str, Any]:
+        """State, and what holds anything."""
+        return {
+            "name": self.config.name,
+            "peer": self.peer,
+            "roles": sorted(self.config.roles),
+            "state": "draining" if self.ending.is_set() else self.state,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self.started_s, 1),
+            "tasks": len(asyncio.all_tasks()),
+            **(self.stage.status() if self.stage is not None else {}),
+        }
+
+
 async def _run_node(config: NodeConfig) -> int:
     network = load_network_file(config.network_file)
-    stop = asyncio.Event()
+    peer = load_or_create_key(config.data_dir / "identity.key").peer_id
+    node = _Node(config, peer, StateFile(config.data_dir / "state"))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    state = StateFile(config.data_dir / "state")
-    state.write("starting")
+        loop.add_signal_handler(number, node.on_signal)
+    node.become("starting")
     try:
         async with AsyncExitStack() as stack:
-            await _start_roles(config, network, stack)
-            state.write("ready")
+            tasks = await stack.enter_async_context(TaskScope())
+            await stack.enter_async_context(serve_control(config.data_dir, node))
+            await _start_roles(config, network, stack, tasks, node)
+            node.become("ready")
             log.info("ready", name=config.name)
-            await stop.wait()
-            state.write("draining")
+            await node.ending.wait()
+            node.become("draining")
+            log.info("draining", name=config.name)
+            await _drained(node)
             log.info("stopping", name=config.name)
     except* PlaitError as group:
         raise _first(group) from None
     finally:
-        state.write("stopped")
+        node.become("stopped")
     return 0
 
 
-async def _start_roles(config: NodeConfig, network: NetworkFile, stack: AsyncExitStack) -> None:
+async def _drained(node: _Node) -> None:
+    """Return once no session is left, the time is up, or a second signal came."""
+    if node.stage is None:
+        return
+    node.stage.drain()
+    deadline_s = time.monotonic() + node.config.drain_s
+    while not (node.stage.is_empty or node.at_once.is_set()):
+        if time.monotonic() >= deadline_s:
+            log.warning("sessions are ended: the time to drain is up", name=node.config.name)
+            return
+        await asyncio.sleep(_DRAIN_POLL_S)
+
+
+async def _start_roles(
+    config: NodeConfig, network: NetworkFile, stack: AsyncExitStack, tasks: TaskScope, node: _Node
+) -> None:
     if "ledger" in config.roles:
-        await _start_ledger(config, network, stack)
+        authority = await _start_ledger(config, network, stack)
+        tasks.create_task(_watch_writer(authority, config.data_dir), name="ledger writer")
+    if "witness" in config.roles and "stage" not in config.roles:
+        await _start_witness(config, network, stack)
     if "stage" in config.roles:
         # Torch and libp2p are imported only where they are needed.
         from plait.node.stage_node import start_stage
 
-        await start_stage(config, network, stack, _clock_ms)
+        node.stage = await start_stage(config, network, stack, _clock_ms)
 
 
-async def _start_ledger(config: NodeConfig, network: NetworkFile, stack: AsyncExitStack) -> None:
+async def _watch_writer(authority: "RunningAuthority", data_dir: Path) -> None:
+    """End the process when its disk failed: an authority that cannot write must not linger."""
+    await authority.stopped.wait()
+    raise LedgerError(
+        f"the ledger's writer has stopped: its disk failed, see the log; {data_dir} is intact "
+        "up to the last entry it acknowledged",
+        remedy="mend the disk (is it full?) and start the node again",
+    )
+
+
+async def _start_ledger(
+    config: NodeConfig, network: NetworkFile, stack: AsyncExitStack
+) -> "RunningAuthority":
     from plait.ledger.service.authority import AuthorityKeys, serve_authority
+    from plait.ledger.service.witness_edge import RemoteCosigner
 
     peer = load_or_create_key(config.data_dir / "identity.key").peer_id
     tls = load_or_create(config.data_dir, peer)
@@ -83,7 +174,10 @@ async def _start_ledger(config: NodeConfig, network: NetworkFile, stack: AsyncEx
         ledger=load_or_create_key(config.data_dir / "ledger.key"),
         log=load_or_create_key(config.data_dir / "log.key"),
     )
-    await stack.enter_async_context(
+    cosigners = [RemoteCosigner(one) for one in network.witnesses if one.address]
+    for cosigner in cosigners:
+        stack.push_async_callback(cosigner.close)
+    return await stack.enter_async_context(
         serve_authority(
             config.data_dir / "journal.db",
             network,
@@ -91,6 +185,25 @@ async def _start_ledger(config: NodeConfig, network: NetworkFile, stack: AsyncEx
             keys,
             config.host,
             config.ledger_port,
+            (tls.cert_pem, tls.key_pem),
+            cosigners=cosigners,
+            database=config.ledger_database,
+        )
+    )
+
+
+async def _start_witness(config: NodeConfig, network: NetworkFile, stack: AsyncExitStack) -> None:
+    """A witness without a stage has the public port to itself."""
+    from plait.ledger.service.witness_edge import serve_witness
+
+    peer = load_or_create_key(config.data_dir / "identity.key").peer_id
+    tls = load_or_create(config.data_dir, peer)
+    await stack.enter_async_context(
+        serve_witness(
+            config.data_dir / "witness",
+            network,
+            load_or_create_key(config.data_dir / "witness.key"),
+            (config.host, config.public_port),
             (tls.cert_pem, tls.key_pem),
         )
     )

@@ -22,21 +22,29 @@ def _ignore_break(peer: PeerId, reason: str) -> None:
     """Until a stage listens."""
 
 
+def _ignore_room(peer: PeerId) -> None:
+    """Until a stage listens."""
+
+
 class Neighbours:
     """Links by peer. ``dial`` opens a pinned channel or raises ``PeerUnreachable``."""
 
     def __init__(self, tasks: TaskScope, dial: Callable[[PeerId], grpc.aio.Channel]) -> None:
         self.on_response: Callable[[PeerId, stage_pb2.LinkResponse], None] = _ignore_response
         self.on_broken: Callable[[PeerId, str], None] = _ignore_break
+        self.on_room: Callable[[PeerId], None] = _ignore_room
         self._tasks = tasks
         self._dial = dial
         self._links: dict[PeerId, OutgoingLink] = {}
+
+    def __len__(self) -> int:
+        return len(self._links)
 
     async def ensure(self, peer: PeerId) -> None:
         """Return once a link to ``peer`` is up; raises ``PeerUnreachable``."""
         link = self._links.get(peer)
         if link is None or link.outbox.closed:
-            link = OutgoingLink(peer, self._dial(peer))
+            link = OutgoingLink(peer, self._dial(peer), lambda: self.on_room(peer))
             self._links[peer] = link
             self._tasks.create_task(self._run(link), name=f"link to {peer}")
         await link.wait_open()
@@ -47,6 +55,11 @@ class Neighbours:
         if link is None:
             raise PeerUnreachable(f"no link to {peer}")
         link.outbox.put(message)
+
+    def has_room(self, peer: PeerId) -> bool:
+        """Whether the link is not congested; True without one: sending then says so."""
+        link = self._links.get(peer)
+        return link is None or not link.outbox.congested
 
     async def _run(self, link: OutgoingLink) -> None:
         reason = await link.run(self.on_response)

@@ -1,4 +1,4 @@
-"""The peer port: gRPC calls in, ``Stage`` methods out. Who calls is read from the TLS session."""
+"""The peer port: gRPC calls in, ``StageShell`` methods out. The TLS session says who calls."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 
 import grpc
 
-from plait.errors import PlaitError
+from plait.errors import CapacityError, PlaitError
 from plait.logs import get_logger
 from plait.net.tls import caller_certificate
-from plait.node.stage import ResponseOutbox, Stage
+from plait.node.stage_shell import ResponseOutbox, StageShell
 from plait.types import PeerId
 from plait.v1 import session_pb2, stage_pb2, stage_pb2_grpc
 
@@ -21,7 +21,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class StageServicer(stage_pb2_grpc.StageServiceServicer):
     """``peer_of`` maps a caller's DER certificate to its peer id, None when unknown."""
 
-    def __init__(self, stage: Stage, peer_of: Callable[[bytes], PeerId | None]) -> None:
+    def __init__(self, stage: StageShell, peer_of: Callable[[bytes], PeerId | None]) -> None:
         self._stage = stage
         self._peer_of = peer_of
 
@@ -31,7 +31,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         """Hold a session."""
         caller = await self._caller(context)
         try:
-            return self._stage.open(request, caller)
+            return self._stage.core.open(request, caller)
         except PlaitError as error:
             await _abort(context, error)
 
@@ -42,6 +42,16 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         caller = await self._caller(context)
         try:
             return await self._stage.confirm(request, caller)
+        except PlaitError as error:
+            await _abort(context, error)
+
+    async def CloseEpoch(
+        self, request: session_pb2.CloseEpochRequest, context: Context
+    ) -> session_pb2.CloseEpochResponse:
+        """Freeze an epoch."""
+        caller = await self._caller(context)
+        try:
+            return self._stage.core.close_epoch(request, caller)
         except PlaitError as error:
             await _abort(context, error)
 
@@ -62,10 +72,14 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
     ) -> None:
         """Carry frames down and results back until either side ends."""
         caller = await self._caller(context)
-        await context.send_initial_metadata(())
-        outbox = self._stage.attach(caller)
+        try:
+            outbox = self._stage.attach(caller)
+        except CapacityError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            raise AssertionError("abort raises") from error
         log.info("link attached", peer=caller)
         try:
+            await context.send_initial_metadata(())
             async with asyncio.TaskGroup() as tasks:
                 writer = tasks.create_task(_write(context, outbox))
                 while (message := await context.read()) is not grpc.aio.EOF:
@@ -82,9 +96,9 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
     ) -> None:
         match message.WhichOneof("kind"):
             case "frame":
-                self._stage.on_frame(message.frame, caller, outbox)
+                self._stage.core.on_frame(message.frame, caller, outbox)
             case "fault":
-                self._stage.on_upstream_fault(message.fault, caller)
+                self._stage.core.on_upstream_fault(message.fault, caller)
 
     async def _caller(self, context: Context) -> PeerId:
         certificate = caller_certificate(context)

@@ -16,16 +16,19 @@ from google.protobuf.message import DecodeError
 
 from plait.errors import LedgerError, PlaitError
 from plait.identity import SigningKey
-from plait.ledger.service.remote import RemoteLedger
+from plait.ledger.service.committee import Ledger
 from plait.logs import get_logger
 from plait.node.sessions import StageSession
 from plait.task_scope import TaskScope
 from plait.v1.identity_pb2 import SignedEnvelope
-from plait.v1.ledger_pb2 import SettleRequest
+from plait.v1.ledger_pb2 import SettlementRequest, SettleRequest
 
 log = get_logger(__name__)
 
 RETRY_S = 5.0
+RESERVATION_WAIT_MS = 600_000
+"""How long a settlement waits for the reservation that pays it."""
+_UNRESERVED = ("payee", "session")
 
 
 class Settler:
@@ -36,13 +39,14 @@ class Settler:
         *,
         key: SigningKey,
         cert: SignedEnvelope,
-        ledger: RemoteLedger,
+        ledger: Ledger,
         spool_dir: Path,
         clock_ms: Callable[[], int],
         tasks: TaskScope,
     ) -> None:
         self.key = key
         self.cert = cert
+        self._certs = {key.public: cert}
         self._ledger = ledger
         self._spool_dir = spool_dir
         self._clock_ms = clock_ms
@@ -55,6 +59,11 @@ class Settler:
         """Present the session's best voucher; True once the ledger has posted it."""
         spooled = self._spool(session)
         return spooled is not None and await self._present(spooled)
+
+    def renew(self, key: SigningKey, cert: SignedEnvelope) -> None:
+        """Sign with another key from now on; sessions that have begun keep theirs."""
+        self.key, self.cert = key, cert
+        self._certs[key.public] = cert
 
     def settle_later(self, session: StageSession) -> None:
         """The same, without waiting."""
@@ -69,6 +78,11 @@ class Settler:
         if self._running:
             await asyncio.wait(self._running, timeout=timeout_s)
 
+    @property
+    def waiting(self) -> int:
+        """Settlements under way."""
+        return len(self._running) + len(self._presenting)
+
     def _spool(self, session: StageSession) -> Path | None:
         if session.books is None:
             return None
@@ -76,7 +90,9 @@ class Settler:
         if request is None or session.books.voucher is None:
             return None
         message = SettleRequest(
-            request=request, payee_cert=self.cert, voucher=session.books.voucher
+            request=request,
+            payee_cert=self._certs[request.signer],
+            voucher=session.books.voucher,
         )
         path = self._spool_dir / f"{session.id.hex()}-{session.terms.epoch}"
         part = path.with_suffix(".part")
@@ -109,6 +125,9 @@ class Settler:
         try:
             paid = await self._ledger.settle(message.request, message.payee_cert, message.voucher)
         except LedgerError as error:
+            if self._may_come(message, error):
+                log.info("settlement waits for its reservation", session=path.name)
+                return False
             log.warning("settlement refused", session=path.name, reason=str(error))
             path.replace(path.with_suffix(".refused"))
             return False
@@ -116,6 +135,13 @@ class Settler:
             path.unlink()
         log.info("settled", session=path.name, paid_microcredits=paid)
         return True
+
+    def _may_come(self, message: SettleRequest, error: LedgerError) -> bool:
+        """Whether what is missing may still come: a stage that entered by a reroute starts on
+        a reservation that its client is only about to bring to the ledger."""
+        code = str(error).partition("refuses: ")[2].partition(":")[0]
+        issued_ms = SettlementRequest.FromString(message.request.payload).issued_ms
+        return code in _UNRESERVED and self._clock_ms() < issued_ms + RESERVATION_WAIT_MS
 
     async def _present_quietly(self, path: Path) -> None:
         try:

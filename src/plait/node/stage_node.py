@@ -4,9 +4,11 @@ import asyncio
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -17,7 +19,17 @@ from plait.compute.port import StageCompute
 from plait.errors import ConfigError, PeerUnreachable
 from plait.identity import SigningKey, load_or_create_key
 from plait.ledger.certs import make_key_cert
-from plait.ledger.service.remote import RemoteLedger
+from plait.ledger.notices import NoticeBoard
+from plait.ledger.service.committee import Ledger, connect
+from plait.ledger.service.key_store import newest_ledger_key, newest_serial
+from plait.ledger.service.notices import (
+    NoticeExchange,
+    NoticeFile,
+    NoticeServicer,
+    Post,
+    posts_of,
+)
+from plait.ledger.service.witness_edge import make_witness
 from plait.logs import get_logger
 from plait.model.catalog import load
 from plait.model.local import LocalModel
@@ -41,25 +53,32 @@ from plait.node.admission import StageIdentity
 from plait.node.config import NodeConfig
 from plait.node.first_look import look_around
 from plait.node.neighbours import Neighbours
+from plait.node.overload import Limits
 from plait.node.own_offer import Facts, SpeedMeter, materially_different, offer_of
+from plait.node.retained import Retained
 from plait.node.service import StageServicer
 from plait.node.settlement import Settler
-from plait.node.stage import Stage
+from plait.node.spill import SpillFiles
+from plait.node.stage_shell import StageShell
+from plait.node.state import next_incarnation
 from plait.router.placement import choose_span
 from plait.router.view import Offer, View
 from plait.task_scope import TaskScope
 from plait.types import PeerId, Span
-from plait.v1 import offer_pb2, offer_pb2_grpc, stage_pb2_grpc
+from plait.v1 import log_pb2_grpc, offer_pb2, offer_pb2_grpc, stage_pb2_grpc
+from plait.v1.identity_pb2 import SignedEnvelope
 
 log = get_logger(__name__)
 
 LAYER_TENSOR = re.compile(r"blk\.(\d+)\.")
 """How GGUF names the tensors of a layer."""
 
+MEBIBYTE = 1024 * 1024
 KEY_CERT_TTL_MS = 30 * 86_400_000
 MEMORY_SHARE = 0.5
 """Of the free memory, what an automatically chosen span may take."""
 UPKEEP_PERIOD_S = 0.5
+EXPIRY_PERIOD_S = 0.2
 STOP_GRACE_S = 1.0
 
 
@@ -82,7 +101,7 @@ class _Self:
 
 async def start_stage(
     config: NodeConfig, network: NetworkFile, stack: AsyncExitStack, clock_ms: Callable[[], int]
-) -> None:
+) -> "StageNode":
     """Start the role; it runs until ``stack`` is closed, which withdraws the offer first.
 
     Raises ``ConfigError`` for what the operator can mend and ``ModelError`` for weights
@@ -104,16 +123,25 @@ async def start_stage(
         me.peer_key,
         listen=listen,
         bootstrap=_bootstrap(me),
+        announce=_announced(config, me.peer),
     )
     await stack.enter_async_context(control)
     membership = Membership(network)
     digest = local.manifest.digest
     gossip = Gossip(control, membership, network, me.peer_key, digest, me.incarnation, clock_ms)
     tasks.create_task(gossip.run(), name="gossip")
-    ledger = RemoteLedger(network.authorities[0])
+    notices = NoticeExchange(
+        NoticeBoard(network),
+        network,
+        lambda: _posts(me, gossip.view()),
+        file=NoticeFile(config.data_dir / "notices"),
+    )
+    tasks.create_task(notices.run(), name="notices")
+    ledger = await connect(network, notices, config.data_dir / "missed")
     stack.push_async_callback(ledger.close)
-    node = _StageNode(me, local, compute, speed_us, gossip, ledger, tasks, trusted)
+    node = StageNode(me, local, compute, speed_us, gossip, ledger, tasks, trusted, notices)
     await node.serve(stack, ports, control.multiaddrs)
+    return node
 
 
 def _identity(config: NodeConfig, network: NetworkFile, clock_ms: Callable[[], int]) -> _Self:
@@ -124,11 +152,28 @@ def _identity(config: NodeConfig, network: NetworkFile, clock_ms: Callable[[], i
         config=config,
         network=network,
         peer_key=peer_key,
-        ledger_key=load_or_create_key(config.data_dir / "ledger.key"),
+        ledger_key=newest_ledger_key(config.data_dir)[0],
         tls=load_or_create(config.data_dir, peer_key.peer_id),
-        incarnation=time.time_ns(),
+        incarnation=next_incarnation(config.data_dir / "incarnation", time.time_ns()),
         clock_ms=clock_ms,
     )
+
+
+def _announced(config: NodeConfig, peer: PeerId) -> list[str]:
+    """Our multiaddr if others dial us elsewhere than we listen, which needs a fixed port."""
+    host = config.announce_host
+    return [f"/ip4/{host}/tcp/{config.p2p_port}/p2p/{peer}"] if host else []
+
+
+def _key_cert(me: _Self, key: SigningKey, serial: int) -> SignedEnvelope:
+    network_id, now_ms = me.network.network_id, me.clock_ms()
+    return make_key_cert(me.peer_key, key.public, network_id, now_ms, KEY_CERT_TTL_MS, serial)
+
+
+def _posts(me: _Self, view: View) -> list[Post]:
+    """Whom to exchange notices with: the nodes in view, and the ledger."""
+    nodes = [Post(target.address, target.certificate) for target in targets_of(view, me.peer)]
+    return nodes + posts_of(me.network.authorities)
 
 
 def _bootstrap(me: _Self) -> list[str]:
@@ -186,15 +231,19 @@ class _Ports:
     @classmethod
     def bind(cls, me: _Self, trusted: TrustedCertificates) -> "_Ports":
         config = me.config
-        public = _bind(config.host, config.public_port, server_credentials_public(me.tls))
+        public = _bind(config, config.public_port, server_credentials_public(me.tls))
         credentials = server_credentials_peer(me.tls, trusted.certificates)
-        return cls(*public, *_bind(config.host, config.peer_port, credentials))
+        return cls(*public, *_bind(config, config.peer_port, credentials))
 
 
-def _bind(host: str, port: int, credentials: grpc.ServerCredentials) -> tuple[grpc.aio.Server, str]:
-    server = grpc.aio.server(options=server_options())
+def _bind(
+    config: NodeConfig, port: int, credentials: grpc.ServerCredentials
+) -> tuple[grpc.aio.Server, str]:
+    """A server on our host, and the address that others dial."""
+    server, host = grpc.aio.server(options=server_options()), config.host
     try:
-        return server, f"{host}:{server.add_secure_port(f'{host}:{port}', credentials)}"
+        bound = server.add_secure_port(f"{host}:{port}", credentials)
+        return server, f"{config.announce_host or host}:{bound}"
     except RuntimeError as error:
         raise ConfigError(
             f"cannot listen on {host}:{port}: the port is in use, or the address is not ours",
@@ -202,7 +251,21 @@ def _bind(host: str, port: int, credentials: grpc.ServerCredentials) -> tuple[gr
         ) from error
 
 
-class _StageNode:
+def _limits(config: NodeConfig) -> Limits:
+    # Even a gateway, which is one client, leaves some room for another.
+    per_client = max(1, config.sessions_max * 3 // 4)
+    return Limits(sessions_max=config.sessions_max, sessions_per_client_max=per_client)
+
+
+def _retained(config: NodeConfig, spill: SpillFiles) -> Retained:
+    return Retained(
+        spill,
+        memory_bytes_max=config.retained_mb * MEBIBYTE,
+        spill_bytes_max=config.spill_mb * MEBIBYTE,
+    )
+
+
+class StageNode:
     """The running role: servers, upkeep, and an orderly end."""
 
     def __init__(
@@ -212,10 +275,12 @@ class _StageNode:
         compute: StageCompute,
         speed_us: tuple[int, int],
         gossip: Gossip,
-        ledger: RemoteLedger,
+        ledger: Ledger,
         tasks: TaskScope,
         trusted: TrustedCertificates,
+        notices: NoticeExchange,
     ) -> None:
+        self._notices = notices
         self._me = me
         self._compute = compute
         self._speed = SpeedMeter(speed_us[0])
@@ -233,34 +298,32 @@ class _StageNode:
             lambda target, reason: gossip.peer_down(target.peer, target.incarnation, reason),
             time.monotonic,
         )
-        now_ms = me.clock_ms()
-        cert = make_key_cert(
-            me.peer_key,
-            me.ledger_key.public,
-            me.network.network_id,
-            now_ms,
-            KEY_CERT_TTL_MS,
-            1,
-        )
+        self._serial = newest_serial(me.config.data_dir)
         self._settler = Settler(
             key=me.ledger_key,
-            cert=cert,
+            cert=_key_cert(me, me.ledger_key, self._serial),
             ledger=ledger,
             spool_dir=me.config.data_dir / "settlements",
             clock_ms=me.clock_ms,
             tasks=tasks,
         )
-        self._stage = Stage(
+        self._spill = SpillFiles(me.config.data_dir / "spill")
+        self._limits = _limits(me.config)
+        self._stage = StageShell(
             compute=compute,
             network=me.network,
             settler=self._settler,
             neighbours=Neighbours(tasks, self._dial),
+            retained=_retained(me.config, self._spill),
             identify=self._identify,
             view=gossip.view,
             clock_ms=me.clock_ms,
+            speeds_us=lambda: (self._speed.decode_us, self._prefill_us_per_token),
             vocabulary=local.manifest.vocabulary_size,
-            sessions_max=me.config.sessions_max,
+            limits=self._limits,
+            retain_inputs=me.config.retain_inputs,
             on_step=self._speed.stepped,
+            trusted=notices.board.trusted,
         )
 
     async def serve(
@@ -271,6 +334,7 @@ class _StageNode:
             self._gossip, self._me.network, self._trusted, self._probe, self._me.clock_ms
         )
         offer_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, ports.public)
+        self._serve_notices(ports.public)
         servicer = StageServicer(self._stage, self._trusted.peer_of)
         stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, ports.peer)
         for server in (ports.public, ports.peer):
@@ -282,13 +346,73 @@ class _StageNode:
         self._tasks.create_task(self._settler.retry_forever(), name="settlement retries")
         self._tasks.create_task(self._meter.run(), name="link meter")
         self._tasks.create_task(self._upkeep_forever(), name="upkeep")
+        self._tasks.create_task(self._expire_forever(), name="expiry")
+        stack.callback(self._spill.close)
         stack.push_async_callback(self._leave)
+
+    def drain(self) -> None:
+        """Offer nothing, take nothing new, and tell every session's client to move."""
+        if not self._draining:
+            self._draining = True
+            self._upkeep()
+            self._stage.core.drain()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no session is left."""
+        return not self._stage.core.sessions
+
+    def status(self) -> dict[str, Any]:
+        """What holds anything: all of it is zero again once every session has ended."""
+        core, compute = self._stage.core, self._compute
+        phases = Counter(session.phase for session in core.sessions)
+        return {
+            "model": self._shape.name,
+            "span": [compute.span.start, compute.span.end],
+            "sessions": len(core.sessions),
+            "sessions_suspended": phases["suspended"],
+            "kv_tokens_total": compute.kv_tokens_total,
+            "kv_tokens_free": compute.kv_tokens_free,
+            "kv_tokens_used": compute.kv_tokens_total - compute.kv_tokens_free,
+            "frames_queued": self._stage.frames_queued,
+            "frames_queued_bytes": core.queued_bytes,
+            "retained_bytes": core.retained.memory_bytes,
+            "spill_bytes": core.retained.spill_bytes,
+            "spill_files": len(self._spill),
+            "settlements_waiting": self._settler.waiting,
+            "links": self._stage.links,
+        }
+
+    def _renew_ledger_key(self) -> None:
+        """Adopt a rotated key once no session is open: each keeps the key it began with."""
+        if (
+            len(self._stage.core.sessions)
+            or newest_serial(self._me.config.data_dir) == self._serial
+        ):
+            return
+        key, self._serial = newest_ledger_key(self._me.config.data_dir)
+        self._settler.renew(key, _key_cert(self._me, key, self._serial))
+        log.info("ledger key rotated", serial=self._serial)
+
+    def _serve_notices(self, public: grpc.aio.Server) -> None:
+        """What the public port has beside the directory: notices, and the witness role."""
+        config, network = self._me.config, self._me.network
+        notices = NoticeServicer(self._notices, network.network_id)
+        log_pb2_grpc.add_NoticeServiceServicer_to_server(notices, public)
+        if "witness" in config.roles:
+            witness = make_witness(
+                config.data_dir / "witness",
+                network,
+                load_or_create_key(config.data_dir / "witness.key"),
+                on_fork=lambda fork: self._notices.perform(self._notices.board.caught(fork)),
+            )
+            log_pb2_grpc.add_WitnessServiceServicer_to_server(witness, public)
 
     async def _leave(self) -> None:
         """Take nothing new, end what runs, settle it, withdraw the offer."""
         self._draining = True
         await self._gossip.withdraw()
-        self._stage.end_all("the node is stopping")
+        self._stage.core.end_all("the node is stopping")
         await self._settler.idle(STOP_GRACE_S)
 
     def _gather_facts(self, ports: "_Ports", multiaddrs: tuple[str, ...]) -> Facts:
@@ -306,14 +430,19 @@ class _StageNode:
             multiaddrs=multiaddrs,
         )
 
+    async def _expire_forever(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRY_PERIOD_S)
+            self._stage.core.expire()
+
     async def _upkeep_forever(self) -> None:
         while True:
             await asyncio.sleep(UPKEEP_PERIOD_S)
             self._upkeep()
 
     def _upkeep(self) -> None:
-        """Expire sessions, trust the peers in view, keep offer and links current."""
-        self._stage.expire()
+        """Trust the peers in view, keep offer and links current."""
+        self._renew_ledger_key()
         self._trusted.refresh(self._gossip.view(), self._me.clock_ms())
         self._gossip.set_links(self._meter.rtts_us())
         offer = offer_of(
@@ -321,7 +450,7 @@ class _StageNode:
             self._facts,
             decode_us=self._speed.decode_us,
             kv_tokens_free=self._compute.kv_tokens_free,
-            sessions_active=len(self._stage.sessions),
+            sessions_active=len(self._stage.core.sessions),
             draining=self._draining,
             now_ms=self._me.clock_ms(),
         )
@@ -338,6 +467,7 @@ class _StageNode:
             context_length=self._context_length,
             offers=self._gossip.recent_offers,
             draining=self._draining,
+            revoked=self._notices.board.revoked,
         )
 
     def _probe(self, request: offer_pb2.ProbeRequest) -> offer_pb2.ProbeResponse:
@@ -350,11 +480,12 @@ class _StageNode:
             reason = "another model is served here"
         elif wanted > free:
             reason = f"{free} KV tokens are free"
-        ahead = self._stage.frames_queued
+        elif len(self._stage.core.sessions) >= self._limits.sessions_max:
+            reason = "all sessions are taken"
         return offer_pb2.ProbeResponse(
             would_accept=not reason,
             reason=reason,
-            predicted_start_us=ahead * self._speed.decode_us,
+            predicted_start_us=self._stage.core.wait_us,
             kv_tokens_free=free,
             incarnation=self._me.incarnation,
         )

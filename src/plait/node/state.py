@@ -41,3 +41,19 @@ def lock_data_dir(folder: Path) -> Iterator[None]:
                 remedy="give this node another one with --data-dir",
             ) from error
         yield
+
+
+def next_incarnation(path: Path, now_ns: int) -> int:
+    """A number above every one this folder was started with, normally the time; keeps it.
+
+    A clock that once ran ahead and was put right must not make our own past outrank us.
+    """
+    try:
+        last = int(path.read_text())
+    except (OSError, ValueError):
+        last = 0
+    incarnation = max(now_ns, last + 1)
+    part = path.with_suffix(".part")
+    part.write_text(f"{incarnation}\n")
+    part.replace(path)
+    return incarnation

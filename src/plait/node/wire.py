@@ -1,13 +1,16 @@
-"""Frames from and to protobuf. A frame is checked whole before anything is allocated."""
+"""Messages of the peer port from and to values. A frame is checked whole before it is used."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from plait.compute.port import Drawn
 from plait.errors import RemoteProtocolError
 from plait.ledger.handoff import ids_payload
-from plait.types import SessionId
+from plait.ledger.terms import DRAFTS_MAX
+from plait.types import PeerId, SessionId
 from plait.v1 import session_pb2, stage_pb2
 from plait.v1.identity_pb2 import SignedEnvelope
 
@@ -15,7 +18,10 @@ Activations = npt.NDArray[np.float32]
 """Hidden states, float32 ``[rows, width]``."""
 
 FRAME_ROWS_MAX = 4096
-_RECEIPTS_MAX = 64
+REPLAY_ROWS_MAX = 256
+REPLAY_BYTES_MAX = 512 * 1024
+REASON_CHARACTERS_MAX = 500
+_STAGES_MAX = 64
 _BYTES_PER_VALUE = 4
 
 
@@ -33,8 +39,13 @@ class StageFrame:
     """The bytes that are hashed into the hand-off chain."""
     sample: bool
     close_chunk: bool
+    replay: bool
+    drafts: tuple[int, ...]
+    """The ids of rows 1, 2, … that the last stage compares its draws with."""
     voucher: SignedEnvelope | None
     receipts: tuple[SignedEnvelope, ...]
+    stage_us: tuple[int, ...]
+    """How long each stage passed took, in microseconds."""
     deadline_ms: int
     traceparent: str
 
@@ -45,13 +56,18 @@ class StageFrame:
             return int(self.hidden.shape[0])
         return len(self.ids or ())
 
+    @property
+    def end(self) -> int:
+        """The position after its last row."""
+        return self.first_position + self.rows
+
 
 def decode_frame(
     message: stage_pb2.Frame, *, first_stage: bool, width: int, vocabulary: int
 ) -> StageFrame:
     """Check a frame for a stage; raises ``RemoteProtocolError`` naming what is wrong."""
-    if len(message.receipts) > _RECEIPTS_MAX:
-        raise RemoteProtocolError("too many receipts in a frame")
+    if max(len(message.receipts), len(message.stage_us)) > _STAGES_MAX:
+        raise RemoteProtocolError("more receipts or times than stages in a frame")
     kind = message.WhichOneof("payload")
     ids: tuple[int, ...] | None = None
     hidden: Activations | None = None
@@ -70,7 +86,7 @@ def decode_frame(
             raise RemoteProtocolError("a later stage takes activations")
         hidden = decode_activations(message.activations, width)
         payload = message.activations.data
-    return StageFrame(
+    frame = StageFrame(
         session=SessionId(message.session_id),
         epoch=message.epoch,
         traversal=message.traversal,
@@ -80,11 +96,44 @@ def decode_frame(
         payload=payload,
         sample=message.sample,
         close_chunk=message.close_chunk,
+        replay=message.replay,
+        drafts=tuple(message.draft_ids),
         voucher=message.voucher if message.HasField("voucher") else None,
         receipts=tuple(message.receipts),
+        stage_us=tuple(message.stage_us),
         deadline_ms=message.deadline_ms,
         traceparent=message.traceparent,
     )
+    _check_replay(frame)
+    _check_drafts(frame, vocabulary)
+    return frame
+
+
+def _check_replay(frame: StageFrame) -> None:
+    if not frame.replay:
+        return
+    if frame.sample or frame.close_chunk or frame.drafts or frame.receipts or not frame.rows:
+        raise RemoteProtocolError("a replayed frame only rebuilds the cache")
+    if frame.rows > REPLAY_ROWS_MAX or len(frame.payload) > max(
+        REPLAY_BYTES_MAX, len(frame.payload) // frame.rows
+    ):
+        raise RemoteProtocolError(
+            f"a replayed frame has at most {REPLAY_ROWS_MAX} rows and {REPLAY_BYTES_MAX} bytes"
+        )
+
+
+def _check_drafts(frame: StageFrame, vocabulary: int) -> None:
+    drafts = frame.drafts
+    if not drafts:
+        return
+    if len(drafts) > DRAFTS_MAX or frame.rows != len(drafts) + 1:
+        raise RemoteProtocolError("a frame's drafts are the ids of all rows but the first")
+    if not frame.sample or frame.close_chunk:
+        raise RemoteProtocolError("a frame with drafts draws, and closes no chunk")
+    if max(drafts) >= vocabulary:
+        raise RemoteProtocolError("a draft is outside the vocabulary")
+    if frame.ids is not None and frame.ids[1:] != drafts:
+        raise RemoteProtocolError("the drafts are not the ids fed")
 
 
 def _checked_ids(message: stage_pb2.TokenIds, vocabulary: int) -> tuple[int, ...]:
@@ -112,10 +161,18 @@ def decode_activations(message: stage_pb2.Activations, width: int) -> Activation
     return values
 
 
+def payload_of(hidden: Activations) -> bytes:
+    """Activations as they cross a hop."""
+    return np.ascontiguousarray(hidden, dtype="<f4").tobytes()
+
+
 def onward_frame(
-    frame: StageFrame, hidden: Activations | None, receipts: tuple[SignedEnvelope, ...]
+    frame: StageFrame,
+    hidden: Activations | None,
+    receipts: Sequence[SignedEnvelope],
+    residence_us: int = 0,
 ) -> stage_pb2.Frame:
-    """The frame for the next stage."""
+    """The frame for the next stage; ``residence_us`` is how long it was here."""
     message = stage_pb2.Frame(
         session_id=frame.session,
         epoch=frame.epoch,
@@ -123,19 +180,84 @@ def onward_frame(
         first_position=frame.first_position,
         sample=frame.sample,
         close_chunk=frame.close_chunk,
+        replay=frame.replay,
+        draft_ids=frame.drafts,
         voucher=frame.voucher,
         receipts=receipts,
+        stage_us=(*frame.stage_us, residence_us),
         deadline_ms=frame.deadline_ms,
         traceparent=frame.traceparent,
     )
     if hidden is not None:
         rows, width = hidden.shape
-        message.activations.CopyFrom(
-            stage_pb2.Activations(
-                dtype=session_pb2.WIRE_DTYPE_F32,
-                rows=rows,
-                width=width,
-                data=np.ascontiguousarray(hidden, dtype="<f4").tobytes(),
-            )
-        )
+        message.activations.CopyFrom(_activations(rows, width, payload_of(hidden)))
     return message
+
+
+def replay_rows(row_bytes: int, rows_left: int) -> int:
+    """How many rows go into the next replayed frame."""
+    return min(rows_left, REPLAY_ROWS_MAX, max(1, REPLAY_BYTES_MAX // row_bytes))
+
+
+def replay_frame(
+    session: SessionId, epoch: int, traversal: int, first_position: int, rows: int, data: bytes
+) -> stage_pb2.Frame:
+    """Retained rows for a stage that is being rebuilt."""
+    return stage_pb2.Frame(
+        session_id=session,
+        epoch=epoch,
+        traversal=traversal,
+        first_position=first_position,
+        replay=True,
+        activations=_activations(rows, len(data) // rows // _BYTES_PER_VALUE, data),
+    )
+
+
+def _activations(rows: int, width: int, data: bytes) -> stage_pb2.Activations:
+    return stage_pb2.Activations(
+        dtype=session_pb2.WIRE_DTYPE_F32, rows=rows, width=width, data=data
+    )
+
+
+def result_message(
+    frame: StageFrame,
+    drawn: Drawn | None,
+    receipts: Sequence[SignedEnvelope],
+    draws: SignedEnvelope | None,
+    residence_us: int,
+) -> stage_pb2.LinkResponse:
+    """The last stage's answer to a frame."""
+    result = stage_pb2.TokenResult(
+        session_id=frame.session,
+        epoch=frame.epoch,
+        traversal=frame.traversal,
+        ids=drawn.ids if drawn is not None else (),
+        logprobs=drawn.logprobs if drawn is not None else (),
+        receipts=receipts,
+        draws=draws,
+        stage_us=(*frame.stage_us, residence_us),
+        top_logprobs=top_logprobs_messages(drawn),
+    )
+    return stage_pb2.LinkResponse(result=result)
+
+
+def top_logprobs_messages(drawn: Drawn | None) -> list[stage_pb2.TopLogprobs]:
+    """The likeliest tokens of each drawn one, where the sampling asked for them."""
+    tops = drawn.tops if drawn is not None else ()
+    return [
+        stage_pb2.TopLogprobs(ids=[token for token, _ in top], logprobs=[value for _, value in top])
+        for top in tops
+    ]
+
+
+def fault_message(
+    session: SessionId, epoch: int, peer: PeerId, code: str, reason: str
+) -> stage_pb2.SessionFault:
+    """What goes wrong with a session; ``peer`` is who is to blame or lost."""
+    return stage_pb2.SessionFault(
+        session_id=session,
+        epoch=epoch,
+        peer_id=peer,
+        code=code,
+        reason=reason[:REASON_CHARACTERS_MAX],
+    )

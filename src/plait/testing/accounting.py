@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from plait.envelope import digest, encode, open_envelope, seal
 from plait.identity import SigningKey
 from plait.ledger.balances import Entry
-from plait.ledger.bundle import BundleParts, Frame, InclusionProof
+from plait.ledger.bundle import BundleParts, EpochParts, Frame, InclusionProof
 from plait.ledger.certs import make_key_cert
 from plait.ledger.checkpoint import sign_checkpoint
 from plait.ledger.client_books import ClientBooks
@@ -19,6 +19,7 @@ from plait.ledger.handoff import ids_payload
 from plait.ledger.journal import Accepted, Books, Command, Issue, Reserve, Settle
 from plait.ledger.merkle import Tree, leaf_hash
 from plait.ledger.opening import opening_to_message, route_digest
+from plait.ledger.progress import Progress
 from plait.ledger.reserve import check_grant, make_reservation
 from plait.ledger.stage_books import StageBooks
 from plait.ledger.terms import SessionTerms, StageTerms
@@ -113,20 +114,24 @@ class Plot:
         prompt, traversal = len(self.prompt_ids), 0
         for start in range(0, prompt, self.prefill_chunk_tokens):
             rows = min(self.prefill_chunk_tokens, prompt - start)
-            yield traversal, start, rows, start + rows == prompt, True
+            yield traversal, start, rows, (), start + rows == prompt, True, False
             traversal += 1
         steps = len(self.drawn_ids) - 1
         for step in range(1, steps + 1):
             full = step % self.chunk_tokens == 0 or step + 1 == self.max_tokens
-            yield traversal, prompt + step - 1, 1, True, full
+            yield traversal, prompt + step - 1, 1, (), True, full, False
             traversal += 1
         if steps % self.chunk_tokens and len(self.drawn_ids) < self.max_tokens:
-            yield traversal, prompt + steps, 0, False, True
+            yield traversal, prompt + steps, 0, (), False, True, False
 
 
 def offer_of(plot: Plot, index: int) -> SignedEnvelope:
-    """The signed offer of one stage's peer."""
-    span = plot.spans[index]
+    """The signed offer of one stage's peer in the first epoch."""
+    return offer_by(f"stage {index}", plot.spans[index], plot)
+
+
+def offer_by(name: str, span: Span, plot: Plot) -> SignedEnvelope:
+    """The signed offer of a named peer for a span."""
     offer = Offer(
         network_id=NETWORK_ID,
         model_digest=plot.shape.digest,
@@ -141,7 +146,7 @@ def offer_of(plot: Plot, index: int) -> SignedEnvelope:
         prices=prices_to_message(plot.prices),
         numeric_class=NUMERIC_CLASS,
     )
-    return seal(key_of(f"stage {index}"), offer)
+    return seal(key_of(name), offer)
 
 
 def terms_of(plot: Plot) -> SessionTerms:
@@ -226,32 +231,34 @@ class PaperSession:
             for index in range(len(plot.spans))
         ]
         self.frames = tuple(plot.frames())
+        self.progress = Progress(self.terms)
         self.vouchers: list[SignedEnvelope] = []
 
     def play(self) -> "PaperSession":
         """Send every frame and pay every chunk."""
         for frame in self.frames:
             receipts = self.traverse(frame)
-            if frame[4]:
+            if frame[5]:
                 self.pay(receipts, frame[0])
         return self
 
     def traverse(self, frame: Frame) -> list[SignedEnvelope]:
         """Send one frame through all stages; returns the receipts if it closes a chunk."""
-        traversal, first_position, rows, sample, close_chunk = frame
+        traversal, first_position, rows, _, sample, close_chunk, _ = frame
         sequence = (*self.plot.prompt_ids, *self.plot.drawn_ids)
         ids = sequence[first_position : first_position + rows]
         self.client.sent(traversal, first_position, ids)
-        counts = self.terms.counts_after(first_position, rows, sample)
+        taken = self.progress.take(first_position, rows, sample=sample, close_chunk=close_chunk)
         payload, receipts = ids_payload(ids), []
         for index, books in enumerate(self.stages):
             payload = self.wire(index, traversal, payload)
-            books.admit(counts)
+            books.admit(taken)
             books.received(traversal, first_position, rows, payload)
             payload, sent_rows = self._computed(index, frame)
             books.sent(traversal, first_position, sent_rows, payload)
             if close_chunk:
-                receipts.append(books.close_chunk(traversal, counts, NOW_MS + 10 * traversal))
+                now_ms = NOW_MS + 10 * traversal
+                receipts.append(books.close_chunk(traversal, taken.counts, now_ms))
         self.client.drawn(traversal, first_position, self._drawn(frame))
         return receipts
 
@@ -266,28 +273,27 @@ class PaperSession:
     def bundle_parts(self) -> BundleParts:
         """The evidence of the session, settled and logged."""
         evidence = self.settle()
-        return BundleParts(
-            network_id=NETWORK_ID,
+        epoch = EpochParts(
             terms=self.terms,
-            session_open=seal(
-                key_of("client ledger"),
-                opening_to_message(
-                    self.terms, Sampling(end_ids=(END_ID,)), NOW_MS, NOW_MS + HOUR_MS
-                ),
-            ),
-            client_cert=cert_of("client"),
+            session_open=opening_of(self.terms),
             stage_certs=tuple(cert_of(f"stage {i}") for i in range(len(self.stages))),
             offers=tuple(offer_of(self.plot, i) for i in range(len(self.stages))),
+            frames=self.frames,
+            reservation=self.reservation,
+            grant=self.grant,
+            receipts=self.client.receipts,
+            cut=None,
+            voucher=self.vouchers[-1],
+        )
+        return BundleParts(
+            network_id=NETWORK_ID,
+            client_cert=cert_of("client"),
             manifest=self.plot.manifest,
             prompt_ids=self.plot.prompt_ids,
             token_ids=self.plot.drawn_ids,
             text="Hi “there” \u0007\n",
             finish_reason="stop" if self.plot.drawn_ids[-1] == END_ID else "length",
-            frames=self.frames,
-            reservation=self.reservation,
-            grant=self.grant,
-            receipts=self.client.receipts,
-            voucher=self.vouchers[-1],
+            epochs=(epoch,),
             entries=evidence.entries,
             proofs=evidence.proofs,
             checkpoint=evidence.checkpoint,
@@ -296,30 +302,10 @@ class PaperSession:
 
     def settle(self) -> Evidence:
         """Book the session in a fresh ledger, with some strangers' entries around it."""
-        commands: list[Command] = [_issue("client", 1), _issue("stranger", 2)]
         reservation = open_envelope(self.reservation, BudgetReservation)
-        commands.append(Reserve(reservation, digest(self.reservation.payload)))
-        commands += [self._settlement(books) for books in self.stages]
-        commands.append(_issue("stranger", 3))
-        entries = tuple(_book(commands))
-        tree = Tree(leaf_hash(entry.payload) for entry in entries)
-        own = [entry for entry in entries if entry.session_id == self.terms.session_id]
-        log_key, origin = key_of("authority log"), paper_network().authorities[0].log_origin
-        return Evidence(
-            entries=tuple(entry.payload for entry in own),
-            proofs=tuple((e.index, tuple(tree.inclusion_proof(e.index, tree.size))) for e in own),
-            checkpoint=sign_checkpoint(log_key, origin, tree.size, tree.root()),
-        )
-
-    def _settlement(self, books: StageBooks) -> Settle:
-        request, voucher = books.settlement(NOW_MS + 40_000, True), books.voucher
-        assert request is not None and voucher is not None
-        return Settle(
-            voucher=open_envelope(voucher, SessionVoucher),
-            voucher_digest=digest(voucher.payload),
-            request=open_envelope(request, SettlementRequest),
-            request_digest=digest(request.payload),
-        )
+        commands: list[Command] = [Reserve(reservation, digest(self.reservation.payload))]
+        commands += [settlement_of(books) for books in self.stages]
+        return evidence_of(commands, self.terms.session_id)
 
     def _computed(self, index: int, frame: Frame) -> tuple[bytes, int]:
         if index == len(self.stages) - 1:
@@ -329,10 +315,43 @@ class PaperSession:
         return activations * frame[2], frame[2]
 
     def _drawn(self, frame: Frame) -> tuple[int, ...]:
-        if not frame[3]:
+        if not frame[4]:
             return ()
         draw = frame[1] + frame[2] - len(self.plot.prompt_ids)
         return self.plot.drawn_ids[draw : draw + 1]
+
+
+def settlement_of(books: StageBooks) -> Settle:
+    """A stage's request to be paid by its best voucher, as the ledger books it."""
+    request, voucher = books.settlement(NOW_MS + 40_000, True), books.voucher
+    assert request is not None and voucher is not None
+    return Settle(
+        voucher=open_envelope(voucher, SessionVoucher),
+        voucher_digest=digest(voucher.payload),
+        request=open_envelope(request, SettlementRequest),
+        request_digest=digest(request.payload),
+    )
+
+
+def evidence_of(commands: Sequence[Command], session_id: SessionId) -> Evidence:
+    """Book a session's commands in a fresh ledger, with strangers' entries around them."""
+    before: list[Command] = [_issue("client", 1), _issue("stranger", 2)]
+    entries = tuple(_book([*before, *commands, _issue("stranger", 3)]))
+    tree = Tree(leaf_hash(entry.payload) for entry in entries)
+    own = [entry for entry in entries if entry.session_id == session_id]
+    log_key, origin = key_of("authority log"), paper_network().authorities[0].log_origin
+    return Evidence(
+        entries=tuple(entry.payload for entry in own),
+        proofs=tuple((e.index, tuple(tree.inclusion_proof(e.index, tree.size))) for e in own),
+        checkpoint=sign_checkpoint(log_key, origin, tree.size, tree.root()),
+    )
+
+
+def opening_of(terms: SessionTerms) -> SignedEnvelope:
+    """The client's signed opening of an epoch."""
+    sampling = Sampling(end_ids=(END_ID,))
+    message = opening_to_message(terms, sampling, NOW_MS, NOW_MS + HOUR_MS)
+    return seal(key_of("client ledger"), message)
 
 
 def cert_of(name: str) -> SignedEnvelope:

@@ -12,7 +12,8 @@ from types import MappingProxyType
 import numpy as np
 
 from plait.compute.admission import check_work
-from plait.compute.port import Done, Drawn, Hidden, Work
+from plait.compute.pages import PAGE_TOKENS
+from plait.compute.port import Done, Drawn, Hidden, Work, draw_with_drafts
 from plait.errors import CapacityError, LocalProtocolError, PlaitError
 from plait.types import Digest, ModelShape, Sampling, SessionId, Span
 
@@ -56,6 +57,8 @@ class FakeStage:
         self._draws = draws
         self._sessions: dict[SessionId, _Session] = {}
         self._faults: dict[SessionId, Exception] = {}
+        self._parked: dict[SessionId, _Session] = {}
+        self._prefixes: dict[tuple[str, Span, bytes], list[list[bytes]]] = {}
 
     @property
     def kv_tokens_free(self) -> int:
@@ -63,7 +66,13 @@ class FakeStage:
         return self.kv_tokens_total - sum(held.tokens for held in self._sessions.values())
 
     def reserve(
-        self, session: SessionId, tokens: int, sampling: Sampling, span: Span | None = None
+        self,
+        session: SessionId,
+        tokens: int,
+        sampling: Sampling,
+        span: Span | None = None,
+        context_ids: Sequence[int] = (),
+        prompt_tokens: int = 0,
     ) -> None:
         """Hold ``tokens`` positions. Raises ``CapacityError``."""
         earlier = self._sessions.get(session)
@@ -77,6 +86,47 @@ class FakeStage:
     def free(self, session: SessionId) -> None:
         """Forget a session; nothing happens if it is unknown."""
         self._sessions.pop(session, None)
+        self._parked.pop(session, None)
+
+    def adopt_prefix(self, session: SessionId, tenant: str, hashes: Sequence[bytes]) -> int:
+        """Start with the pages that the tenant published."""
+        held = self._known(session)
+        for name in hashes:
+            page = self._prefixes.get((tenant, held.span, name))
+            if page is None or len(held.hashes[0]) + PAGE_TOKENS > held.tokens:
+                break
+            for layer, known in zip(held.hashes, page, strict=True):
+                layer.extend(known)
+        return len(held.hashes[0])
+
+    def publish_prefix(self, session: SessionId, tenant: str, hashes: Sequence[bytes]) -> None:
+        """Keep the session's first pages for the tenant."""
+        held = self._known(session)
+        if len(hashes) * PAGE_TOKENS > len(held.hashes[0]):
+            raise LocalProtocolError("a prefix that is not cached cannot be published")
+        for index, name in enumerate(hashes):
+            at = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
+            self._prefixes[tenant, held.span, name] = [layer[at] for layer in held.hashes]
+
+    def park(self, session: SessionId) -> None:
+        """Put a session aside; its tokens are free meanwhile."""
+        self._parked[session] = self._known(session)
+        del self._sessions[session]
+
+    def resume(self, session: SessionId) -> None:
+        """Bring a parked session back. Raises ``CapacityError``."""
+        parked = self._parked.get(session)
+        if parked is None:
+            return
+        if parked.tokens > self.kv_tokens_free:
+            raise CapacityError(f"{parked.tokens} tokens needed, {self.kv_tokens_free} free")
+        self._sessions[session] = self._parked.pop(session)
+
+    def _known(self, session: SessionId) -> _Session:
+        held = self._sessions.get(session)
+        if held is None:
+            raise LocalProtocolError(f"session {session.hex()} holds no KV pages")
+        return held
 
     def fail_next(self, session: SessionId, error: Exception) -> None:
         """Make the session's next step end in ``error``."""
@@ -105,9 +155,7 @@ class FakeStage:
             return Done(error=error)
 
     def _compute(self, work: Work) -> Done:
-        session = self._sessions.get(work.session)
-        if session is None:
-            raise LocalProtocolError(f"session {work.session.hex()} holds no KV pages")
+        session = self._known(work.session)
         check_work(
             work,
             first_stage=session.span.start == 0,
@@ -128,12 +176,24 @@ class FakeStage:
             return Done(hidden=_hidden(rows))
         if not work.sample:
             return Done()
-        return Done(drawn=self._drawn(rows[-1], session.sampling, work.first_position + work.rows))
+        return Done(drawn=self._drawn(work, rows, session.sampling))
 
-    def _drawn(self, row: bytes, sampling: Sampling, position: int) -> Drawn:
+    def _drawn(self, work: Work, rows: Sequence[bytes], sampling: Sampling) -> Drawn:
         seed = b"" if sampling.greedy else sampling.seed.to_bytes(8, "big")
-        token = self._draws.get(position, hashlib.sha256(row + seed).digest()[0])
-        return Drawn((token,), (-1.0,))
+        before = work.rows - len(work.drafts)
+        ids: list[int] = []
+
+        def draw(index: int) -> int:
+            hashed = hashlib.sha256(rows[before - 1 + index] + seed).digest()[0]
+            ids.append(self._draws.get(work.first_position + before + index, hashed))
+            return ids[-1]
+
+        if work.claimed:
+            right = [draw(index) for index in range(len(work.claimed))]
+            wrong = zip(work.claimed, right, strict=True)
+            return Drawn(work.claimed, (), margins=tuple(float(a != b) for a, b in wrong))
+        draw_with_drafts(work.drafts, sampling.end_ids, draw)
+        return Drawn(tuple(ids), (-1.0,) * len(ids))
 
 
 def _rows(work: Work) -> list[bytes]:

@@ -7,7 +7,7 @@ that a node restarts with the same key on the same ports.
 import ipaddress
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import token_hex
 
@@ -16,8 +16,9 @@ import msgspec
 from plait.errors import ConfigError
 from plait.identity import load_key, load_or_create_key
 from plait.net.tls import load_or_create
-from plait.network_file import Authority, Bootstrap, NetworkFile
+from plait.network_file import Authority, Bootstrap, NetworkFile, Witness
 from plait.node.config import NodeConfig, Role
+from plait.testnet.control import STOP_GRACE_S
 from plait.testnet.folder import (
     CLIENT_DIR,
     CLUSTER_FILE,
@@ -29,8 +30,9 @@ from plait.testnet.folder import (
     OWN_NAMES,
     data_dir,
 )
-from plait.testnet.layout import LEDGER_NAME, Placed
+from plait.testnet.layout import Placed, ledger_names, witness_quorum, witnesses_among
 from plait.testnet.ports import HOST, choose_ports
+from plait.testnet.wan import Wan, private_address
 from plait.types import PeerId, Span
 
 _BOOTSTRAP_MAX = 4
@@ -60,6 +62,8 @@ class Member:
     model: str | None
     span: Span | None
     ports: Ports
+    host: str = HOST
+    """Where others dial it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,9 @@ class Cluster:
     model: str
     dtype: str
     members: tuple[Member, ...]
+    wan: Wan | None = None
+    disk_mb: int = 0
+    """The size of each node's data folder, a disk of its own; 0 leaves it where it is."""
 
     def member(self, name: str) -> Member:
         """The named process; raises ``ConfigError`` listing the names there are."""
@@ -78,6 +85,19 @@ class Cluster:
                 return member
         names = ", ".join(member.name for member in self.members)
         raise ConfigError(f"there is no node {name!r}; there are {names}")
+
+    @property
+    def is_forwarded(self) -> bool:
+        """Whether a forwarder stands between the nodes: they listen behind what they announce."""
+        return self.wan is not None and self.wan.backend == "forwarder"
+
+    def listening_host(self, member: Member) -> str:
+        """The address a member binds."""
+        if self.wan is None or self.is_forwarded:
+            return HOST
+        if member.name == self.wan.behind_nat:
+            return private_address(self.wan, self.members.index(member) + 1)
+        return member.host
 
     def config(self, directory: Path, member: Member) -> NodeConfig:
         """The configuration of a member's daemon."""
@@ -89,12 +109,14 @@ class Cluster:
             model=member.model,
             span=member.span,
             dtype=self.dtype,
-            host=HOST,
+            host=self.listening_host(member),
+            announce_host=member.host if self.is_forwarded else "",
             public_port=member.ports.public,
             peer_port=member.ports.peer,
             p2p_port=member.ports.p2p,
             ledger_port=member.ports.ledger,
             threads=1,  # many daemons share this machine's cores
+            drain_s=STOP_GRACE_S * 0.8,  # so that a node ends by itself before it is killed
         )
 
 
@@ -105,36 +127,50 @@ def create(
     model: str,
     dtype: str = "fp32",
     ports: Callable[[int], list[int]] = choose_ports,
+    wan: Wan | None = None,
+    disk_mb: int = 0,
+    authorities: int = 1,
+    witnesses: int | None = None,
 ) -> Cluster:
     """Make the files of a new testnet, replacing an ended one in the same folder.
 
-    The caller holds the folder's lock. Raises ``ConfigError`` if the folder holds anything
-    else and ``NetworkError`` if ports are short.
+    So many of the nodes are witnesses too, by default three. The caller holds the folder's
+    lock. Raises ``ConfigError`` if the folder holds anything else and ``NetworkError`` if
+    ports are short.
     """
     _clear(directory)
-    free = iter(ports(3 * (len(placed) + 1) + 1))
+    ledgers = ledger_names(authorities)
+    hidden = wan.behind_nat if wan else ""
+    dialled = [item.name for item in placed if item.name != hidden]
+    watching = dialled[: witnesses_among(len(dialled), witnesses)]
+    free = iter(ports(3 * len(placed) + 4 * len(ledgers)))
     members = [
         Member(
             item.name,
             make_data_dir(data_dir(directory, item.name)),
-            ("stage",),
+            ("stage", "witness") if item.name in watching else ("stage",),
             model=model,
             span=item.span,
             ports=Ports(next(free), next(free), next(free)),
         )
         for item in placed
     ]
-    members.append(
+    members += [
         Member(
-            LEDGER_NAME,
-            make_data_dir(data_dir(directory, LEDGER_NAME)),
+            name,
+            make_data_dir(data_dir(directory, name)),
             ("ledger",),
             model=None,
             span=None,
             ports=Ports(next(free), next(free), next(free), ledger=next(free)),
         )
-    )
-    cluster = Cluster(f"testnet-{token_hex(4)}", model, dtype, tuple(members))
+        for name in ledgers
+    ]
+    if wan is not None:
+        members = [
+            replace(member, host=wan.address(number)) for number, member in enumerate(members, 1)
+        ]
+    cluster = Cluster(f"testnet-{token_hex(4)}", model, dtype, tuple(members), wan, disk_mb)
     _write_network_file(directory, cluster)
     for name in ("identity.key", "ledger.key"):
         load_or_create_key(directory / CLIENT_DIR / name)
@@ -203,6 +239,17 @@ def authority_of(folder: Path, *, address: str, log_origin: str) -> Authority:
     )
 
 
+def witness_of(folder: Path, *, name: str, address: str) -> Witness:
+    """Describe the witness whose data folder this is, making its witness key."""
+    peer = make_data_dir(folder)
+    return Witness(
+        name,
+        load_or_create_key(folder / "witness.key").public,
+        address,
+        load_or_create(folder, peer).cert_der,
+    )
+
+
 def bootstrap_of(folder: Path, *, host: str, public_port: int, p2p_port: int) -> Bootstrap:
     """Describe the bootstrap node whose data folder this is, reachable at an address or a name."""
     peer = make_data_dir(folder)
@@ -221,28 +268,41 @@ def bootstrap_of(folder: Path, *, host: str, public_port: int, p2p_port: int) ->
 def _write_network_file(directory: Path, cluster: Cluster) -> None:
     issuer = directory / ISSUER_DIR
     founder_key = load_or_create_key(issuer / "founder.key")
-    ledger = cluster.member(LEDGER_NAME)
-    stages = [member for member in cluster.members if "stage" in member.roles]
+    hidden = cluster.wan.behind_nat if cluster.wan else ""
+    dialled = [m for m in cluster.members if "stage" in m.roles and m.name != hidden]
+    witnesses = tuple(
+        witness_of(
+            data_dir(directory, member.name),
+            name=f"{cluster.network_id}/{member.name}",
+            address=f"{member.host}:{member.ports.public}",
+        )
+        for member in cluster.members
+        if "witness" in member.roles
+    )
     network = NetworkFile(
         network_id=cluster.network_id,
         founder=founder_key.peer_id,
         admission="open",
         issuer_key=load_or_create_key(issuer / "issuer.key").public,
-        authorities=(
+        authorities=tuple(
             authority_of(
                 data_dir(directory, ledger.name),
-                address=f"{HOST}:{ledger.ports.ledger}",
+                address=f"{ledger.host}:{ledger.ports.ledger}",
                 log_origin=f"{cluster.network_id}/{ledger.name}",
-            ),
+            )
+            for ledger in cluster.members
+            if "ledger" in ledger.roles
         ),
+        witnesses=witnesses,
+        witness_quorum=witness_quorum(len(witnesses)),
         bootstrap=tuple(
             bootstrap_of(
                 data_dir(directory, member.name),
-                host=HOST,
+                host=member.host,
                 public_port=member.ports.public,
                 p2p_port=member.ports.p2p,
             )
-            for member in stages[:_BOOTSTRAP_MAX]
+            for member in dialled[:_BOOTSTRAP_MAX]
         ),
     )
     network.save(directory / NETWORK_FILE, founder_key)

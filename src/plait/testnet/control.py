@@ -44,7 +44,8 @@ class NodeFailed(NetworkError):
     code = "node-failed"
 
     def __init__(self, directory: Path, name: str) -> None:
-        tail = log_tail(directory, name)
+        # Errors are shown in a few hundred characters; the cause stands last.
+        tail = log_tail(directory, name, lines=4)
         super().__init__(
             f"{name} ended while starting" + (f"; its log ends:\n{tail}" if tail else ""),
             remedy=f"read {log_path(directory, name)}",
@@ -90,13 +91,15 @@ def wait_until_gone(directory: Path, timeout_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def request(directory: Path, command: str, node: str | None = None) -> dict[str, Any]:
-    """Send one command to the supervisor and return its answer.
+def request(
+    directory: Path, command: str, node: str | None = None, **details: object
+) -> dict[str, Any]:
+    """Send one command, with whatever details it takes, to the supervisor; return its answer.
 
     A supervisor that is still loading is waited for. Raises ``NotRunning``, ``ConfigError``
     with the supervisor's own words, or ``NetworkError`` if it stops answering.
     """
-    message = {"command": command} | ({"node": node} if node else {})
+    message = {"command": command} | ({"node": node} if node else {}) | details
     with _connected(directory) as stream:
         stream.write(json.dumps(message).encode() + b"\n")
         stream.flush()

@@ -9,6 +9,7 @@ CONTROL_SOCKET = "control.sock"
 CLIENT_DIR, ISSUER_DIR, NODES_DIR, LOGS_DIR = "client", "issuer", "nodes", "logs"
 
 SUPERVISOR_NAME = "supervisor"
+WAN_NAME = "wan"
 
 OWN_NAMES = frozenset(
     {CLUSTER_FILE, NETWORK_FILE, f"{NETWORK_FILE}.sig", LOCK_FILE, CONTROL_SOCKET}

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from plait.envelope import seal
-from plait.errors import DeadlineExceeded, PlaitError
+from plait.errors import ConfigError, DeadlineExceeded, PlaitError
 from plait.identity import load_key
 from plait.network_file import NetworkFile, load_network_file
+from plait.testnet import tun
 from plait.testnet.cluster import check_reusable, create
 from plait.testnet.control import (
     DOWN_TIMEOUT_S,
@@ -35,6 +36,7 @@ from plait.testnet.folder import (
 )
 from plait.testnet.layout import Placed
 from plait.testnet.ports import check_free
+from plait.testnet.wan import Wan, profile_shape, translated_node
 from plait.v1.ledger_pb2 import IssueOrder
 
 CLIENT_CREDIT_MICROCREDITS = 10_000_000
@@ -64,7 +66,11 @@ def start(
     *,
     model: str,
     dtype: str = "fp32",
+    wan: Wan | None = None,
+    disk_mb: int = 0,
     with_parent: bool = False,
+    authorities: int = 1,
+    witnesses: int | None = None,
     command: Sequence[str] = SUPERVISOR_COMMAND,
 ) -> subprocess.Popen[bytes]:
     """Make the files and start the supervisor; returns its process at once.
@@ -75,7 +81,16 @@ def start(
     check_reusable(directory)
     lock = acquire_lock(directory)
     try:
-        cluster = create(directory, placed, model=model, dtype=dtype)
+        cluster = create(
+            directory,
+            placed,
+            model=model,
+            dtype=dtype,
+            wan=wan,
+            disk_mb=disk_mb,
+            authorities=authorities,
+            witnesses=witnesses,
+        )
         check_free(port for member in cluster.members for port in member.ports.used())
         arguments = [*command, str(directory)]
         if with_parent:
@@ -92,6 +107,29 @@ def start(
             )
     finally:
         os.close(lock)
+
+
+def choose_wan(
+    profile: str, placed: tuple[Placed, ...], *, unprivileged: bool = False, seed: int = 1
+) -> Wan:
+    """Decide who carries the traffic of a profile, and why.
+
+    Network namespaces where we may make them, else the forwarder, which ``unprivileged``
+    asks for. Raises ``ConfigError`` for an unknown profile and one that cannot be.
+    """
+    profile_shape(profile)
+    hidden = ""
+    if profile == "nat":
+        hidden = translated_node([p.name for p in placed], [p.span for p in placed])
+    reason = "asked for" if unprivileged else tun.missing()
+    if not reason:
+        why = "root, with network namespaces and TUN devices"
+        return Wan(profile, "tun", why, tun.free_subnet(), seed, hidden)
+    if hidden:
+        raise ConfigError(
+            f"the nat profile needs network namespaces: {reason}", remedy="run as root"
+        )
+    return Wan(profile, "forwarder", reason, 1 + os.getpid() % 250, seed)
 
 
 def wait_until_ready(
@@ -177,8 +215,10 @@ async def _issue(network: NetworkFile, directory: Path) -> None:
         memo="testnet",
         issued_ms=time.time_ns() // 1_000_000,
     )
-    ledger = RemoteLedger(network.authorities[0])
-    try:
-        await ledger.issue(seal(load_key(directory / ISSUER_DIR / "issuer.key"), order))
-    finally:
-        await ledger.close()
+    signed = seal(load_key(directory / ISSUER_DIR / "issuer.key"), order)
+    for authority in network.authorities:
+        ledger = RemoteLedger(authority)
+        try:
+            await ledger.issue(signed)
+        finally:
+            await ledger.close()

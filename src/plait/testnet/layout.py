@@ -9,7 +9,8 @@ from plait.types import Span
 STAGES_DEFAULT = 3
 NODES_DEFAULT = 4
 NODES_MAX = 64
-LEDGER_NAME = "ledger-1"
+AUTHORITIES_MAX = 16
+WITNESSES_DEFAULT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,30 @@ class Placed:
 
     name: str
     span: Span
+
+
+def ledger_names(authorities: int) -> tuple[str, ...]:
+    """The names of the ledger authorities; raises ``ConfigError`` unless 1, 4, 7, … 16."""
+    if not 1 <= authorities <= AUTHORITIES_MAX or authorities % 3 != 1:
+        raise ConfigError(
+            f"{authorities} authorities are no committee",
+            remedy="3f + 1 of them, of which f may fail: 1, 4, 7, 10, 13 or 16",
+        )
+    return tuple(f"ledger-{number}" for number in range(1, authorities + 1))
+
+
+def witness_quorum(witnesses: int) -> int:
+    """How many must cosign: more than half, but one of two, so that one may always fail."""
+    return witnesses // 2 + 1 if witnesses > 2 else min(witnesses, 1)
+
+
+def witnesses_among(nodes: int, wanted: int | None) -> int:
+    """How many of the nodes are witnesses; by default three. Raises ``ConfigError``."""
+    if wanted is None:
+        return min(WITNESSES_DEFAULT, nodes)
+    if not 0 <= wanted <= nodes:
+        raise ConfigError(f"{wanted} of {nodes} nodes cannot be witnesses")
+    return wanted
 
 
 def equal_spans(layers: int, stages: int) -> tuple[Span, ...]:

@@ -26,9 +26,11 @@ from typing import Any, Literal, NoReturn
 
 from plait.errors import ConfigError, PlaitError
 from plait.node.config import NodeConfig
+from plait.testnet import disks
+from plait.testnet.carrier import Carrier
 from plait.testnet.cluster import Cluster, Member, load
 from plait.testnet.control import REQUEST_BYTES_MAX, STOP_GRACE_S, listen
-from plait.testnet.folder import CONTROL_SOCKET, log_path
+from plait.testnet.folder import CONTROL_SOCKET, WAN_NAME, log_path
 from plait.testnet.ports import check_free
 
 RunNode = Callable[[NodeConfig], int]
@@ -60,6 +62,7 @@ class Child:
     starts: int = 0
     asked_to_stop: bool = False
     restart: bool = False
+    hung: bool = False
     kill_at: float | None = None
     end: Literal["stopped", "dead"] = "stopped"
 
@@ -89,6 +92,7 @@ class Supervisor:
             member.name: Child(member, cluster.config(directory, member))
             for member in cluster.members
         }
+        self._carrier = Carrier(cluster, cluster.wan) if cluster.wan else None
         self._ending = False
         self._listener: socket.socket | None = None
         self._signals: tuple[socket.socket, socket.socket] | None = None
@@ -96,8 +100,13 @@ class Supervisor:
     def serve(self) -> None:
         """Start every node and obey until told to end; returns when all have ended."""
         self._catch_signals()
+        if self._cluster.disk_mb:
+            folders = [child.config.data_dir for child in self._children.values()]
+            disks.mount_small(folders, self._cluster.disk_mb)
         self._listener = listen(self._directory)
         gc.freeze()  # keep the collector from touching, and so copying, the shared pages
+        if self._carrier is not None:
+            self._carrier.start(self._fork_carrier)
         for child in self._children.values():
             self._start(child)
         try:
@@ -107,6 +116,8 @@ class Supervisor:
                 self._kill_overdue()
         finally:
             (self._directory / CONTROL_SOCKET).unlink(missing_ok=True)
+            if self._carrier is not None:
+                self._carrier.close()
 
     # --- events ---
 
@@ -146,6 +157,9 @@ class Supervisor:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
+            if self._carrier is not None and pid == self._carrier.pid:
+                _log("the WAN process ended: nothing reaches any node any more")
+                self._carrier.pid = None
             for child in self._alive():
                 if child.pid == pid:
                     self._ended(child, os.waitstatus_to_exitcode(status))
@@ -154,7 +168,7 @@ class Supervisor:
         _log(f"{child.member.name} ({child.pid}) ended with {exit_code}")
         orderly = exit_code == 0 or (child.asked_to_stop and exit_code == -signal.SIGTERM)
         child.end = "stopped" if orderly else "dead"
-        child.pid, child.kill_at = None, None
+        child.pid, child.kill_at, child.hung = None, None, False
         if child.restart and not self._ending:
             self._start(child)
 
@@ -188,11 +202,17 @@ class Supervisor:
                 case "down":
                     self._end()
                     return self._status()
-                case "kill" | "stop" | "restart":
+                case "shape":
+                    return self._shape(message)
+                case "kill" | "stop" | "restart" | "hang" | "resume":
                     child = self._children[self._cluster.member(node).name]
-                    {"kill": self._kill, "stop": self._stop, "restart": self._restart}[command](
-                        child
-                    )
+                    {
+                        "kill": self._kill,
+                        "stop": self._stop,
+                        "restart": self._restart,
+                        "hang": self._hang,
+                        "resume": self._resume,
+                    }[command](child)
                     return self._status()
         except PlaitError as error:
             return {"error": str(error), "remedy": error.remedy}
@@ -202,6 +222,8 @@ class Supervisor:
         return {
             "network_id": self._cluster.network_id,
             "supervisor_pid": os.getpid(),
+            "disk_mb": self._cluster.disk_mb,
+            "wan": self._wan_status(),
             "nodes": [
                 {
                     "name": child.member.name,
@@ -213,11 +235,44 @@ class Supervisor:
                     else None,
                     "state": child.state(),
                     "pid": child.pid,
+                    "hung": child.hung,
+                    "host": child.member.host,
                     "starts": child.starts + child.restart,
                 }
                 for child in self._children.values()
             ],
         }
+
+    def _wan_status(self) -> dict[str, Any] | None:
+        wan, carrier = self._cluster.wan, self._carrier
+        if wan is None or carrier is None:
+            return None
+        return {
+            "profile": wan.profile,
+            "backend": wan.backend,
+            "why": wan.why,
+            "client_host": wan.client_address if wan.backend == "tun" else None,
+            "behind_nat": wan.behind_nat or None,
+            "pid": carrier.pid,
+        }
+
+    def _shape(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Tell the WAN of a change, if the message holds one, or ask what every link does."""
+        if self._carrier is None:
+            raise ConfigError(
+                "this testnet has no WAN to shape", remedy="plait testnet up --wan PROFILE"
+            )
+        return self._carrier.ask({"change": message["change"]} if "change" in message else {})
+
+    def _hang(self, child: Child) -> None:
+        _must_run(child)
+        child.hung = True
+        self._signal(child, signal.SIGSTOP)
+
+    def _resume(self, child: Child) -> None:
+        _must_run(child)
+        child.hung = False
+        self._signal(child, signal.SIGCONT)
 
     def _kill(self, child: Child) -> None:
         _must_run(child)
@@ -231,7 +286,8 @@ class Supervisor:
 
     def _restart(self, child: Child) -> None:
         if child.pid is None:
-            check_free(child.member.ports.used())
+            if self._cluster.wan is None:  # else it has addresses of its own
+                check_free(child.member.ports.used())
             self._start(child)
         else:
             child.restart = True
@@ -250,6 +306,9 @@ class Supervisor:
             child.asked_to_stop = True
             child.kill_at = time.monotonic() + self._stop_grace_s
             self._signal(child, signal.SIGTERM)
+            if child.hung:  # a stopped process would not notice
+                child.hung = False
+                self._signal(child, signal.SIGCONT)
 
     def _signal(self, child: Child, number: signal.Signals) -> None:
         assert child.pid is not None
@@ -260,6 +319,21 @@ class Supervisor:
         (child.config.data_dir / "state").write_text("starting\n")
         child.asked_to_stop, child.restart, child.kill_at = False, False, None
         child.starts += 1
+
+        def run() -> int:
+            if self._carrier is not None:
+                self._carrier.enter(child.member.name)
+            return self._run_node(child.config)
+
+        child.pid = self._fork(child.member.name, run)
+        if self._carrier is not None:
+            self._carrier.started(child.member.name, child.pid)
+
+    def _fork_carrier(self, run: Callable[[], int]) -> int:
+        return self._fork(WAN_NAME, run)
+
+    def _fork(self, name: str, run: Callable[[], int]) -> int:
+        """Start a process that runs the function; returns its pid."""
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
@@ -267,20 +341,20 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_BLOCK, _CAUGHT)
         pid = os.fork()
         if pid == 0:
-            self._become(child, parent)
+            self._become(name, run, parent)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _CAUGHT)
-        child.pid = pid
-        _log(f"{child.member.name} started ({pid})")
+        _log(f"{name} started ({pid})")
+        return pid
 
-    def _become(self, child: Child, parent: int) -> NoReturn:
-        """Turn the forked process into the node. Never returns."""
+    def _become(self, name: str, run: Callable[[], int], parent: int) -> NoReturn:
+        """Turn the forked process into what it is to be. Never returns."""
         exit_code = 1
         try:
             die_with_parent(parent, signal.SIGKILL)
             self._leave_supervisor()
-            _redirect_output(log_path(self._directory, child.member.name))
-            _libc().prctl(_PR_SET_NAME, f"plait {child.member.name}".encode()[:15])
-            exit_code = self._run_node(child.config)
+            _redirect_output(log_path(self._directory, name))
+            _libc().prctl(_PR_SET_NAME, f"plait {name}".encode()[:15])
+            exit_code = run()
         except SystemExit as request:
             exit_code = request.code if isinstance(request.code, int) else 1
         except BaseException:  # noqa: BLE001 - the top of a process: its log gets the traceback

@@ -51,3 +51,15 @@ class NetworkFileDigest(_message.Message):
     network_id: str
     sha256: bytes
     def __init__(self, network_id: _Optional[str] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+
+class KeyRevocation(_message.Message):
+    __slots__ = ("network_id", "peer_id", "serial_min", "issued_ms")
+    NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    SERIAL_MIN_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_MS_FIELD_NUMBER: _ClassVar[int]
+    network_id: str
+    peer_id: str
+    serial_min: int
+    issued_ms: int
+    def __init__(self, network_id: _Optional[str] = ..., peer_id: _Optional[str] = ..., serial_min: _Optional[int] = ..., issued_ms: _Optional[int] = ...) -> None: ...

@@ -15,11 +15,13 @@ class EntryKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENTRY_KIND_RESERVE: _ClassVar[EntryKind]
     ENTRY_KIND_SETTLE: _ClassVar[EntryKind]
     ENTRY_KIND_VOID: _ClassVar[EntryKind]
+    ENTRY_KIND_LIMIT: _ClassVar[EntryKind]
 ENTRY_KIND_UNSPECIFIED: EntryKind
 ENTRY_KIND_ISSUE: EntryKind
 ENTRY_KIND_RESERVE: EntryKind
 ENTRY_KIND_SETTLE: EntryKind
 ENTRY_KIND_VOID: EntryKind
+ENTRY_KIND_LIMIT: EntryKind
 
 class PayeeAmount(_message.Message):
     __slots__ = ("payee", "microcredits")
@@ -76,7 +78,7 @@ class ReservationGrant(_message.Message):
     def __init__(self, network_id: _Optional[str] = ..., reservation_digest: _Optional[bytes] = ..., account: _Optional[str] = ..., session_id: _Optional[bytes] = ..., amount: _Optional[int] = ..., granted_ms: _Optional[int] = ..., expires_ms: _Optional[int] = ..., merge_delay_ms: _Optional[int] = ...) -> None: ...
 
 class StageReceipt(_message.Message):
-    __slots__ = ("network_id", "session_id", "epoch", "stage_index", "chunk", "start_layer", "end_layer", "model_digest", "numeric_class", "traversal", "prompt_tokens", "output_tokens", "input_commit", "output_commit", "previous_digest", "issued_ms")
+    __slots__ = ("network_id", "session_id", "epoch", "stage_index", "chunk", "start_layer", "end_layer", "model_digest", "numeric_class", "traversal", "prompt_tokens", "output_tokens", "input_commit", "output_commit", "previous_digest", "issued_ms", "cached_prompt_tokens", "rejected_draft_tokens", "replayed_tokens")
     NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +95,9 @@ class StageReceipt(_message.Message):
     OUTPUT_COMMIT_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ISSUED_MS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     network_id: str
     session_id: bytes
     epoch: int
@@ -109,10 +114,27 @@ class StageReceipt(_message.Message):
     output_commit: bytes
     previous_digest: bytes
     issued_ms: int
-    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., stage_index: _Optional[int] = ..., chunk: _Optional[int] = ..., start_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., numeric_class: _Optional[str] = ..., traversal: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., input_commit: _Optional[bytes] = ..., output_commit: _Optional[bytes] = ..., previous_digest: _Optional[bytes] = ..., issued_ms: _Optional[int] = ...) -> None: ...
+    cached_prompt_tokens: int
+    rejected_draft_tokens: int
+    replayed_tokens: int
+    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., stage_index: _Optional[int] = ..., chunk: _Optional[int] = ..., start_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., numeric_class: _Optional[str] = ..., traversal: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., input_commit: _Optional[bytes] = ..., output_commit: _Optional[bytes] = ..., previous_digest: _Optional[bytes] = ..., issued_ms: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., rejected_draft_tokens: _Optional[int] = ..., replayed_tokens: _Optional[int] = ...) -> None: ...
+
+class DrawStatement(_message.Message):
+    __slots__ = ("network_id", "session_id", "epoch", "traversal", "output_commit")
+    NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TRAVERSAL_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_COMMIT_FIELD_NUMBER: _ClassVar[int]
+    network_id: str
+    session_id: bytes
+    epoch: int
+    traversal: int
+    output_commit: bytes
+    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., output_commit: _Optional[bytes] = ...) -> None: ...
 
 class SessionVoucher(_message.Message):
-    __slots__ = ("network_id", "session_id", "epoch", "sequence", "account", "prompt_tokens", "output_tokens", "transcript", "amounts", "issued_ms")
+    __slots__ = ("network_id", "session_id", "epoch", "sequence", "account", "prompt_tokens", "output_tokens", "transcript", "amounts", "issued_ms", "cached_prompt_tokens", "rejected_draft_tokens", "epoch_close")
     NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +145,9 @@ class SessionVoucher(_message.Message):
     TRANSCRIPT_FIELD_NUMBER: _ClassVar[int]
     AMOUNTS_FIELD_NUMBER: _ClassVar[int]
     ISSUED_MS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_CLOSE_FIELD_NUMBER: _ClassVar[int]
     network_id: str
     session_id: bytes
     epoch: int
@@ -133,7 +158,10 @@ class SessionVoucher(_message.Message):
     transcript: bytes
     amounts: _containers.RepeatedCompositeFieldContainer[PayeeAmount]
     issued_ms: int
-    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., account: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., transcript: _Optional[bytes] = ..., amounts: _Optional[_Iterable[_Union[PayeeAmount, _Mapping]]] = ..., issued_ms: _Optional[int] = ...) -> None: ...
+    cached_prompt_tokens: int
+    rejected_draft_tokens: int
+    epoch_close: bool
+    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., account: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., transcript: _Optional[bytes] = ..., amounts: _Optional[_Iterable[_Union[PayeeAmount, _Mapping]]] = ..., issued_ms: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., rejected_draft_tokens: _Optional[int] = ..., epoch_close: _Optional[bool] = ...) -> None: ...
 
 class SettlementRequest(_message.Message):
     __slots__ = ("network_id", "session_id", "payee", "voucher_digest", "release", "issued_ms")
@@ -167,6 +195,22 @@ class IssueOrder(_message.Message):
     issued_ms: int
     def __init__(self, network_id: _Optional[str] = ..., account: _Optional[str] = ..., amount: _Optional[int] = ..., order_id: _Optional[bytes] = ..., memo: _Optional[str] = ..., issued_ms: _Optional[int] = ...) -> None: ...
 
+class LimitOrder(_message.Message):
+    __slots__ = ("network_id", "account", "credit_limit", "order_id", "memo", "issued_ms")
+    NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    ORDER_ID_FIELD_NUMBER: _ClassVar[int]
+    MEMO_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_MS_FIELD_NUMBER: _ClassVar[int]
+    network_id: str
+    account: str
+    credit_limit: int
+    order_id: bytes
+    memo: str
+    issued_ms: int
+    def __init__(self, network_id: _Optional[str] = ..., account: _Optional[str] = ..., credit_limit: _Optional[int] = ..., order_id: _Optional[bytes] = ..., memo: _Optional[str] = ..., issued_ms: _Optional[int] = ...) -> None: ...
+
 class AccountQuery(_message.Message):
     __slots__ = ("network_id", "account", "issued_ms")
     NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +220,14 @@ class AccountQuery(_message.Message):
     account: str
     issued_ms: int
     def __init__(self, network_id: _Optional[str] = ..., account: _Optional[str] = ..., issued_ms: _Optional[int] = ...) -> None: ...
+
+class AccountLimit(_message.Message):
+    __slots__ = ("account", "credit_limit")
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    account: str
+    credit_limit: int
+    def __init__(self, account: _Optional[str] = ..., credit_limit: _Optional[int] = ...) -> None: ...
 
 class JournalLine(_message.Message):
     __slots__ = ("account", "debit", "credit")
@@ -188,7 +240,7 @@ class JournalLine(_message.Message):
     def __init__(self, account: _Optional[str] = ..., debit: _Optional[int] = ..., credit: _Optional[int] = ...) -> None: ...
 
 class JournalEntry(_message.Message):
-    __slots__ = ("network_id", "index", "kind", "session_id", "cause_digest", "lines", "posted_ms")
+    __slots__ = ("network_id", "index", "kind", "session_id", "cause_digest", "lines", "posted_ms", "limit")
     NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +248,7 @@ class JournalEntry(_message.Message):
     CAUSE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LINES_FIELD_NUMBER: _ClassVar[int]
     POSTED_MS_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
     network_id: str
     index: int
     kind: EntryKind
@@ -203,7 +256,8 @@ class JournalEntry(_message.Message):
     cause_digest: bytes
     lines: _containers.RepeatedCompositeFieldContainer[JournalLine]
     posted_ms: int
-    def __init__(self, network_id: _Optional[str] = ..., index: _Optional[int] = ..., kind: _Optional[_Union[EntryKind, str]] = ..., session_id: _Optional[bytes] = ..., cause_digest: _Optional[bytes] = ..., lines: _Optional[_Iterable[_Union[JournalLine, _Mapping]]] = ..., posted_ms: _Optional[int] = ...) -> None: ...
+    limit: AccountLimit
+    def __init__(self, network_id: _Optional[str] = ..., index: _Optional[int] = ..., kind: _Optional[_Union[EntryKind, str]] = ..., session_id: _Optional[bytes] = ..., cause_digest: _Optional[bytes] = ..., lines: _Optional[_Iterable[_Union[JournalLine, _Mapping]]] = ..., posted_ms: _Optional[int] = ..., limit: _Optional[_Union[AccountLimit, _Mapping]] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("reservation", "account_cert")
@@ -247,6 +301,18 @@ class IssueResponse(_message.Message):
     entry_index: int
     def __init__(self, entry_index: _Optional[int] = ...) -> None: ...
 
+class SetLimitRequest(_message.Message):
+    __slots__ = ("order",)
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    order: _identity_pb2.SignedEnvelope
+    def __init__(self, order: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ...) -> None: ...
+
+class SetLimitResponse(_message.Message):
+    __slots__ = ("entry_index",)
+    ENTRY_INDEX_FIELD_NUMBER: _ClassVar[int]
+    entry_index: int
+    def __init__(self, entry_index: _Optional[int] = ...) -> None: ...
+
 class GetAccountRequest(_message.Message):
     __slots__ = ("query", "account_cert")
     QUERY_FIELD_NUMBER: _ClassVar[int]
@@ -256,14 +322,16 @@ class GetAccountRequest(_message.Message):
     def __init__(self, query: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., account_cert: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ...) -> None: ...
 
 class GetAccountResponse(_message.Message):
-    __slots__ = ("available_microcredits", "pending_microcredits", "next_sequence")
+    __slots__ = ("available_microcredits", "pending_microcredits", "next_sequence", "credit_limit")
     AVAILABLE_MICROCREDITS_FIELD_NUMBER: _ClassVar[int]
     PENDING_MICROCREDITS_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_LIMIT_FIELD_NUMBER: _ClassVar[int]
     available_microcredits: int
     pending_microcredits: int
     next_sequence: int
-    def __init__(self, available_microcredits: _Optional[int] = ..., pending_microcredits: _Optional[int] = ..., next_sequence: _Optional[int] = ...) -> None: ...
+    credit_limit: int
+    def __init__(self, available_microcredits: _Optional[int] = ..., pending_microcredits: _Optional[int] = ..., next_sequence: _Optional[int] = ..., credit_limit: _Optional[int] = ...) -> None: ...
 
 class GetHistoryRequest(_message.Message):
     __slots__ = ("query", "account_cert", "limit")
@@ -338,7 +406,9 @@ class ExportRequest(_message.Message):
     def __init__(self, first_index: _Optional[int] = ...) -> None: ...
 
 class ExportResponse(_message.Message):
-    __slots__ = ("entries",)
+    __slots__ = ("entries", "objects")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
     entries: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, entries: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    objects: _containers.RepeatedCompositeFieldContainer[_identity_pb2.SignedEnvelope]
+    def __init__(self, entries: _Optional[_Iterable[bytes]] = ..., objects: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ...) -> None: ...

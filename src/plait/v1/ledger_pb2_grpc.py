@@ -49,6 +49,11 @@ class LedgerServiceStub:
                 request_serializer=plait_dot_v1_dot_ledger__pb2.IssueRequest.SerializeToString,
                 response_deserializer=plait_dot_v1_dot_ledger__pb2.IssueResponse.FromString,
                 _registered_method=True)
+        self.SetLimit = channel.unary_unary(
+                '/plait.v1.LedgerService/SetLimit',
+                request_serializer=plait_dot_v1_dot_ledger__pb2.SetLimitRequest.SerializeToString,
+                response_deserializer=plait_dot_v1_dot_ledger__pb2.SetLimitResponse.FromString,
+                _registered_method=True)
         self.GetAccount = channel.unary_unary(
                 '/plait.v1.LedgerService/GetAccount',
                 request_serializer=plait_dot_v1_dot_ledger__pb2.GetAccountRequest.SerializeToString,
@@ -97,6 +102,12 @@ class LedgerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Issue(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetLimit(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,6 +169,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.Issue,
                     request_deserializer=plait_dot_v1_dot_ledger__pb2.IssueRequest.FromString,
                     response_serializer=plait_dot_v1_dot_ledger__pb2.IssueResponse.SerializeToString,
+            ),
+            'SetLimit': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLimit,
+                    request_deserializer=plait_dot_v1_dot_ledger__pb2.SetLimitRequest.FromString,
+                    response_serializer=plait_dot_v1_dot_ledger__pb2.SetLimitResponse.SerializeToString,
             ),
             'GetAccount': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAccount,
@@ -271,6 +287,33 @@ class LedgerService:
             '/plait.v1.LedgerService/Issue',
             plait_dot_v1_dot_ledger__pb2.IssueRequest.SerializeToString,
             plait_dot_v1_dot_ledger__pb2.IssueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLimit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.v1.LedgerService/SetLimit',
+            plait_dot_v1_dot_ledger__pb2.SetLimitRequest.SerializeToString,
+            plait_dot_v1_dot_ledger__pb2.SetLimitResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,7 +26,7 @@ from plait.v1 import identity_pb2 as plait_dot_v1_dot_identity__pb2
 from plait.v1 import session_pb2 as plait_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14plait/v1/stage.proto\x12\x08plait.v1\x1a\x17plait/v1/identity.proto\x1a\x16plait/v1/session.proto\"\\\n\x0b\x41\x63tivations\x12\"\n\x05\x64type\x18\x01 \x01(\x0e\x32\x13.plait.v1.WireDtype\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xdd\x02\n\x05\x46rame\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\ttraversal\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x04 \x01(\r\x12\'\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.plait.v1.TokenIdsH\x00\x12,\n\x0b\x61\x63tivations\x18\x06 \x01(\x0b\x32\x15.plait.v1.ActivationsH\x00\x12\x0e\n\x06sample\x18\x07 \x01(\x08\x12\x13\n\x0b\x63lose_chunk\x18\x08 \x01(\x08\x12)\n\x07voucher\x18\t \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12*\n\x08receipts\x18\n \x03(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x0b \x01(\x04\x12\x13\n\x0btraceparent\x18\x0c \x01(\tB\t\n\x07payload\"`\n\x0cSessionFault\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x8e\x01\n\x0bTokenResult\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\ttraversal\x18\x03 \x01(\x04\x12\x0b\n\x03ids\x18\x04 \x03(\r\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12*\n\x08receipts\x18\x06 \x03(\x0b\x32\x18.plait.v1.SignedEnvelope\"`\n\x0bLinkRequest\x12 \n\x05\x66rame\x18\x01 \x01(\x0b\x32\x0f.plait.v1.FrameH\x00\x12\'\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x16.plait.v1.SessionFaultH\x00\x42\x06\n\x04kind\"h\n\x0cLinkResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x15.plait.v1.TokenResultH\x00\x12\'\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x16.plait.v1.SessionFaultH\x00\x42\x06\n\x04kind2\xfa\x01\n\x0cStageService\x12\x35\n\x04Open\x12\x15.plait.v1.OpenRequest\x1a\x16.plait.v1.OpenResponse\x12>\n\x07\x43onfirm\x12\x18.plait.v1.ConfirmRequest\x1a\x19.plait.v1.ConfirmResponse\x12\x39\n\x04Link\x12\x15.plait.v1.LinkRequest\x1a\x16.plait.v1.LinkResponse(\x01\x30\x01\x12\x38\n\x05\x43lose\x12\x16.plait.v1.CloseRequest\x1a\x17.plait.v1.CloseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14plait/v1/stage.proto\x12\x08plait.v1\x1a\x17plait/v1/identity.proto\x1a\x16plait/v1/session.proto\"\\\n\x0b\x41\x63tivations\x12\"\n\x05\x64type\x18\x01 \x01(\x0e\x32\x13.plait.v1.WireDtype\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x92\x03\n\x05\x46rame\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\ttraversal\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x04 \x01(\r\x12\'\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.plait.v1.TokenIdsH\x00\x12,\n\x0b\x61\x63tivations\x18\x06 \x01(\x0b\x32\x15.plait.v1.ActivationsH\x00\x12\x0e\n\x06sample\x18\x07 \x01(\x08\x12\x13\n\x0b\x63lose_chunk\x18\x08 \x01(\x08\x12)\n\x07voucher\x18\t \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12*\n\x08receipts\x18\n \x03(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x0b \x01(\x04\x12\x13\n\x0btraceparent\x18\x0c \x01(\t\x12\x0e\n\x06replay\x18\r \x01(\x08\x12\x11\n\tdraft_ids\x18\x0e \x03(\r\x12\x10\n\x08stage_us\x18\x0f \x03(\rB\t\n\x07payload\"`\n\x0cSessionFault\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\xf6\x01\n\x0bTokenResult\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\ttraversal\x18\x03 \x01(\x04\x12\x0b\n\x03ids\x18\x04 \x03(\r\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12*\n\x08receipts\x18\x06 \x03(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\'\n\x05\x64raws\x18\x07 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x10\n\x08stage_us\x18\x08 \x03(\r\x12+\n\x0ctop_logprobs\x18\x14 \x03(\x0b\x32\x15.plait.v1.TopLogprobs\",\n\x0bTopLogprobs\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"`\n\x0bLinkRequest\x12 \n\x05\x66rame\x18\x01 \x01(\x0b\x32\x0f.plait.v1.FrameH\x00\x12\'\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x16.plait.v1.SessionFaultH\x00\x42\x06\n\x04kind\"h\n\x0cLinkResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x15.plait.v1.TokenResultH\x00\x12\'\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x16.plait.v1.SessionFaultH\x00\x42\x06\n\x04kind2\xc3\x02\n\x0cStageService\x12\x35\n\x04Open\x12\x15.plait.v1.OpenRequest\x1a\x16.plait.v1.OpenResponse\x12>\n\x07\x43onfirm\x12\x18.plait.v1.ConfirmRequest\x1a\x19.plait.v1.ConfirmResponse\x12\x39\n\x04Link\x12\x15.plait.v1.LinkRequest\x1a\x16.plait.v1.LinkResponse(\x01\x30\x01\x12G\n\nCloseEpoch\x12\x1b.plait.v1.CloseEpochRequest\x1a\x1c.plait.v1.CloseEpochResponse\x12\x38\n\x05\x43lose\x12\x16.plait.v1.CloseRequest\x1a\x17.plait.v1.CloseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,15 +38,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=177
   _globals['_TOKENIDS']._serialized_end=200
   _globals['_FRAME']._serialized_start=203
-  _globals['_FRAME']._serialized_end=552
-  _globals['_SESSIONFAULT']._serialized_start=554
-  _globals['_SESSIONFAULT']._serialized_end=650
-  _globals['_TOKENRESULT']._serialized_start=653
-  _globals['_TOKENRESULT']._serialized_end=795
-  _globals['_LINKREQUEST']._serialized_start=797
-  _globals['_LINKREQUEST']._serialized_end=893
-  _globals['_LINKRESPONSE']._serialized_start=895
-  _globals['_LINKRESPONSE']._serialized_end=999
-  _globals['_STAGESERVICE']._serialized_start=1002
-  _globals['_STAGESERVICE']._serialized_end=1252
+  _globals['_FRAME']._serialized_end=605
+  _globals['_SESSIONFAULT']._serialized_start=607
+  _globals['_SESSIONFAULT']._serialized_end=703
+  _globals['_TOKENRESULT']._serialized_start=706
+  _globals['_TOKENRESULT']._serialized_end=952
+  _globals['_TOPLOGPROBS']._serialized_start=954
+  _globals['_TOPLOGPROBS']._serialized_end=998
+  _globals['_LINKREQUEST']._serialized_start=1000
+  _globals['_LINKREQUEST']._serialized_end=1096
+  _globals['_LINKRESPONSE']._serialized_start=1098
+  _globals['_LINKRESPONSE']._serialized_end=1202
+  _globals['_STAGESERVICE']._serialized_start=1205
+  _globals['_STAGESERVICE']._serialized_end=1528
 # @@protoc_insertion_point(module_scope)

@@ -27,7 +27,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("session_id", "epoch", "traversal", "first_position", "token_ids", "activations", "sample", "close_chunk", "voucher", "receipts", "deadline_ms", "traceparent")
+    __slots__ = ("session_id", "epoch", "traversal", "first_position", "token_ids", "activations", "sample", "close_chunk", "voucher", "receipts", "deadline_ms", "traceparent", "replay", "draft_ids", "stage_us")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRAVERSAL_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,9 @@ class Frame(_message.Message):
     RECEIPTS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_IDS_FIELD_NUMBER: _ClassVar[int]
+    STAGE_US_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     traversal: int
@@ -52,7 +55,10 @@ class Frame(_message.Message):
     receipts: _containers.RepeatedCompositeFieldContainer[_identity_pb2.SignedEnvelope]
     deadline_ms: int
     traceparent: str
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., activations: _Optional[_Union[Activations, _Mapping]] = ..., sample: _Optional[bool] = ..., close_chunk: _Optional[bool] = ..., voucher: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    replay: bool
+    draft_ids: _containers.RepeatedScalarFieldContainer[int]
+    stage_us: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., activations: _Optional[_Union[Activations, _Mapping]] = ..., sample: _Optional[bool] = ..., close_chunk: _Optional[bool] = ..., voucher: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., replay: _Optional[bool] = ..., draft_ids: _Optional[_Iterable[int]] = ..., stage_us: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SessionFault(_message.Message):
     __slots__ = ("session_id", "epoch", "peer_id", "code", "reason")
@@ -69,20 +75,34 @@ class SessionFault(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., peer_id: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class TokenResult(_message.Message):
-    __slots__ = ("session_id", "epoch", "traversal", "ids", "logprobs", "receipts")
+    __slots__ = ("session_id", "epoch", "traversal", "ids", "logprobs", "receipts", "draws", "stage_us", "top_logprobs")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRAVERSAL_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     RECEIPTS_FIELD_NUMBER: _ClassVar[int]
+    DRAWS_FIELD_NUMBER: _ClassVar[int]
+    STAGE_US_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     traversal: int
     ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     receipts: _containers.RepeatedCompositeFieldContainer[_identity_pb2.SignedEnvelope]
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ...) -> None: ...
+    draws: _identity_pb2.SignedEnvelope
+    stage_us: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ..., draws: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., stage_us: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ...) -> None: ...
+
+class TopLogprobs(_message.Message):
+    __slots__ = ("ids", "logprobs")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class LinkRequest(_message.Message):
     __slots__ = ("frame", "fault")

@@ -50,6 +50,11 @@ class StageServiceStub:
                 request_serializer=plait_dot_v1_dot_stage__pb2.LinkRequest.SerializeToString,
                 response_deserializer=plait_dot_v1_dot_stage__pb2.LinkResponse.FromString,
                 _registered_method=True)
+        self.CloseEpoch = channel.unary_unary(
+                '/plait.v1.StageService/CloseEpoch',
+                request_serializer=plait_dot_v1_dot_session__pb2.CloseEpochRequest.SerializeToString,
+                response_deserializer=plait_dot_v1_dot_session__pb2.CloseEpochResponse.FromString,
+                _registered_method=True)
         self.Close = channel.unary_unary(
                 '/plait.v1.StageService/Close',
                 request_serializer=plait_dot_v1_dot_session__pb2.CloseRequest.SerializeToString,
@@ -81,6 +86,13 @@ class StageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CloseEpoch(self, request, context):
+        """Freezes an epoch before a reroute or after a failure.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Close(self, request, context):
         """Ends a session; the stage settles at once.
         """
@@ -105,6 +117,11 @@ def add_StageServiceServicer_to_server(servicer, server):
                     servicer.Link,
                     request_deserializer=plait_dot_v1_dot_stage__pb2.LinkRequest.FromString,
                     response_serializer=plait_dot_v1_dot_stage__pb2.LinkResponse.SerializeToString,
+            ),
+            'CloseEpoch': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseEpoch,
+                    request_deserializer=plait_dot_v1_dot_session__pb2.CloseEpochRequest.FromString,
+                    response_serializer=plait_dot_v1_dot_session__pb2.CloseEpochResponse.SerializeToString,
             ),
             'Close': grpc.unary_unary_rpc_method_handler(
                     servicer.Close,
@@ -193,6 +210,33 @@ class StageService:
             '/plait.v1.StageService/Link',
             plait_dot_v1_dot_stage__pb2.LinkRequest.SerializeToString,
             plait_dot_v1_dot_stage__pb2.LinkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseEpoch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.v1.StageService/CloseEpoch',
+            plait_dot_v1_dot_session__pb2.CloseEpochRequest.SerializeToString,
+            plait_dot_v1_dot_session__pb2.CloseEpochResponse.FromString,
             options,
             channel_credentials,
             insecure,

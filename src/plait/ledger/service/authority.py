@@ -27,25 +27,44 @@ from plait.errors import (
 from plait.identity import SigningKey
 from plait.ledger.balances import entry_from_payload
 from plait.ledger.certs import check_key_cert
+from plait.ledger.committee import COMMITTEE_LANE, granters
+from plait.ledger.fork import ReservationFork
 from plait.ledger.journal import (
     FRESHNESS_MS,
     GRACE_MS,
+    Decline,
     Fork,
     Issue,
     Outcome,
     Refusal,
     Reserve,
+    SetLimit,
     Settle,
 )
+from plait.ledger.notices import NoticeBoard, Told
+from plait.ledger.service.export import objects_behind
+from plait.ledger.service.head import HeadFile
+from plait.ledger.service.notices import NoticeExchange, NoticeFile, NoticeServicer, posts_of
 from plait.ledger.service.recorder import LogIdentity, Recorder
+from plait.ledger.service.records import LedgerStore
 from plait.ledger.service.store import open_store
+from plait.ledger.service.tiles import LogServicer, TileFolder
 from plait.ledger.service.witness import Cosigner, WitnessedLog
 from plait.logs import get_logger
 from plait.network_file import Authority, NetworkFile
-from plait.types import AccountId, Digest, PeerId, SessionId
+from plait.types import U64_MAX, AccountId, Digest, PeerId, SessionId
 from plait.v1 import ledger_pb2 as pb
+from plait.v1.committee_pb2 import LearnRequest, LearnResponse
+from plait.v1.committee_pb2_grpc import (
+    CommitteeServiceServicer,
+    add_CommitteeServiceServicer_to_server,
+)
 from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
 from plait.v1.ledger_pb2_grpc import LedgerServiceServicer, add_LedgerServiceServicer_to_server
+from plait.v1.log_pb2_grpc import (
+    add_LogServiceServicer_to_server,
+    add_NoticeServiceServicer_to_server,
+)
 
 log = get_logger(__name__)
 
@@ -146,8 +165,8 @@ def _answered(
     return guarded
 
 
-class LedgerServicer(LedgerServiceServicer):
-    """``plait.v1.LedgerService``."""
+class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
+    """``plait.v1.LedgerService`` and, in a committee, ``plait.v1.CommitteeService``."""
 
     def __init__(
         self,
@@ -156,9 +175,12 @@ class LedgerServicer(LedgerServiceServicer):
         key: SigningKey,
         clock_ms: Callable[[], int],
         witnessed: WitnessedLog | None = None,
+        notices: NoticeExchange | None = None,
     ) -> None:
         self._recorder = recorder
         self._log = witnessed or WitnessedLog(recorder)
+        self._notices = notices or NoticeExchange(NoticeBoard(network), network, tuple)
+        self._in_committee = len(network.authorities) > 1
         self._books = recorder.books
         self._network = network
         self._key = key
@@ -170,18 +192,45 @@ class LedgerServicer(LedgerServiceServicer):
         envelope = request.reservation
         reservation = open_envelope(envelope, pb.BudgetReservation)
         account = AccountId(reservation.account)
-        serial = self._check_signer(envelope, request.account_cert, account)
-        command = Reserve(reservation, digest(envelope.payload))
-        index = _accepted(await self._recorder.apply(command, [envelope]))
-        self._recorder.keep_cert(PeerId(account), serial, request.account_cert)
+        self._check_signer(envelope, request.account_cert, account)
+        statement = self._notices.board.frozen.get(PeerId(account))
+        if statement is not None:
+            raise _Refused("frozen", f"the account {statement}")
+        if self._in_committee and reservation.lane != COMMITTEE_LANE:
+            raise _Refused("lane", "an account has one lane where a committee grants")
+        dated = not self._in_committee
+        command = Reserve(reservation, digest(envelope.payload), dated=dated)
+        outcome = await self._recorder.apply(command, [envelope], request.account_cert)
+        if isinstance(outcome, Fork):
+            self._tell_forks()
+        index = _accepted(outcome)
         return pb.ReserveResponse(grant=self._grant(reservation, command.digest, index))
 
     @_answered
+    async def Learn(self, request: LearnRequest, context: Any) -> LearnResponse:
+        """Book what a quorum of the committee has granted and this authority missed."""
+        envelope = request.reservation
+        granters(request.grant, envelope, self._network.authorities)
+        reservation = open_envelope(envelope, pb.BudgetReservation)
+        account = AccountId(reservation.account)
+        self._check_signer(envelope, request.account_cert, account, newest=False)
+        self._tell_equivocation(reservation, request)
+        command = Reserve(reservation, digest(envelope.payload), certified=True, dated=False)
+        outcome = await self._recorder.apply(command, [envelope], request.account_cert)
+        index = _accepted(outcome)
+        return LearnResponse(entry_index=index)
+
+    @_answered
     async def Settle(self, request: pb.SettleRequest, context: Any) -> pb.SettleResponse:
-        """Pay everybody up to a voucher."""
+        """Pay everybody up to a voucher; without one, only note that a payee wants nothing more."""
         settlement = open_envelope(request.request, pb.SettlementRequest)
         payee = AccountId(settlement.payee)
-        serial = self._check_signer(request.request, request.payee_cert, payee)
+        # A session outlives a rotation: what it earned is paid to the peer under either key.
+        self._check_signer(request.request, request.payee_cert, payee, newest=False)
+        if not request.HasField("voucher"):
+            decline = Decline(settlement, digest(request.request.payload))
+            outcome = await self._recorder.apply(decline, [request.request], request.payee_cert)
+            return pb.SettleResponse(paid_microcredits=_accepted(outcome))
         voucher = open_envelope(request.voucher, pb.SessionVoucher)
         holds = self._books.holds(SessionId(voucher.session_id))
         if not holds:
@@ -192,9 +241,9 @@ class LedgerServicer(LedgerServiceServicer):
         command = Settle(
             voucher, digest(request.voucher.payload), settlement, digest(request.request.payload)
         )
-        paid = _accepted(await self._recorder.apply(command, [request.request, request.voucher]))
-        self._recorder.keep_cert(PeerId(payee), serial, request.payee_cert)
-        return pb.SettleResponse(paid_microcredits=paid)
+        objects = [request.request, request.voucher]
+        outcome = await self._recorder.apply(command, objects, request.payee_cert)
+        return pb.SettleResponse(paid_microcredits=_accepted(outcome))
 
     @_answered
     async def Issue(self, request: pb.IssueRequest, context: Any) -> pb.IssueResponse:
@@ -205,6 +254,14 @@ class LedgerServicer(LedgerServiceServicer):
         return pb.IssueResponse(entry_index=index)
 
     @_answered
+    async def SetLimit(self, request: pb.SetLimitRequest, context: Any) -> pb.SetLimitResponse:
+        """Let an account stand below zero, by order of the network's issuer."""
+        order = open_envelope(request.order, pb.LimitOrder, signer=self._network.issuer_key)
+        command = SetLimit(order, digest(request.order.payload))
+        index = _accepted(await self._recorder.apply(command, [request.order]))
+        return pb.SetLimitResponse(entry_index=index)
+
+    @_answered
     async def GetAccount(
         self, request: pb.GetAccountRequest, context: Any
     ) -> pb.GetAccountResponse:
@@ -212,9 +269,10 @@ class LedgerServicer(LedgerServiceServicer):
         account = self._queried(request.query, request.account_cert)
         await self._recorder.durable()
         return pb.GetAccountResponse(
-            available_microcredits=max(0, self._books.available(account)),
+            available_microcredits=min(max(0, self._books.available(account)), U64_MAX),
             pending_microcredits=self._books.pending(account),
             next_sequence=self._books.next_sequence(account, 0),
+            credit_limit=self._books.balances.limit(account),
         )
 
     @_answered
@@ -282,19 +340,46 @@ class LedgerServicer(LedgerServiceServicer):
         while first < end:
             page = list(self._recorder.store.entries(first, EXPORT_PAGE))
             first += len(page)
-            yield pb.ExportResponse(entries=[entry.payload for entry in page])
+            payloads = [entry.payload for entry in page]
+            objects = objects_behind(self._recorder.store, payloads)
+            yield pb.ExportResponse(entries=payloads, objects=objects)
+
+    def _tell_forks(self) -> None:
+        """Pass on the proofs of the double signatures seen here."""
+        for proof in self._recorder.store.fork_proofs():
+            self._notices.perform(self._notices.board.caught(proof))
+
+    def _tell_equivocation(self, reservation: pb.BudgetReservation, shown: LearnRequest) -> None:
+        """Tell of an account for which this authority granted another under this number."""
+        account = AccountId(reservation.account)
+        granted = self._books.granted(account, reservation.lane, reservation.sequence)
+        ours = None if granted is None else self._recorder.store.object(granted)
+        if ours is not None and granted != digest(shown.reservation.payload):
+            pair = (ours, shown.reservation)
+            proof = ReservationFork(pair, (shown.account_cert, shown.account_cert))
+            self._notices.perform(self._notices.board.caught(proof))
 
     def _check_signer(
-        self, envelope: SignedEnvelope, cert: SignedEnvelope, account: AccountId
+        self,
+        envelope: SignedEnvelope,
+        cert: SignedEnvelope,
+        account: AccountId,
+        *,
+        newest: bool = True,
     ) -> int:
-        """Check the signature by the account's newest ledger key; returns the cert's serial."""
+        """Check the signature by the account's ledger key; returns the certificate's serial.
+
+        With ``newest`` a key that was replaced counts no more; a revoked one never does.
+        """
         now_ms = self._clock_ms()
-        peer, ledger_key = check_key_cert(cert, self._network.network_id, now_ms, PeerId(account))
+        revoked = self._notices.board.revoked
+        network_id = self._network.network_id
+        peer, ledger_key = check_key_cert(cert, network_id, now_ms, PeerId(account), revoked)
         if envelope.signer != ledger_key:
             raise _Refused("signature", "it is not signed by the key the certificate names")
         serial = decode(cert.payload, NodeKeyCert).serial
-        newest = self._recorder.newest_serial(peer)
-        if newest is not None and serial < newest:
+        known = self._recorder.newest_serial(peer)
+        if newest and known is not None and serial < known:
             raise _Refused("signature", "the certificate has been replaced by a newer one")
         return serial
 
@@ -344,18 +429,21 @@ async def serve_authority(
     *,
     clock: Clock | None = None,
     cosigners: Sequence[Cosigner] = (),
+    database: str = "",
 ) -> AsyncIterator[RunningAuthority]:
     """Serve a ledger authority while the context is open.
 
     ``tls`` is certificate and key in PEM; port 0 lets the kernel choose. ``cosigners`` are
-    ways to witnesses of the network file, asked for each checkpoint. Raises
+    ways to witnesses of the network file, asked for each checkpoint. The log is published
+    as tiles in the folder ``log`` beside the store. ``database`` is a PostgreSQL connection
+    string; empty keeps the journal in the file ``store_path``. Raises
     ``ConfigError`` for keys that are not the network file's or an address in use, and
     ``LedgerError`` for a store that cannot be used.
     """
     if (keys.ledger.public, keys.log.public) != (authority.ledger_key, authority.log_key):
         raise ConfigError("the authority's keys are not those of the network file")
     clock = clock or Clock()
-    store = open_store(store_path, network.network_id)
+    store = _open_store(store_path, network.network_id, database)
     try:
         identity = LogIdentity(authority.log_origin, keys.log)
         recorder = Recorder(store, network.network_id, identity, clock.now_ms)
@@ -363,28 +451,57 @@ async def serve_authority(
         store.close()
         raise
     try:
-        witnessed = WitnessedLog(recorder, network.witnesses, network.witness_quorum, cosigners)
-        servicer = LedgerServicer(recorder, network, keys.ledger, clock.now_ms, witnessed)
+        witnessed = WitnessedLog(
+            recorder,
+            network.witnesses,
+            network.witness_quorum,
+            cosigners,
+            publish=TileFolder(store_path.with_name("log"), recorder).publish,
+        )
+        notices = _notices(network, authority, NoticeFile(store_path.with_name("notices")))
+        servicer = LedgerServicer(recorder, network, keys.ledger, clock.now_ms, witnessed, notices)
         server, bound = _server(servicer, host, port, tls)
+        add_LogServiceServicer_to_server(LogServicer(recorder, lambda: witnessed.shown), server)
+        add_NoticeServiceServicer_to_server(NoticeServicer(notices, network.network_id), server)
         await server.start()
         try:
             failure: Exception | None = None
             async with asyncio.TaskGroup() as tasks:
                 chores = tasks.create_task(
-                    _chores(recorder, witnessed, clock), name="ledger-chores"
+                    _chores(recorder, witnessed, notices, clock), name="ledger-chores"
                 )
+                telling = tasks.create_task(notices.run(), name="ledger-notices")
                 try:
                     yield RunningAuthority(host, bound, recorder, recorder.stopped)
                 except Exception as error:  # noqa: BLE001 - raised below, out of the group's wrapping
                     failure = error
                 finally:
                     chores.cancel()
+                    telling.cancel()
             if failure is not None:
                 raise failure
         finally:
             await server.stop(_STOP_GRACE_S)
     finally:
         recorder.close()
+
+
+def _notices(network: NetworkFile, authority: Authority, file: NoticeFile) -> NoticeExchange:
+    others = [one for one in network.authorities if one.peer != authority.peer]
+    board = NoticeBoard(network, own_log=authority.log_origin)
+    return NoticeExchange(board, network, lambda: posts_of(others), file=file)
+
+
+def _open_store(path: Path, network_id: str, database: str) -> LedgerStore:
+    if not database:
+        return open_store(path, network_id)
+    try:
+        from plait.ledger.service.postgres import open_postgres
+    except ImportError as error:
+        raise ConfigError(
+            "a ledger in PostgreSQL needs psycopg", remedy="pip install 'plait[postgres]'"
+        ) from error
+    return open_postgres(database, network_id, HeadFile(path.with_name(path.name + ".head")))
 
 
 def _server(
@@ -402,6 +519,7 @@ def _server(
         ]
     )
     add_LedgerServiceServicer_to_server(servicer, server)
+    add_CommitteeServiceServicer_to_server(servicer, server)
     credentials = grpc.ssl_server_credentials([(key_pem, cert_pem)])
     try:
         bound = server.add_secure_port(f"{host}:{port}", credentials)
@@ -410,11 +528,14 @@ def _server(
     return server, bound
 
 
-async def _chores(recorder: Recorder, witnessed: WitnessedLog, clock: Clock) -> None:
+async def _chores(
+    recorder: Recorder, witnessed: WitnessedLog, notices: NoticeExchange, clock: Clock
+) -> None:
     """Sign checkpoints and void what has expired, until the recorder stops."""
     try:
         while True:
-            await witnessed.checkpoint(recorder.committed_size)
+            _, note = await witnessed.checkpoint(recorder.committed_size)
+            notices.take(Told(checkpoints=(note,)))
             # After a long outage the payees get their grace time again before anything expires.
             if clock.elapsed_ms() >= GRACE_MS:
                 await recorder.expire(clock.expiry_ms())

@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from plait.envelope import decode, digest
@@ -31,23 +31,23 @@ from plait.ledger.journal import (
     Reserve,
 )
 from plait.ledger.merkle import Tree, leaf_hash
-from plait.ledger.service.store import (
+from plait.ledger.service.records import (
     Change,
-    Store,
+    LedgerStore,
     StoredCert,
+    StoredDelegation,
     StoredEntry,
     StoredFork,
     StoredRelease,
 )
 from plait.logs import get_logger
 from plait.types import Digest, PeerId
-from plait.v1.identity_pb2 import SignedEnvelope
-from plait.v1.ledger_pb2 import BudgetReservation, IssueOrder
+from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
+from plait.v1.ledger_pb2 import BudgetReservation, IssueOrder, LimitOrder
 
 log = get_logger(__name__)
 
 BATCH_MAX = 1_000
-CHECKPOINT_INTERVAL_S = 1.0
 CHECKPOINT_INTERVAL_MIN_S = 0.05
 """At most so often when somebody waits for one."""
 
@@ -69,7 +69,7 @@ class Recorder:
 
     def __init__(
         self,
-        store: Store,
+        store: LedgerStore,
         network_id: str,
         identity: LogIdentity,
         clock_ms: Callable[[], int],
@@ -101,6 +101,11 @@ class Recorder:
         """Entries on disk."""
         return self._committed_size
 
+    @property
+    def failure(self) -> LedgerError | None:
+        """Why it has stopped for good, if it has."""
+        return self._failure
+
     def signer_of(self, reservation: Digest) -> bytes:
         """The ledger key that signed a granted reservation."""
         return self._signers[reservation]
@@ -122,30 +127,28 @@ class Recorder:
 
     # What changes the books.
 
-    async def apply(self, command: Command, objects: Iterable[SignedEnvelope] = ()) -> Outcome:
+    async def apply(
+        self,
+        command: Command,
+        objects: Iterable[SignedEnvelope] = (),
+        cert: SignedEnvelope | None = None,
+    ) -> Outcome:
         """Carry out a command and make its outcome durable. Raises ``LedgerError`` if stopped.
 
-        ``objects`` are the envelopes behind the command, kept when it changes anything.
+        ``objects`` are the envelopes behind the command, kept when it changes anything, and
+        ``cert`` the checked certificate of who signed the first.
         """
         if self._failure is not None:
             raise self._failure
         outcome = self.books.apply(command, self.clock_ms())
         if isinstance(outcome, Accepted) and (outcome.entries or outcome.releases):
-            self._record_acceptance(outcome, command, tuple(objects))
+            self._enqueue(self._with_cert(self._acceptance(outcome, command, tuple(objects)), cert))
         elif isinstance(outcome, Fork):
             log.warning("fork", account=outcome.account)
             fork = StoredFork(outcome.account, outcome.first, outcome.second)
-            self._enqueue(Change(objects=tuple(objects), forks=(fork,)))
+            self._enqueue(self._with_cert(Change(objects=tuple(objects), forks=(fork,)), cert))
         await self.durable()
         return outcome
-
-    def keep_cert(self, peer: PeerId, serial: int, envelope: SignedEnvelope) -> None:
-        """Store a peer's certificate if it is newer than the one known."""
-        known = self._serials.get(peer)
-        if known is None or serial > known:
-            self._serials[peer] = serial
-            cert = StoredCert(peer, serial, envelope.SerializeToString())
-            self._enqueue(Change(certs=(cert,)))
 
     async def expire(self, now_ms: int) -> None:
         """Void the holds whose grace time ended before ``now_ms`` and the recorder's clock."""
@@ -173,12 +176,6 @@ class Recorder:
                 await self.durable()
                 self._checkpoint_size, self._checkpoint = size, note
             return self._checkpoint_size, self._checkpoint
-
-    async def checkpoint_forever(self) -> None:
-        """Sign a checkpoint every second in which entries were added."""
-        while True:
-            await self.checkpoint(self._committed_size)
-            await asyncio.sleep(CHECKPOINT_INTERVAL_S)
 
     def close(self) -> None:
         """Write what is queued, stop the thread and close the store."""
@@ -234,9 +231,9 @@ class Recorder:
 
     # State.
 
-    def _record_acceptance(
+    def _acceptance(
         self, outcome: Accepted, command: Command, objects: tuple[SignedEnvelope, ...]
-    ) -> None:
+    ) -> Change:
         if isinstance(command, Reserve):
             self._signers[command.digest] = objects[0].signer
         request = digest(objects[0].payload)
@@ -245,7 +242,30 @@ class Recorder:
             for release in outcome.releases
         )
         entries = self._append(outcome.entries)
-        self._enqueue(Change(entries=entries, objects=objects, releases=releases))
+        return Change(entries=entries, objects=objects, releases=releases)
+
+    def _with_cert(self, change: Change, cert: SignedEnvelope | None) -> Change:
+        """The change with the certificate behind it, so that an auditor finds it.
+
+        One that is stored and still valid is not stored again.
+        """
+        if cert is None:
+            return change
+        opened = decode(cert.payload, NodeKeyCert)
+        peer, key = PeerId(opened.peer_id), opened.ledger_key
+        newer = opened.serial > self._serials.get(peer, -1)
+        if not newer and self._delegated.get((peer, key), 0) > self.clock_ms():
+            return change
+        self._delegated[peer, key] = opened.expires_ms
+        certs = (StoredCert(peer, opened.serial, cert.SerializeToString()),) if newer else ()
+        if newer:
+            self._serials[peer] = opened.serial
+        return replace(
+            change,
+            objects=(*change.objects, cert),
+            certs=certs,
+            delegations=(StoredDelegation(peer, key, opened.expires_ms, digest(cert.payload)),),
+        )
 
     def _append(self, entries: Iterable[Entry]) -> tuple[StoredEntry, ...]:
         stored = []
@@ -257,6 +277,7 @@ class Recorder:
         return tuple(stored)
 
     def _rebuild(self) -> None:
+        self._delegated: dict[tuple[PeerId, bytes], int] = {}
         for stored in self.store.entries():
             if leaf_hash(stored.payload) != stored.leaf_hash:
                 raise LedgerError(f"entry {stored.index} of the ledger's file is damaged")
@@ -270,13 +291,15 @@ class Recorder:
         self._serials = {cert.peer: cert.serial for cert in self.store.certs()}
 
     def _cause(self, entry: Entry) -> Cause:
-        if entry.kind not in (EntryKind.ISSUE, EntryKind.RESERVE):
+        if entry.kind not in (EntryKind.ISSUE, EntryKind.RESERVE, EntryKind.LIMIT):
             return None
         envelope = self.store.object(entry.cause)
         if envelope is None or digest(envelope.payload) != entry.cause:
             raise LedgerError(f"the object behind entry {entry.index} is missing or damaged")
         if entry.kind is EntryKind.ISSUE:
             return decode(envelope.payload, IssueOrder)
+        if entry.kind is EntryKind.LIMIT:
+            return decode(envelope.payload, LimitOrder)
         self._signers[Digest(entry.cause)] = envelope.signer
         return decode(envelope.payload, BudgetReservation)
 

@@ -20,6 +20,7 @@ from plait.errors import (
     PlaitError,
     RemoteProtocolError,
 )
+from plait.ledger.journal_audit import JournalPage
 from plait.network_file import Authority
 from plait.types import Digest, SessionId
 from plait.v1 import ledger_pb2 as pb
@@ -50,6 +51,8 @@ class AccountState:
     available: int
     pending: int
     next_sequence: int
+    credit_limit: int = 0
+    """How far below zero the account may stand; part of what is available."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,10 @@ class RemoteLedger:
         request = pb.GetAccountRequest(query=query, account_cert=cert)
         response = await self._call(self._stub.GetAccount, request, pb.GetAccountResponse)
         return AccountState(
-            response.available_microcredits, response.pending_microcredits, response.next_sequence
+            response.available_microcredits,
+            response.pending_microcredits,
+            response.next_sequence,
+            response.credit_limit,
         )
 
     async def history(
@@ -156,13 +162,33 @@ class RemoteLedger:
         response = await self._call(self._stub.GetConsistency, request, pb.GetConsistencyResponse)
         return [Digest(item) for item in response.hashes]
 
+    async def release(self, request: SignedEnvelope, cert: SignedEnvelope) -> int:
+        """Release a payee's part of a session without a voucher; returns what it was paid.
+
+        The request is a ``SettlementRequest`` with ``release`` and no voucher digest.
+        """
+        message = pb.SettleRequest(request=request, payee_cert=cert)
+        response = await self._call(self._stub.Settle, message, pb.SettleResponse)
+        return response.paid_microcredits
+
+    async def set_limit(self, order: SignedEnvelope) -> int:
+        """Book an issuer's credit limit for an account; returns the entry's index."""
+        request = pb.SetLimitRequest(order=order)
+        response = await self._call(self._stub.SetLimit, request, pb.SetLimitResponse)
+        return response.entry_index
+
     async def export(self, first_index: int = 0) -> AsyncIterator[bytes]:
         """The journal's leaves from an index on."""
+        async for page in self.export_pages(first_index):
+            for payload in page.entries:
+                yield payload
+
+    async def export_pages(self, first_index: int = 0) -> AsyncIterator[JournalPage]:
+        """The journal from an index on, with the signed objects behind each entry."""
         request = pb.ExportRequest(first_index=first_index)
         try:
             async for page in self._stub.Export(request, timeout=EXPORT_DEADLINE_S):
-                for payload in page.entries:
-                    yield payload
+                yield JournalPage(tuple(page.entries), tuple(page.objects))
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
 

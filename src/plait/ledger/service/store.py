@@ -9,22 +9,44 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import apsw
 
-from plait.envelope import decode, digest
+from plait.envelope import digest
 from plait.errors import LedgerError
 from plait.ledger.fork import ReservationFork
+from plait.ledger.service.head import HeadFile
+from plait.ledger.service.records import (
+    INTEGER_MAX,
+    Change,
+    StoredCert,
+    StoredDelegation,
+    StoredEntry,
+    StoredFork,
+    StoredRelease,
+    fork_proofs_in,
+)
 from plait.types import AccountId, Digest, PeerId, SessionId
-from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
+from plait.v1.identity_pb2 import SignedEnvelope
+
+__all__ = [
+    "Change",
+    "Store",
+    "StoredCert",
+    "StoredDelegation",
+    "StoredEntry",
+    "StoredFork",
+    "StoredRelease",
+    "open_store",
+]
 
 SQLITE_VERSION_MIN = (3, 51, 3)
 """Older versions can lose committed data when the WAL is reset."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE network (id TEXT NOT NULL) STRICT;
@@ -43,64 +65,21 @@ CREATE TRIGGER entries_remain BEFORE DELETE ON entries
     BEGIN SELECT RAISE(ABORT, 'entries are append-only'); END;
 """
 
-
-@dataclass(frozen=True, slots=True)
-class StoredEntry:
-    """A leaf as it stands on disk."""
-
-    index: int
-    payload: bytes
-    leaf_hash: Digest
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRelease:
-    """That a payee released a hold, and the digest of the request that says so."""
-
-    session_id: SessionId
-    epoch: int
-    payee: AccountId
-    request: Digest
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFork:
-    """Digests of two reservations that one account signed under one number."""
-
-    account: AccountId
-    first: Digest
-    second: Digest
-
-
-@dataclass(frozen=True, slots=True)
-class StoredCert:
-    """The newest key certificate of a peer."""
-
-    peer: PeerId
-    serial: int
-    envelope: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What one command adds. Objects are serialized envelopes, kept by payload digest."""
-
-    entries: tuple[StoredEntry, ...] = ()
-    objects: tuple[SignedEnvelope, ...] = ()
-    releases: tuple[StoredRelease, ...] = ()
-    forks: tuple[StoredFork, ...] = ()
-    certs: tuple[StoredCert, ...] = ()
-    checkpoint: tuple[int, str] | None = None
-    """Size and signed note."""
+_SCHEMA_2 = """
+CREATE TABLE delegations (peer TEXT NOT NULL, ledger_key BLOB NOT NULL,
+                          expires_ms INTEGER NOT NULL, digest BLOB NOT NULL,
+                          PRIMARY KEY (peer, ledger_key, expires_ms)) STRICT;
+"""
+"""Added by version 2: journals of before lack the certificates that an audit asks for."""
 
 
 class Store:
-    """One ledger file. Open it with ``open_store``."""
+    """One ledger file: a ``LedgerStore``. Open it with ``open_store``."""
 
     def __init__(
         self, path: Path, writer: apsw.Connection, reader: apsw.Connection, lock: IO[str]
     ) -> None:
-        self._head_path = path.with_name(path.name + ".head")
+        self._head = HeadFile(path.with_name(path.name + ".head"))
         self._writer = writer
         self._reader = reader
         self._lock = lock
@@ -120,14 +99,14 @@ class Store:
             self._writer.execute("COMMIT")
             heads = [change.checkpoint for change in changes if change.checkpoint is not None]
             if heads:
-                self._keep_head(heads[-1][1])
+                self._head.keep(heads[-1][1])
         except (apsw.Error, OSError) as error:
             self._failed = True
             raise _store_error(error) from error
 
     def entries(self, first: int = 0, limit: int = -1) -> Iterator[StoredEntry]:
         """Committed entries from index ``first`` on, in order; ``limit`` -1 is all."""
-        rows = self._reader.execute(
+        rows = self._read(
             "SELECT position, payload, leaf_hash FROM entries WHERE position >= ?"
             " ORDER BY position LIMIT ?",
             (first, limit),
@@ -137,14 +116,34 @@ class Store:
 
     def object(self, object_digest: bytes) -> SignedEnvelope | None:
         """A committed signed object by the digest of its payload."""
-        row = self._reader.execute(
-            "SELECT envelope FROM objects WHERE digest = ?", (object_digest,)
-        ).fetchone()
+        rows = self._read("SELECT envelope FROM objects WHERE digest = ?", (object_digest,))
+        row = next(rows, None)
         return SignedEnvelope.FromString(row[0]) if row else None
+
+    def delegation(self, peer: str, ledger_key: bytes, at_ms: int) -> SignedEnvelope | None:
+        """The certificate under which a peer's ledger key signed at a time."""
+        rows = self._read(
+            "SELECT envelope FROM delegations JOIN objects USING (digest)"
+            " WHERE peer = ? AND ledger_key = ? AND expires_ms > ? ORDER BY expires_ms LIMIT 1",
+            (peer, ledger_key, at_ms),
+        )
+        row = next(rows, None)
+        return SignedEnvelope.FromString(row[0]) if row else None
+
+    def release_requests(
+        self, session_id: bytes, epoch: int
+    ) -> list[tuple[SignedEnvelope, AccountId]]:
+        """The signed requests by which payees released one hold, each with its payee."""
+        rows = self._read(
+            "SELECT envelope, payee FROM releases JOIN objects ON digest = request"
+            " WHERE session_id = ? AND epoch = ?",
+            (session_id, epoch),
+        )
+        return [(SignedEnvelope.FromString(row[0]), AccountId(row[1])) for row in rows]
 
     def releases(self) -> list[StoredRelease]:
         """All releases."""
-        rows = self._reader.execute("SELECT session_id, epoch, payee, request FROM releases")
+        rows = self._read("SELECT session_id, epoch, payee, request FROM releases")
         return [
             StoredRelease(SessionId(session_id), epoch, AccountId(payee), Digest(request))
             for session_id, epoch, payee, request in rows
@@ -152,29 +151,16 @@ class Store:
 
     def forks(self) -> list[StoredFork]:
         """All double signatures seen."""
-        rows = self._reader.execute("SELECT account, first, second FROM forks")
+        rows = self._read("SELECT account, first, second FROM forks")
         return [StoredFork(AccountId(row[0]), Digest(row[1]), Digest(row[2])) for row in rows]
 
     def fork_proofs(self) -> list[ReservationFork]:
-        """Portable proofs of the double signatures seen.
-
-        One is left out if its account's newest certificate is not of the key that signed.
-        """
-        certs = {cert.peer: SignedEnvelope.FromString(cert.envelope) for cert in self.certs()}
-        proofs = []
-        for fork in self.forks():
-            first, second = self.object(fork.first), self.object(fork.second)
-            cert = certs.get(PeerId(fork.account))
-            if first is None or second is None or cert is None:
-                continue
-            key = decode(cert.payload, NodeKeyCert).ledger_key
-            if first.signer == second.signer == key:
-                proofs.append(ReservationFork((first, second), (cert, cert)))
-        return proofs
+        """Portable proofs of the double signatures seen."""
+        return fork_proofs_in(self)
 
     def certs(self) -> list[StoredCert]:
         """The newest certificate of each peer."""
-        rows = self._reader.execute("SELECT peer, serial, envelope FROM certs")
+        rows = self._read("SELECT peer, serial, envelope FROM certs")
         return [StoredCert(PeerId(peer), int(serial), envelope) for peer, serial, envelope in rows]
 
     def checkpoint(self) -> tuple[int, str] | None:
@@ -183,35 +169,31 @@ class Store:
         It is also kept in a file of its own: when the ledger's file alone is restored from
         an old backup, the head it has already signed is still known.
         """
-        row = self._reader.execute(
-            "SELECT size, note FROM checkpoints ORDER BY size DESC LIMIT 1"
-        ).fetchone()
-        stored = [(row[0], row[1])] if row else []
-        try:
-            note = self._head_path.read_text()
-            stored.append((int(note.split("\n")[1]), note))
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, IndexError) as error:
-            raise LedgerError(f"the ledger's head {self._head_path} is damaged") from error
-        return max(stored, default=None)
+        row = next(
+            self._read("SELECT size, note FROM checkpoints ORDER BY size DESC LIMIT 1"), None
+        )
+        stored = [(int(row[0]), str(row[1]))] if row else []
+        head = self._head.read()
+        return max([*stored, *([head] if head else [])], default=None)
 
     def close(self) -> None:
         """Close the file; after a failure without touching it."""
         if self._failed:
             self._writer.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             self._reader.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-        self._reader.close()
-        self._writer.close()
-        self._lock.close()
+        try:
+            self._reader.close()
+            self._writer.close()
+        except apsw.Error as error:
+            raise _store_error(error) from error
+        finally:
+            self._lock.close()
 
-    def _keep_head(self, note: str) -> None:
-        part = self._head_path.with_suffix(".part")
-        with part.open("w") as file:
-            file.write(note)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self._head_path)
+    def _read(self, query: str, values: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        try:
+            yield from self._reader.execute(query, values)
+        except apsw.Error as error:
+            raise _store_error(error) from error
 
     def _add(self, change: Change) -> None:
         write = self._writer
@@ -233,8 +215,14 @@ class Store:
         )
         write.executemany(
             "INSERT OR REPLACE INTO certs VALUES (?, ?, ?)",
-            # A serial is an unsigned 64-bit number, SQLite's integers are signed.
             [(item.peer, str(item.serial), item.envelope) for item in change.certs],
+        )
+        write.executemany(
+            "INSERT OR IGNORE INTO delegations VALUES (?, ?, ?, ?)",
+            [
+                (item.peer, item.ledger_key, min(item.expires_ms, INTEGER_MAX), item.cert)
+                for item in change.delegations
+            ],
         )
         if change.checkpoint is not None:
             write.execute("INSERT OR IGNORE INTO checkpoints VALUES (?, ?)", change.checkpoint)
@@ -258,18 +246,17 @@ def open_store(
             f"SQLite {version} can lose committed entries",
             remedy="install a newer apsw: pip install -U apsw",
         )
-    lock = _lock(path)
-    try:
-        writer = apsw.Connection(str(path), vfs=vfs)
-        _prepare(writer, network_id)
-        reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY, vfs=vfs)
-    except apsw.Error as error:
-        lock.close()
-        raise _store_error(error) from error
-    except LedgerError:
-        lock.close()
-        raise
-    return Store(path, writer, reader, lock)
+    with ExitStack() as opened:
+        lock = opened.enter_context(_lock(path))
+        try:
+            writer = opened.enter_context(closing(apsw.Connection(str(path), vfs=vfs)))
+            _prepare(writer, network_id)
+            flags = apsw.SQLITE_OPEN_READONLY
+            reader = apsw.Connection(str(path), flags=flags, vfs=vfs)
+        except apsw.Error as error:
+            raise _store_error(error) from error
+        opened.pop_all()
+        return Store(path, writer, reader, lock)
 
 
 def _lock(path: Path) -> IO[str]:
@@ -296,8 +283,12 @@ def _prepare(writer: apsw.Connection, network_id: str) -> None:
     version = writer.execute("PRAGMA user_version").fetchone()
     if version == (0,):
         with writer:
-            writer.execute(_SCHEMA)
+            writer.execute(_SCHEMA + _SCHEMA_2)
             writer.execute("INSERT INTO network VALUES (?)", (network_id,))
+            writer.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+    elif version == (1,):
+        with writer:
+            writer.execute(_SCHEMA_2)
             writer.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
     elif version != (SCHEMA_VERSION,):
         raise LedgerError(f"the ledger's file has the unknown version {version}")

@@ -6,11 +6,11 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from plait.errors import LedgerError, NetworkError, VerificationError
+from plait.errors import LedgerError, NetworkError, ProtocolError, VerificationError
 from plait.ledger.cosignature import open_cosignatures
 from plait.ledger.service.recorder import Recorder
 from plait.ledger.witness import CONFLICT, LogWitness, WitnessRefusal
@@ -20,6 +20,13 @@ from plait.network_file import Witness
 log = get_logger(__name__)
 
 COSIGNING_TIMEOUT_S = 1.0
+STRAGGLERS_S = 0.05
+"""How long the witnesses beyond the quorum are waited for."""
+RETRY_S = 1.0
+"""How often a quorum that was not met is asked for again."""
+
+Publish = Callable[[int, str], Awaitable[None]]
+"""Told size and note of a checkpoint before anybody else sees it."""
 
 
 class WitnessFiles:
@@ -134,8 +141,10 @@ class WitnessedLog:
         cosigners: Sequence[Cosigner] = (),
         *,
         timeout_s: float = COSIGNING_TIMEOUT_S,
+        publish: Publish | None = None,
     ) -> None:
         self._recorder = recorder
+        self._publish = publish
         self._witnesses = {witness.name: witness for witness in witnesses}
         self._quorum = quorum
         self._cosigners = [one for one in cosigners if one.name in self._witnesses]
@@ -143,26 +152,49 @@ class WitnessedLog:
         self._sizes: dict[str, int] = {}
         self._collecting = asyncio.Lock()
         self._size, self._note, self._count = 0, "", 0
+        self._asked_s = -RETRY_S
+
+    @property
+    def shown(self) -> tuple[int, str]:
+        """Size and note of the last checkpoint that was shown to anybody."""
+        return self._size, self._note
 
     async def checkpoint(self, covering: int = 0) -> tuple[int, str]:
         """A checkpoint of at least ``covering`` entries, cosigned: its size and note."""
-        if not self._cosigners:
-            return await self._recorder.checkpoint(covering)
         async with self._collecting:
-            enough = self._note and self._count >= self._quorum
-            if not enough or self._size < covering:
+            enough = self._note and self._count >= min(self._quorum, len(self._cosigners))
+            rested = asyncio.get_running_loop().time() >= self._asked_s + RETRY_S
+            if self._size < covering or not self._note or (not enough and rested):
                 size, note = await self._recorder.checkpoint(covering)
+                self._asked_s = asyncio.get_running_loop().time()
                 lines = await self._collect(size, note)
-                self._size, self._note, self._count = size, note + "".join(lines), len(lines)
+                note += "".join(lines)
+                if self._publish is not None:
+                    await self._publish(size, note)
+                self._size, self._note, self._count = size, note, len(lines)
             return self._size, self._note
 
     async def _collect(self, size: int, note: str) -> list[str]:
+        """The signature lines of a quorum, and of those who are as quick."""
         async with asyncio.TaskGroup() as tasks:
-            asked = [
+            waiting = {
                 tasks.create_task(self._ask(cosigner, size, note), name=f"cosign {cosigner.name}")
                 for cosigner in self._cosigners
-            ]
-        return [line for task in asked if (line := task.result()) is not None]
+            }
+            lines: list[str] = []
+            while waiting:
+                enough = self._quorum and len(lines) >= self._quorum
+                done, waiting = await asyncio.wait(
+                    waiting,
+                    timeout=STRAGGLERS_S if enough else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                lines += [line for task in done if (line := task.result()) is not None]
+                if enough and not done:
+                    for task in waiting:
+                        task.cancel()
+                    break
+        return sorted(lines)
 
     async def _ask(self, cosigner: Cosigner, size: int, note: str) -> str | None:
         """A valid signature line, or nothing: a witness cannot stop the log."""
@@ -179,7 +211,13 @@ class WitnessedLog:
                 reason = "its answer is no cosignature of its own"
             else:
                 reason = f"{answer.status}: {answer.reason}"
-        except (TimeoutError, LedgerError, NetworkError, VerificationError) as error:
+        except (
+            TimeoutError,
+            LedgerError,
+            NetworkError,
+            ProtocolError,
+            VerificationError,
+        ) as error:
             reason = str(error) or "no answer in time"
         log.warning("a witness has not cosigned", witness=cosigner.name, reason=reason)
         return None

@@ -1,0 +1,233 @@
+"""``plait ledger audit | export | statement | invoice``: the whole journal, live or from a file."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+
+import typer
+
+from plait.cli.ledger_connection import Account, Json, Network, ask, authority, network_file
+from plait.errors import ConfigError
+
+if TYPE_CHECKING:
+    from plait.ledger.balances import Entry
+    from plait.ledger.journal_audit import JournalPage
+    from plait.ledger.journal_file import JournalFile
+    from plait.ledger.service.remote import RemoteLedger
+    from plait.ledger.statement import Period
+    from plait.types import AccountId
+
+Journal = Annotated[
+    Path | None, typer.Option(help="An exported journal (JSON lines) instead of the ledger.")
+]
+From = Annotated[str, typer.Option("--from", help="First day or time, ISO 8601, UTC.")]
+Until = Annotated[str, typer.Option("--until", help="The first day or time after it, UTC.")]
+Output = Annotated[Path | None, typer.Option(help="A file; by default stdout.")]
+
+
+def audit(
+    journal: Annotated[
+        Path | None, typer.Argument(help="An exported journal; by default the ledger's.")
+    ] = None,
+    network: Network = None,
+    json_output: Json = False,
+) -> None:
+    """Recompute the whole journal from what was signed, down to the log's signed root.
+
+    Every entry is checked against the order, reservation, voucher or releases that caused
+    it. With a file (plait ledger export) no network is used. Exit code 1 if anything does
+    not hold.
+    """
+    from plait.cli.output import emit_json
+    from plait.ledger.checkpoint import open_checkpoint
+    from plait.ledger.journal_audit import JournalAuditor, audit_journal
+
+    named, file = authority(network), network_file(network)
+    source = _read(journal) if journal else _fetch(network)
+    if not source.checkpoint:
+        raise ConfigError(f"{journal} has no checkpoint", remedy="export it again, whole")
+    signed = open_checkpoint(source.checkpoint, named.log_origin, named.log_key)
+    auditor = JournalAuditor(file.network_id, file.issuer_key, committee=len(file.authorities) > 1)
+    report = audit_journal(auditor, source.pages, signed)
+    if json_output:
+        emit_json(report)
+    else:
+        print(f"{report.entries} entries, {'balanced' if report.balanced else 'NOT balanced'}")
+        print(f"{report.causes} of them follow from what was signed")
+        print(f"root of the first {report.tree_size}: {report.root_hash.hex()}")
+        print("\n".join(report.violations) or "the signed checkpoint holds")
+    if report.violations:
+        raise typer.Exit(1)
+
+
+def export(
+    format: Annotated[
+        Literal["csv", "jsonl"],
+        typer.Option(help="csv has a row per line, without what was signed."),
+    ] = "jsonl",
+    output: Output = None,
+    network: Network = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="The same as --format jsonl.")
+    ] = False,
+) -> None:
+    """Write the whole journal, for accountants and auditors."""
+    as_json = json_output or format == "jsonl"
+    note, size = "", 0
+
+    async def write(ledger: "RemoteLedger") -> None:
+        nonlocal note, size
+        if as_json:
+            note = await ledger.checkpoint()
+            size = int(note.split("\n")[1])
+        with _output(output) as file:
+            write_page = _json_writer(file, size, note) if as_json else _csv_writer(file)
+            async for page in ledger.export_pages():
+                write_page(page)
+
+    ask(network, write)
+
+
+def statement(
+    first: From,
+    until: Until,
+    account: Account = None,
+    journal: Journal = None,
+    output: Output = None,
+    network: Network = None,
+) -> None:
+    """Write an account's balances and movements in a period: canonical JSON.
+
+    Anybody with the log gets the same bytes.
+
+    Example: plait ledger statement --from 2026-11-01 --until 2026-12-01
+    """
+    from plait.ledger.statement import make_statement
+
+    name, period = _account(account, network), _period(first, until)
+    _write(output, make_statement(_entries(journal, network), name, period).encoded())
+
+
+def invoice(
+    first: From,
+    until: Until,
+    account: Account = None,
+    journal: Journal = None,
+    output: Output = None,
+    network: Network = None,
+) -> None:
+    """Write what an account was charged in a period, per session and payee: canonical JSON.
+
+    Anybody with the log gets the same bytes.
+    """
+    from plait.ledger.statement import make_invoice
+
+    name, period = _account(account, network), _period(first, until)
+    _write(output, make_invoice(_entries(journal, network), name, period).encoded())
+
+
+def _account(account: str | None, network: Path | None) -> "AccountId":
+    from plait.cli.ledger_connection import own_peer, peer
+    from plait.types import AccountId
+
+    return AccountId(peer(account) if account else own_peer(network))
+
+
+def _period(first: str, until: str) -> "Period":
+    from plait.ledger.statement import Period
+
+    period = Period(_milliseconds(first), _milliseconds(until))
+    if period.from_ms >= period.until_ms:
+        raise ConfigError(f"the period from {first} until {until} is empty")
+    return period
+
+
+def _milliseconds(text: str) -> int:
+    from datetime import UTC, datetime, timedelta
+
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"not a date or time: {text}", remedy="write 2026-11-30") from error
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+
+
+def _entries(journal: Path | None, network: Path | None) -> "list[Entry]":
+    from plait.ledger.balances import entry_from_payload
+
+    source = _read(journal) if journal else _fetch(network)
+    return [entry_from_payload(payload) for page in source.pages for payload in page.entries]
+
+
+def _read(path: Path) -> "JournalFile":
+    from plait.ledger.journal_file import read_journal
+
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return read_journal(lines)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+
+
+def _fetch(network: Path | None) -> "JournalFile":
+    from plait.ledger.journal_file import JournalFile
+
+    async def fetch(ledger: "RemoteLedger") -> JournalFile:
+        note = await ledger.checkpoint()
+        return JournalFile(tuple([page async for page in ledger.export_pages()]), note)
+
+    return ask(network, fetch)
+
+
+def _write(output: Path | None, document: bytes) -> None:
+    with _output(output) as file:
+        file.write(document.decode() + "\n")
+
+
+@contextmanager
+def _output(path: Path | None) -> Iterator[TextIO]:
+    import sys
+
+    if path is None:
+        yield sys.stdout
+        return
+    try:
+        with path.open("w", newline="") as file:
+            yield file
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _json_writer(file: TextIO, size: int, checkpoint: str) -> "Callable[[JournalPage], None]":
+    from plait.ledger.journal_file import journal_lines
+
+    def write(page: "JournalPage") -> None:
+        file.writelines(line + "\n" for line in journal_lines(page, size, checkpoint))
+
+    return write
+
+
+def _csv_writer(file: TextIO) -> "Callable[[JournalPage], None]":
+    import csv
+
+    from plait.ledger.balances import entry_from_payload
+    from plait.ledger.journal_file import plain_entry
+
+    columns = ["index", "kind", "posted_ms", "session_id", "cause_digest"]
+    writer = csv.writer(file)
+    writer.writerow([*columns, "account", "debit", "credit", "credit_limit"])
+
+    def write(page: "JournalPage") -> None:
+        for payload in page.entries:
+            entry = entry_from_payload(payload)
+            plain = plain_entry(entry)
+            head = [plain[column] for column in columns]
+            if entry.limit is not None:
+                writer.writerow([*head, entry.limit.account, 0, 0, entry.limit.credit_limit])
+            for line in entry.lines:
+                writer.writerow([*head, line.account, line.debit, line.credit, ""])
+
+    return write

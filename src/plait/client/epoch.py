@@ -1,0 +1,97 @@
+"""What a session is asked to do, and what each of its epochs leaves behind."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from plait.client.driver import Accounting, SendFrame
+from plait.identity import SigningKey
+from plait.ledger.certs import NOTHING_REVOKED
+from plait.ledger.client_books import EpochEvidence
+from plait.ledger.terms import SessionTerms
+from plait.network_file import Authority
+from plait.router.plan import Plan
+from plait.router.request import RouteRequest
+from plait.router.view import Offer
+from plait.types import ModelShape, PeerId, Qos, Sampling
+from plait.v1.identity_pb2 import SignedEnvelope
+
+RESERVATION_TTL_MS_MIN = 300_000
+RESERVATION_TTL_MS_MAX = 12 * 3_600_000
+"""Credit stays set aside for as long, if a stage vanishes without releasing it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Party:
+    """Who asks and pays, on which network; ``revoked`` tells which certificates are void."""
+
+    network_id: str
+    authorities: tuple[Authority, ...]
+    peer: PeerId
+    ledger_key: SigningKey
+    revoked: Callable[[], Mapping[PeerId, int]] = lambda: NOTHING_REVOKED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What is asked: token ids in, at most ``route.max_tokens`` out.
+
+    If a stage is lost and nobody can take its place, the session waits ``replica_wait_ms``
+    for one before it gives up.
+    """
+
+    model: ModelShape
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    route: RouteRequest
+    vocabulary_size: int
+    manifest: bytes
+    want_bundle: bool
+    qos: Qos = "standard"
+    replica_wait_ms: int = 20_000
+    accounting: Accounting = field(default_factory=Accounting)
+
+
+@dataclass(slots=True)
+class Epoch:
+    """One pipeline of a session; ``evidence`` is set once it is closed.
+
+    ``plan`` is what the router chose it by; a stage that stayed keeps the offer it came with.
+    """
+
+    terms: SessionTerms
+    opening: SignedEnvelope
+    offers: tuple[Offer, ...]
+    plan: Plan
+    certs: tuple[SignedEnvelope, ...] = ()
+    reservation: SignedEnvelope | None = None
+    grant: SignedEnvelope | None = None
+    frames: tuple[SendFrame, ...] = ()
+    evidence: EpochEvidence | None = None
+
+    @property
+    def number(self) -> int:
+        """1 for the first."""
+        return self.terms.epoch
+
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        """The stages' peers, in order."""
+        return tuple(stage.peer for stage in self.terms.stages)
+
+    @property
+    def entered(self) -> tuple[PeerId, ...]:
+        """The stages that are new in this epoch."""
+        return tuple(
+            stage.peer for stage in self.terms.stages if stage.entered_epoch == self.terms.epoch
+        )
+
+    def incarnation(self, peer: PeerId) -> int:
+        """Of the offer a stage came with; 0 for a peer that is not in the route."""
+        return next((offer.incarnation for offer in self.offers if offer.peer == peer), 0)
+
+
+def session_ms_max(chosen: Plan) -> int:
+    """How long the session may take: three times the prediction, and some minutes."""
+    predicted = chosen.predicted
+    predicted_s = predicted.ttft_s + predicted.tpot_s * chosen.request.max_tokens
+    return min(RESERVATION_TTL_MS_MIN + round(3_000 * predicted_s), RESERVATION_TTL_MS_MAX)

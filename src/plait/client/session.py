@@ -1,0 +1,795 @@
+"""One session's whole course: plan, open, reserve, drive, reroute, close. Pure.
+
+``handle(event, now_ms)`` changes the state and returns actions; no clock, no socket, no
+randomness of its own. Tokens are the ``Driver``'s business, signatures the
+``ClientBooks``'. What can go wrong ends in ``_trouble``: the epoch is closed on every stage
+that answers, the cut is paid for, the router fills the gap, and the driver goes on where
+the last answer ended. Nothing that was delivered changes, and no reroute waits for the
+ledger.
+
+    PLANNING → OPENING → RESERVING → CONFIRMING → LIVE → OVER
+                  ↑                       │         │
+              REROUTING ←──── CLOSING ←───┴─────────┘
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+
+from plait.client.actions import (
+    Action,
+    AskView,
+    Call,
+    Cancelled,
+    CloseEpoch,
+    CloseStages,
+    ConfirmStage,
+    EpochClosed,
+    Event,
+    Failed,
+    Faulted,
+    Finished,
+    Granted,
+    GrantShown,
+    LeaveStages,
+    LinkLost,
+    Note,
+    OpenStages,
+    ReservationSigned,
+    Reserve,
+    ReserveFailed,
+    Resulted,
+    Send,
+    SetTimer,
+    StageConfirmed,
+    StageFailed,
+    StageOpened,
+    Started,
+    Stopped,
+    Ticked,
+    Viewed,
+)
+from plait.client.credit import BoundedCredit
+from plait.client.driver import (
+    Deliver,
+    Drafter,
+    Driver,
+    Finish,
+    FinishReason,
+    SendFrame,
+)
+from plait.client.epoch import Epoch, Order, Party, session_ms_max
+from plait.client.pace import Pace
+from plait.client.recovery import Recovery
+from plait.client.reroute import Asked, Survivor, next_terms, plan_again, plan_first, stage_terms
+from plait.client.suspects import Kind
+from plait.envelope import seal
+from plait.errors import (
+    CapacityError,
+    LocalProtocolError,
+    NoRoute,
+    PlaitError,
+    RemoteProtocolError,
+    SessionLost,
+    VerificationError,
+)
+from plait.ledger.certs import check_key_cert
+from plait.ledger.client_books import ClientBooks
+from plait.ledger.committee import check_grants
+from plait.ledger.opening import opening_to_message
+from plait.ledger.terms import SessionTerms
+from plait.router.plan import Plan
+from plait.router.view import Offer
+from plait.types import PeerId, SessionId
+from plait.v1.identity_pb2 import SignedEnvelope
+
+ATTEMPTS_MAX = 6
+"""Routes tried before the first token is due."""
+OPEN_TIMEOUT_MS = 5_000
+REOPEN_TIMEOUT_MS = 2_000
+CONFIRM_TIMEOUT_MS = 6_000
+CLOSE_EPOCH_TIMEOUT_MS = 700
+FRAME_TTL_MS = 60_000
+WAIT_RETRY_MS = 500
+NEIGHBOUR_RETRY_MS = 450
+MOVE_RETRY_MS = 2_000
+MOVE_GAIN = 0.7
+"""A slow stage is left for a route that takes at most this share of the time."""
+
+
+class _Phase(Enum):
+    PLANNING = auto()
+    OPENING = auto()
+    RESERVING = auto()
+    CONFIRMING = auto()
+    LIVE = auto()
+    CLOSING = auto()
+    REROUTING = auto()
+    OVER = auto()
+
+
+@dataclass(slots=True)
+class _Calls:
+    """Answers that are due from the stages, and who failed."""
+
+    name: Call = "open"
+    due: set[PeerId] = field(default_factory=set)
+    failed: dict[PeerId, StageFailed] = field(default_factory=dict)
+
+
+_Answer = StageOpened | StageConfirmed | GrantShown | EpochClosed | StageFailed
+_CALL_OF: dict[type, Call] = {
+    StageOpened: "open",
+    StageConfirmed: "confirm",
+    GrantShown: "grant",
+    EpochClosed: "close-epoch",
+}
+
+
+class SessionCore:
+    """One session. ``entropy`` gives unguessable bytes for its id and salts."""
+
+    def __init__(
+        self,
+        order: Order,
+        party: Party,
+        entropy: Callable[[int], bytes],
+        drafter: Drafter | None = None,
+    ) -> None:
+        self.order = order
+        self.epochs: list[Epoch] = []
+        """Every epoch that came as far as to be confirmed."""
+        self.driver = Driver(
+            order.prompt_ids,
+            order.route.max_tokens,
+            frozenset(order.sampling.end_ids),
+            order.accounting,
+            order.vocabulary_size,
+            drafter,
+        )
+        self._party = party
+        self._entropy = entropy
+        self._asked = Asked(order.model, order.route, party.peer)
+        self._phase = _Phase.PLANNING
+        self._now_ms = 0
+        self._out: list[Action] = []
+        self._attempts = 0
+        self._refusal: CapacityError | None = None
+        self._may_soon_agree = False
+        self._newest: Epoch | None = None
+        self._driven = 0
+        self._calls = _Calls()
+        self._opened_by: dict[PeerId, tuple[bytes, SignedEnvelope]] = {}
+        self._books: ClientBooks | None = None
+        self._new_voucher: SignedEnvelope | None = None
+        self._credit = BoundedCredit()
+        self._held: SendFrame | None = None
+        self._recovery = Recovery()
+        self._ending: PlaitError | None = None
+        self._pace: Pace | None = None
+        self._sent_ms = 0
+        self._silent_at_ms = 0
+        self._unwanted: dict[PeerId, Kind] = {}
+        self._move_asked_ms = -MOVE_RETRY_MS
+
+    @property
+    def books(self) -> ClientBooks:
+        """The accounts of the session; raises ``LocalProtocolError`` before it is confirmed."""
+        if self._books is None:
+            raise LocalProtocolError("no epoch was confirmed")
+        return self._books
+
+    @property
+    def epoch(self) -> Epoch:
+        """The newest epoch; raises ``LocalProtocolError`` before the first."""
+        if self._newest is None:
+            raise LocalProtocolError("no epoch is open")
+        return self._newest
+
+    def handle(self, event: Event, now_ms: int) -> list[Action]:
+        """Take an event; return what to do, in order."""
+        if self._phase is _Phase.OVER:
+            return []
+        self._now_ms, self._out = now_ms, []
+        match event:
+            case Started():
+                self._out.append(AskView())
+            case Viewed():
+                self._on_view(event)
+            case StageOpened() | StageConfirmed() | GrantShown() | EpochClosed() | StageFailed():
+                self._on_answer(event)
+            case ReservationSigned() | ReserveFailed():
+                self._on_reserved(event)
+            case Granted():
+                self._on_grant(event)
+            case Resulted():
+                self._on_result(event)
+            case Faulted():
+                self._on_fault(event)
+            case LinkLost():
+                if self._is_current(event.epoch):
+                    self._lose(event.peer, f"the link to {event.peer} ended: {event.reason}")
+            case Ticked():
+                self._on_tick()
+            case Stopped():
+                self.driver.stop()
+            case Cancelled():
+                self._end_early(SessionLost("the session was cancelled"))
+        return self._out
+
+    def _on_view(self, event: Viewed) -> None:
+        match self._phase:
+            case _Phase.PLANNING:
+                self._plan_first(event)
+            case _Phase.REROUTING:
+                self._plan_again(event)
+            case _Phase.LIVE if self._unwanted:
+                self._try_to_move(event)
+
+    def _on_answer(self, event: _Answer) -> None:
+        """Note an answer of the calls that are out; with the last of them, go on."""
+        calls, peer = self._calls, event.peer
+        call = event.call if isinstance(event, StageFailed) else _CALL_OF[type(event)]
+        if not self._is_current(event.epoch) or call != calls.name or peer not in calls.due:
+            return
+        calls.due.discard(peer)
+        match event:
+            case StageFailed():
+                calls.failed[peer] = event
+            case StageOpened():
+                self._take_cert(event)
+            case EpochClosed():
+                self._recovery.states[peer] = event
+        if call == "close-epoch":
+            if calls.due <= self._recovery.excluded:
+                self._cut()
+        elif not calls.due:
+            self._answered()
+
+    def _answered(self) -> None:
+        if self._calls.failed:
+            self._calls_failed()
+            return
+        match self._calls.name:
+            case "open":
+                self._opened()
+            case "confirm":
+                self._go_live()
+            case "grant":
+                self._grant_shown()
+
+    def _calls_failed(self) -> None:
+        failed = self._calls.failed
+        first = next(iter(failed.values()))
+        if self._driven == 0:
+            self._try_another_route(failed, first)
+        else:
+            kinds = {peer: _kind(failure) for peer, failure in failed.items()}
+            self._trouble(kinds, f"{first.peer}: {first.reason}")
+
+    def _on_tick(self) -> None:
+        match self._phase:
+            case _Phase.LIVE if self._now_ms >= self._silent_at_ms:
+                waited_s = (self._now_ms - self._sent_ms) / 1000
+                self._trouble({}, f"the pipeline was silent for {waited_s:.1f} s")
+            case _Phase.LIVE:
+                self._out.append(SetTimer(self._silent_at_ms))
+            case _Phase.OPENING | _Phase.CONFIRMING:
+                self._time_out_calls()
+            case _Phase.CLOSING:
+                self._cut()
+            case _Phase.PLANNING | _Phase.REROUTING:
+                self._out.append(AskView())
+
+    def _time_out_calls(self) -> None:
+        calls = self._calls
+        for peer in calls.due:
+            calls.failed[peer] = self._failure(peer, "no answer in time")
+        calls.due.clear()
+        self._answered()
+
+    # Opening ------------------------------------------------------------------------
+
+    def _plan_first(self, event: Viewed) -> None:
+        avoid = self._recovery.suspects.avoided(event.view, self._now_ms)
+        try:
+            chosen = plan_first(self._asked, event.view, avoid, self._now_ms)
+        except PlaitError as error:
+            if self._refusal is not None and self._may_soon_agree and isinstance(error, NoRoute):
+                self._out.append(SetTimer(self._now_ms + NEIGHBOUR_RETRY_MS))
+            else:
+                self._fail(self._no_route(error))
+            return
+        party = self._party
+        terms = SessionTerms(
+            network_id=party.network_id,
+            session_id=SessionId(self._entropy(16)),
+            epoch=1,
+            client=party.peer,
+            client_ledger_key=party.ledger_key.public,
+            model_digest=self.order.model.digest,
+            stages=tuple(stage_terms(stage) for stage in chosen.stages),
+            prompt_tokens=len(self.order.prompt_ids),
+            max_tokens=self.order.route.max_tokens,
+            chunk_tokens=self.order.accounting.chunk_tokens,
+            prefill_chunk_tokens=self.order.accounting.prefill_chunk_tokens,
+            handoff_salt=self._entropy(32),
+            qos=self.order.qos,
+        )
+        self._open(terms, chosen, tuple(stage.offer for stage in chosen.stages), OPEN_TIMEOUT_MS)
+
+    def _no_route(self, error: PlaitError) -> PlaitError:
+        if self._refusal is None or not isinstance(error, NoRoute):
+            return error
+        return CapacityError(
+            f"no pipeline took the session: {self._refusal}",
+            retry_after_s=self._refusal.retry_after_s,
+            remedy="try again in a moment, or: plait route MODEL --explain",
+        )
+
+    def _open(
+        self, terms: SessionTerms, chosen: Plan, offers: tuple[Offer, ...], timeout_ms: int
+    ) -> None:
+        expires_ms = self._now_ms + session_ms_max(chosen)
+        message = opening_to_message(terms, self.order.sampling, self._now_ms, expires_ms)
+        opening = seal(self._party.ledger_key, message)
+        self._newest = Epoch(terms, opening, offers, chosen)
+        self._phase = _Phase.OPENING
+        self._await("open", self._newest.peers)
+        ids = (*self.order.prompt_ids, *self.driver.drawn)
+        self._out += [
+            OpenStages(terms, opening, offers, ids, timeout_ms),
+            SetTimer(self._now_ms + timeout_ms),
+        ]
+
+    def _take_cert(self, event: StageOpened) -> None:
+        try:
+            _, key = check_key_cert(
+                event.cert,
+                self._party.network_id,
+                self._now_ms,
+                event.peer,
+                self._party.revoked(),
+            )
+        except (VerificationError, RemoteProtocolError) as error:
+            self._calls.failed[event.peer] = self._failure(event.peer, str(error))
+            return
+        self._opened_by[event.peer] = key, event.cert
+
+    def _opened(self) -> None:
+        epoch = self.epoch
+        stages = tuple(
+            replace(stage, ledger_key=stage.ledger_key or self._opened_by[stage.peer][0])
+            for stage in epoch.terms.stages
+        )
+        epoch.terms = replace(epoch.terms, stages=stages)
+        epoch.certs = tuple(self._opened_by[stage.peer][1] for stage in stages)
+        self._phase = _Phase.RESERVING
+        self._out.append(SetTimer(None))
+        if epoch.entered:
+            self._out.append(Reserve(epoch.terms, session_ms_max(epoch.plan)))
+        else:
+            self._confirm()
+
+    def _on_reserved(self, event: ReservationSigned | ReserveFailed) -> None:
+        if not self._is_current(event.epoch):
+            return
+        if isinstance(event, ReserveFailed):
+            self._end_early(event.error)
+            return
+        self.epoch.reservation = event.reservation
+        if event.epoch > 1 and self._phase is _Phase.RESERVING:
+            self._confirm()
+
+    def _on_grant(self, event: Granted) -> None:
+        # A grant may come when its epoch is over, but the stages it is for still serve.
+        epochs = self.epochs if self.epoch in self.epochs else [*self.epochs, self.epoch]
+        epoch = next((one for one in epochs if one.number == event.epoch), None)
+        if epoch is None or epoch.reservation is None or epoch.grant is not None:
+            return
+        authorities = self._party.authorities
+        try:
+            check_grants(
+                event.grant, epoch.reservation, authorities, epoch.terms, None, self._now_ms
+            )
+        except PlaitError as error:
+            self._end_early(error)
+            return
+        epoch.grant = event.grant
+        if self._phase is _Phase.RESERVING and epoch.number == 1:
+            self._confirm()
+        elif self._phase is _Phase.LIVE:
+            self._show_grants()
+
+    def _confirm(self) -> None:
+        epoch = self.epoch
+        terms = epoch.terms
+        if self._books is None:
+            self._books = ClientBooks(terms, self._party.ledger_key)
+        else:
+            self._books = self._books.next_epoch(terms)
+        self.epochs.append(epoch)
+        entered = set(epoch.entered)
+        if epoch.grant is None:
+            self._credit.enter(entered)
+        self._phase = _Phase.CONFIRMING
+        self._await("confirm", epoch.peers)
+        ends = epoch.peers[0], epoch.peers[-1]
+        self._out += [
+            ConfirmStage(
+                epoch.number,
+                peer,
+                epoch.reservation if peer in entered else None,
+                epoch.grant if peer in entered else None,
+                None if peer in entered else self.books.voucher,
+                cached_tokens=0,
+                link=peer in ends,
+            )
+            for peer in epoch.peers
+        ]
+        self._out.append(SetTimer(self._now_ms + CONFIRM_TIMEOUT_MS))
+
+    def _try_another_route(self, failed: Mapping[PeerId, StageFailed], first: StageFailed) -> None:
+        """Nothing was delivered yet: let go of everybody and begin anew."""
+        epoch = self.epoch
+        held = tuple(peer for peer in epoch.peers if peer not in failed)
+        self._out += [CloseStages(epoch.number, held, None, "not opened"), SetTimer(None)]
+        for peer, failure in failed.items():
+            self._recovery.exclude(epoch, peer, _kind(failure), self._now_ms)
+        retry_after_s = first.retry_after_ms / 1000
+        self._refusal = CapacityError(f"{first.peer}: {first.reason}", retry_after_s=retry_after_s)
+        # A stage whose view lags behind ours says no to its neighbour, and soon yes.
+        self._may_soon_agree = first.code == "neighbour"
+        self._attempts += 1
+        self._books = None
+        self.epochs.clear()
+        if self._attempts < ATTEMPTS_MAX:
+            self._phase = _Phase.PLANNING
+            self._out.append(AskView())
+            return
+        reason = f"{ATTEMPTS_MAX} routes were refused, the last because {self._refusal}"
+        self._fail(CapacityError(reason, retry_after_s=retry_after_s))
+
+    # Driving ------------------------------------------------------------------------
+
+    def _go_live(self) -> None:
+        epoch = self.epoch
+        terms = epoch.terms
+        self._phase = _Phase.LIVE
+        self._driven = epoch.number
+        self._credit.stay(terms)
+        self.driver.may_draft = not any(stage.prices.rejected_draft for stage in terms.stages)
+        self._pace = Pace(_expected_us(epoch), epoch.plan.predicted.ttft_s * 1000)
+        if epoch.number > 1:
+            route = ", ".join(f"{stage.peer[-6:]} {stage.span}" for stage in terms.stages)
+            self._out.append(Note("rerouted", f"epoch {epoch.number}: {route}"))
+            self._perform(self.driver.resume(replay=terms.stages[0].rebuilt))
+        else:
+            self._perform(self.driver.start())
+        self._show_grants()
+        if self._unwanted:
+            self._out.append(AskView())
+
+    def _show_grants(self) -> None:
+        shows = self._credit.shows(self.epochs, self.epoch.terms)
+        if shows:
+            self._await("grant", (show.peer for show in shows))
+            self._out += shows
+
+    def _grant_shown(self) -> None:
+        self._credit.shown(show.peer for show in self._credit.shows(self.epochs, self.epoch.terms))
+        held, self._held = self._held, None
+        if held is not None:
+            self._send(held)
+
+    def _perform(self, actions: Iterable[SendFrame | Deliver | Finish]) -> None:
+        for action in actions:
+            match action:
+                case SendFrame():
+                    self._send(action)
+                case Deliver():
+                    self._out.append(action)
+                case Finish():
+                    self._finish(action.reason)
+
+    def _send(self, frame: SendFrame) -> None:
+        terms = self.epoch.terms
+        if not self._credit.covers(frame, terms, self.books.counts):
+            self._held = frame
+            self._be_patient(FRAME_TTL_MS)
+            return
+        self.books.sent(
+            frame.traversal,
+            frame.first_position,
+            frame.ids,
+            drafts=frame.drafts,
+            replay=frame.replay,
+        )
+        deadline_ms = self._now_ms + FRAME_TTL_MS
+        self._out.append(Send(terms.epoch, frame, self._new_voucher, deadline_ms))
+        self._new_voucher = None
+        if self._pace is not None and not frame.replay:
+            self._be_patient(self._pace.patience_ms(decode=frame.rows <= 1 + frame.drafts))
+
+    def _be_patient(self, patience_ms: int) -> None:
+        self._sent_ms = self._now_ms
+        self._silent_at_ms = self._now_ms + patience_ms
+        self._out.append(SetTimer(self._silent_at_ms))
+
+    def _on_result(self, event: Resulted) -> None:
+        if not self._is_current(event.epoch) or self._phase is not _Phase.LIVE:
+            return
+        driver, sent = self.driver, self.driver.in_flight
+        try:
+            if not driver.is_due(event.traversal, event.ids, event.logprobs):
+                return
+            self.books.drawn(sent.traversal, sent.first_position, event.ids, event.statement)
+        except (RemoteProtocolError, VerificationError) as error:
+            self._trouble({self.epoch.peers[-1]: "gone"}, str(error))
+            return
+        self._recovery.progressed()
+        elapsed_ms = self._elapsed_ms(sent)
+        actions = driver.on_result(event.traversal, event.ids, event.logprobs, elapsed_ms)
+        liar = self._take_receipts(sent, event)
+        if liar is not None:
+            self._perform(action for action in actions if isinstance(action, Deliver))
+            self._trouble({liar: "gone"}, f"a receipt of {liar} does not hold")
+            return
+        self._perform(actions)
+        if self._phase is _Phase.LIVE:
+            self._note_pace(event, elapsed_ms)
+
+    def _elapsed_ms(self, sent: SendFrame) -> float | None:
+        """How long a decode traversal took; None for the first of an epoch, and the prompt's."""
+        if sent.rows != 1 + sent.drafts or sent.traversal == self.epoch.terms.resume_position:
+            return None
+        return self._now_ms - self._sent_ms
+
+    def _take_receipts(self, sent: SendFrame, event: Resulted) -> PeerId | None:
+        """Check the receipts of a closed chunk; returns a peer whose receipt is false."""
+        if not sent.close_chunk:
+            return None
+        try:
+            self._new_voucher = self.books.accept_receipts(
+                event.receipts, sent.traversal, self._now_ms
+            )
+        except (RemoteProtocolError, VerificationError):
+            return next(iter(self.books.faults), self.epoch.peers[-1])
+        return None
+
+    def _note_pace(self, event: Resulted, elapsed_ms: float | None) -> None:
+        terms, pace = self.epoch.terms, self._pace
+        if pace is None or elapsed_ms is None:
+            return
+        pace.note(elapsed_ms, event.stage_us)
+        slow = pace.straggler()
+        if slow is not None:
+            self._unwanted.setdefault(terms.stages[slow].peer, "slow")
+        if self._unwanted and self._now_ms - self._move_asked_ms >= MOVE_RETRY_MS:
+            self._ask_to_move()
+
+    def _finish(self, reason: FinishReason) -> None:
+        self._close(self.epoch.peers, reason)
+        self._out.append(Finished(reason))
+
+    # Trouble ------------------------------------------------------------------------
+
+    def _on_fault(self, event: Faulted) -> None:
+        if not self._is_current(event.epoch):
+            return
+        if event.code != "draining":
+            self._lose(event.blamed, f"{event.blamed} failed: {event.code}: {event.reason}")
+            return
+        self._unwanted[event.blamed] = "leaving"
+        if self._phase is _Phase.LIVE:
+            self._ask_to_move()
+
+    def _lose(self, peer: PeerId, reason: str) -> None:
+        """A stage is out of the epoch."""
+        calls, recovery = self._calls, self._recovery
+        match self._phase:
+            case _Phase.LIVE:
+                self._trouble({peer: "gone"}, reason)
+            case _Phase.CLOSING:
+                recovery.exclude(self.epoch, peer, "gone", self._now_ms)
+                if calls.due <= recovery.excluded:
+                    self._cut()
+            case _Phase.CONFIRMING:
+                calls.failed[peer] = self._failure(peer, reason)
+                calls.due.discard(peer)
+                if not calls.due:
+                    self._answered()
+
+    def _trouble(self, blamed: Mapping[PeerId, Kind], reason: str) -> None:
+        """Close the epoch on every stage; whoever answers may stay."""
+        epoch = self.epoch
+        self._recovery.begin(epoch, blamed, reason, self._now_ms)
+        self._phase = _Phase.CLOSING
+        self._held = None
+        self._await("close-epoch", epoch.peers)
+        traversal = self.driver.answered if self._driven == epoch.number else None
+        timeout_ms, position = CLOSE_EPOCH_TIMEOUT_MS, self.driver.position
+        self._out += [
+            Note("rerouting", reason, tuple(blamed)),
+            CloseEpoch(epoch.number, epoch.peers, traversal, position, timeout_ms),
+            SetTimer(self._now_ms + timeout_ms),
+        ]
+
+    def _cut(self) -> None:
+        """All who will answer have answered: pay for the cut, then find a way on."""
+        epoch, driver = self.epoch, self.driver
+        for peer in self._calls.due | self._calls.failed.keys():
+            self._recovery.exclude(epoch, peer, "gone", self._now_ms)
+        self._out.append(SetTimer(None))
+        if self._driven == epoch.number:
+            self._pay_cut(epoch)
+            self._blame_the_stuck(epoch)
+        if driver.finish is not None:
+            self._finish(driver.finish)
+        elif self._ending is not None:
+            self._fail(self._ending)
+        else:
+            self._phase = _Phase.REROUTING
+            self._out.append(AskView())
+
+    def _pay_cut(self, epoch: Epoch) -> None:
+        states, driver = self._recovery.states, self.driver
+        receipts = [states[peer].receipt if peer in states else None for peer in epoch.peers]
+        self.books.close_epoch(receipts, driver.answered, driver.position, self._now_ms)
+        for peer in self.books.faults:
+            self._recovery.exclude(epoch, peer, "gone", self._now_ms)
+        self._keep_evidence()
+
+    def _blame_the_stuck(self, epoch: Epoch) -> None:
+        """Everybody answers, and yet no result came: who had the frame last?"""
+        if self._recovery.excluded or not self.driver.awaiting:
+            return
+        peer = self._recovery.stuck(epoch, self.driver.in_flight.traversal)
+        if peer is not None:
+            self._recovery.exclude(epoch, peer, "slow", self._now_ms)
+
+    def _plan_again(self, event: Viewed) -> None:
+        epoch, recovery = self.epoch, self._recovery
+        confirmed = epoch in self.epochs
+        try:
+            chosen, survivors = recovery.route(
+                epoch, self._asked, event.view, self._now_ms, confirmed=confirmed
+            )
+        except PlaitError as error:
+            self._wait_for_a_replica(error)
+            return
+        terms = next_terms(
+            epoch.terms,
+            chosen.stages,
+            survivors,
+            position=self.driver.position,
+            counts=self.books.counts,
+            promised=self.books.promised,
+            salt=self._entropy(32),
+        )
+        self._leave(terms)
+        old = {one.offer.digest: one.offer for one in survivors}
+        new = {stage.offer.peer: stage.offer for stage in chosen.stages}
+        offers = (old.get(stage.offer_digest, new[stage.peer]) for stage in terms.stages)
+        self._open(terms, chosen, tuple(offers), REOPEN_TIMEOUT_MS)
+
+    def _leave(self, terms: SessionTerms) -> None:
+        """Let go of who is in the route no more, so that a draining node is soon empty."""
+        epoch, stays = self.epoch, {stage.peer for stage in terms.stages}
+        gone = tuple(peer for peer in epoch.peers if peer not in stays)
+        if gone:
+            self._out.append(LeaveStages(epoch.number, gone, self.books.voucher))
+
+    def _wait_for_a_replica(self, error: PlaitError) -> None:
+        recovery, delivered = self._recovery, len(self.driver.token_ids)
+        since_ms = self._now_ms if recovery.since_ms is None else recovery.since_ms
+        if self._now_ms - since_ms < self.order.replica_wait_ms:
+            retry_ms = self._now_ms + WAIT_RETRY_MS
+            self._out += [
+                Note("waiting", str(error)),
+                AskView(when_changed=True),
+                SetTimer(retry_ms),
+            ]
+            return
+        self._fail(
+            SessionLost(
+                f"{recovery.reason}; nobody took the place: {error} "
+                f"({delivered} tokens were delivered)",
+                resumable_from=delivered,
+                remedy="run it again once the layers have a host: plait route MODEL --explain",
+            )
+        )
+
+    # Moving off a stage that still works ----------------------------------------------
+
+    def _ask_to_move(self) -> None:
+        self._move_asked_ms = self._now_ms
+        self._out.append(AskView())
+
+    def _try_to_move(self, event: Viewed) -> None:
+        """Leave the unwanted stages if there is a better way on without them."""
+        epoch, position = self.epoch, self.driver.position
+        unwanted = {peer: kind for peer, kind in self._unwanted.items() if peer in epoch.peers}
+        # Who is slow is judged anew by the next results; who drains stays unwanted.
+        self._unwanted = {peer: kind for peer, kind in unwanted.items() if kind == "leaving"}
+        if not unwanted:
+            return
+        stages = tuple(zip(epoch.terms.stages, epoch.offers, strict=True))
+        survivors = [
+            Survivor(stage, offer, position, position)
+            for stage, offer in stages
+            if stage.peer not in unwanted
+        ]
+        numeric_class = next(stage.numeric_class for stage, _ in stages if stage.peer in unwanted)
+        suspects = self._recovery.suspects
+        avoid = suspects.avoided(event.view, self._now_ms) | unwanted.keys()
+        try:
+            better = plan_again(
+                self._asked, event.view, survivors, avoid, numeric_class, self._now_ms
+            )
+        except PlaitError:
+            return
+        usual_ms = self._pace.traversal_ms if self._pace is not None else None
+        gain = better.predicted.tpot_s * 1000 < MOVE_GAIN * (usual_ms or 0)
+        if self._unwanted or gain:
+            self._trouble(unwanted, f"moving off {', '.join(unwanted)}")
+
+    # Endings ----------------------------------------------------------------------------
+
+    def _end_early(self, error: PlaitError) -> None:
+        """Give up, but pay for what was delivered."""
+        self._ending = error
+        if self._phase is _Phase.LIVE:
+            self._trouble({}, str(error))
+        elif self._phase is not _Phase.CLOSING:
+            self._fail(error)
+
+    def _fail(self, error: PlaitError) -> None:
+        peers = {peer for epoch in self.epochs[-1:] for peer in epoch.peers}
+        if self._newest is not None:
+            self._close(tuple(sorted(peers.union(self._newest.peers))), error.code)
+        self._phase = _Phase.OVER
+        self._out.append(Failed(error))
+
+    def _close(self, peers: tuple[PeerId, ...], reason: str) -> None:
+        self._keep_evidence()
+        voucher = self._books.voucher if self._books is not None else None
+        self._phase = _Phase.OVER
+        self._out += [
+            SetTimer(None),
+            CloseStages(self.epoch.number, peers, voucher, reason, last=True),
+        ]
+
+    def _keep_evidence(self) -> None:
+        """Note what the epoch leaves behind, if it was driven."""
+        epoch, answered = self.epoch, self.driver.answered
+        if epoch.number != self._driven or answered is None:
+            return
+        epoch.evidence = self.books.evidence()
+        epoch.frames = tuple(
+            frame for frame in self.driver.frames if frame.replay or frame.traversal <= answered
+        )
+
+    # Small things -----------------------------------------------------------------------
+
+    def _is_current(self, number: int) -> bool:
+        return self._newest is not None and self._newest.number == number
+
+    def _await(self, name: Call, peers: Iterable[PeerId]) -> None:
+        self._calls = _Calls(name, set(peers))
+
+    def _failure(self, peer: PeerId, reason: str) -> StageFailed:
+        return StageFailed(self.epoch.number, peer, self._calls.name, "", reason, gone=True)
+
+
+def _kind(failure: StageFailed) -> Kind:
+    return "gone" if failure.gone else "refused"
+
+
+def _expected_us(epoch: Epoch) -> list[float]:
+    """Each stage's decode step by its own offer, for its part of the offered span."""
+    model = epoch.plan.model
+    return [
+        offer.decode_us * stage.priced_layers / model.priced_layers(offer.span)
+        for stage, offer in zip(epoch.terms.stages, epoch.offers, strict=True)
+    ]

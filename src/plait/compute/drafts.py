@@ -1,0 +1,240 @@
+"""Guessing the next tokens from the text so far, and how many guesses are worth sending.
+
+Pure and light: the driver uses it. Guesses never change the text, since the last stage only
+accepts what it would have drawn anyway; they change how many tokens one traversal gives.
+Looking up n-grams in prompt and answer is Saxena's prompt lookup decoding (2023); how many
+to send follows the expected gain of Leviathan et al. (2023, arXiv:2211.17192, section 3).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+LENGTH_MAX = 16
+"""Drafts of one traversal, at most."""
+_MATCH_MIN = 2
+_MATCH_MAX = 16
+_PLACES_MAX = 16  # of one pair of ids that are looked at, the latest ones
+
+
+class Lookup(Protocol):
+    """Guesses how a sequence goes on."""
+
+    @property
+    def match_length(self) -> int:
+        """How well the last ids are known, as a number of ids; 0 if nothing is proposed."""
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """These ids came after all those known so far."""
+
+    def propose(self, count: int) -> tuple[int, ...]:
+        """At most ``count`` ids that may come next."""
+
+
+class NgramDrafter:
+    """Proposes what followed the longest earlier occurrence of the sequence's last ids."""
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        self._ids: list[int] = []
+        self._places: dict[tuple[int, ...], list[int]] = {}
+        """Of each ``_MATCH_MIN`` ids in a row, the positions behind them."""
+        self._match: tuple[int, int] | None = None
+        self.extend(prompt_ids)
+
+    @property
+    def match_length(self) -> int:
+        """How many of the last ids were found earlier on; 0 if fewer than two."""
+        return self._found()[0]
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """These ids came after all those known so far."""
+        for token in ids:
+            end = len(self._ids)
+            if end >= _MATCH_MIN:
+                places = self._places.setdefault(tuple(self._ids[-_MATCH_MIN:]), [])
+                places.append(end)
+                del places[:-_PLACES_MAX]
+            self._ids.append(token)
+        self._match = None
+
+    def propose(self, count: int) -> tuple[int, ...]:
+        """At most ``count`` ids that may come next; none if the last two are new together."""
+        length, place = self._found()
+        if not length:
+            return ()
+        found = self._ids[place : place + count]
+        period = len(self._ids) - place
+        # What reaches the end goes on as it began: the text repeats itself there.
+        return tuple(found[index % period] for index in range(count)) if found else ()
+
+    def _found(self) -> tuple[int, int]:
+        """(length, position behind it) of the longest match, the latest among equals."""
+        if self._match is None:
+            places = self._places.get(tuple(self._ids[-_MATCH_MIN:]), ())
+            matches = [(self._length_at(place), place) for place in places]
+            self._match = max(matches, default=(0, 0))
+        return self._match
+
+    def _length_at(self, place: int) -> int:
+        length = _MATCH_MIN
+        while length < min(_MATCH_MAX, place) and (
+            self._ids[place - 1 - length] == self._ids[-1 - length]
+        ):
+            length += 1
+        return length
+
+
+_DECAY = 0.95  # of what was seen, per traversal: about the last twenty count
+_GAIN_MIN = 1.04  # expected of drafts: less is within what is not known of their chance
+_PRIOR_TRIALS = 3.0
+_PRIORS = (0.4, 0.6, 0.9)  # acceptance of a draft after a match of 2, 4 and 8 ids or more
+_ROW_COST = 0.15  # of a traversal: a further row, until measured
+_SPREAD_MIN = 0.08  # variance of rows from which a line is drawn
+_PLAIN_EVERY = 12  # traversals with drafts, until one without shows what a row costs
+_PROBE_AFTER = 8  # traversals without drafts that were possible
+_PROBE_AFTER_MAX = 64
+
+
+@dataclass(slots=True)
+class _Acceptance:
+    """Recent drafts after matches of one kind: how many were tried, how many were right."""
+
+    prior: float
+    tried: float = 0.0
+    right: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return (self.right + self.prior * _PRIOR_TRIALS) / (self.tried + _PRIOR_TRIALS)
+
+    def record(self, proposed: int, accepted: int) -> None:
+        # Behind the first wrong draft nothing is known of the others.
+        self.tried = self.tried * _DECAY + min(proposed, accepted + 1)
+        self.right = self.right * _DECAY + accepted
+
+
+@dataclass(slots=True)
+class _RowCost:
+    """What a further row costs, in traversals of one row: the line through recent times."""
+
+    ratio: float = _ROW_COST
+    weight: float = 0.0
+    rows: float = 0.0
+    time: float = 0.0
+    rows_rows: float = 0.0
+    rows_time: float = 0.0
+
+    @property
+    def clear(self) -> bool:
+        """Whether recent traversals differed enough in length."""
+        spread = self.weight * self.rows_rows - self.rows**2
+        return self.weight >= 4 and spread >= self.weight**2 * _SPREAD_MIN
+
+    def record(self, rows: int, elapsed_ms: float) -> None:
+        self.weight = self.weight * _DECAY + 1
+        self.rows = self.rows * _DECAY + rows
+        self.time = self.time * _DECAY + elapsed_ms
+        self.rows_rows = self.rows_rows * _DECAY + rows * rows
+        self.rows_time = self.rows_time * _DECAY + rows * elapsed_ms
+        if not self.clear:
+            return
+        spread = self.weight * self.rows_rows - self.rows**2
+        slope = (self.weight * self.rows_time - self.rows * self.time) / spread
+        one_row = (self.time - slope * self.rows) / self.weight + slope
+        if one_row > 0:
+            self.ratio = min(1.0, max(0.02, slope / one_row))
+
+
+@dataclass(slots=True)
+class DraftLength:
+    """How many drafts to send, by how recent ones fared and what rows cost.
+
+    With an acceptance of p, k drafts give 1 + p + … + p^k tokens on average and cost
+    1 + k times the row cost; ``length`` takes the best k. Where that is 0 it tries one
+    draft now and then, ever more rarely while it is wrong. A traversal without drafts is
+    put in now and then if nothing else shows what rows cost.
+    """
+
+    length_max: int = LENGTH_MAX
+    _kinds: tuple[_Acceptance, ...] = field(
+        default_factory=lambda: tuple(_Acceptance(prior) for prior in _PRIORS)
+    )
+    _cost: _RowCost = field(default_factory=_RowCost)
+    _skipped: int = 0
+    _drafted: int = 0
+    _probe_after: int = _PROBE_AFTER
+
+    def length(self, match_length: int) -> int:
+        """How many drafts to send after a match of that length; 0 for none."""
+        if match_length < _MATCH_MIN:
+            return 0
+        rate, cost = self._kind(match_length).rate, self._cost.ratio
+        best, best_gain = 0, _GAIN_MIN
+        tokens, chance = 1.0, 1.0
+        for count in range(1, self.length_max + 1):
+            chance *= rate
+            tokens += chance
+            gain = tokens / (1 + cost * count)
+            if gain > best_gain:
+                best, best_gain = count, gain
+        if best == 0 and self.length_max:
+            self._skipped += 1
+            return int(self._skipped >= self._probe_after)
+        if self._drafted >= _PLAIN_EVERY and not self._cost.clear:
+            return 0
+        return best
+
+    def record(
+        self, match_length: int, proposed: int, accepted: int, elapsed_ms: float | None = None
+    ) -> None:
+        """A traversal came back: of ``proposed`` drafts, ``accepted`` were drawn.
+
+        ``elapsed_ms`` is how long it took; leave it out where that means nothing (a
+        prefill, or a rerouted traversal).
+        """
+        if elapsed_ms is not None:
+            self._cost.record(1 + proposed, elapsed_ms)
+        self._drafted = self._drafted + 1 if proposed else 0
+        if not proposed:
+            return
+        self._kind(match_length).record(proposed, accepted)
+        if self._skipped >= self._probe_after:
+            wrong = accepted == 0
+            longer = min(2 * self._probe_after, _PROBE_AFTER_MAX)
+            self._probe_after = longer if wrong else _PROBE_AFTER
+        self._skipped = 0
+
+    def _kind(self, match_length: int) -> _Acceptance:
+        return self._kinds[(match_length >= 4) + (match_length >= 8)]
+
+
+class AdaptiveDrafter:
+    """Drafts of as many tokens as have proved worth it lately: what a driver asks.
+
+    ``lookup`` guesses; by default what followed the same n-gram in prompt and answer.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        lookup: Lookup | None = None,
+        length_max: int = LENGTH_MAX,
+    ) -> None:
+        self._lookup: Lookup = lookup or NgramDrafter(prompt_ids)
+        self._policy = DraftLength(length_max)
+        self._match_length = 0
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """Learn what was drawn."""
+        self._lookup.extend(ids)
+
+    def propose(self, most: int) -> tuple[int, ...]:
+        """Up to ``most`` ids that may follow."""
+        self._match_length = self._lookup.match_length
+        count = min(most, self._policy.length(self._match_length))
+        return self._lookup.propose(count) if count > 0 else ()
+
+    def observe(self, proposed: int, accepted: int, elapsed_ms: float | None = None) -> None:
+        """Learn how many of the last proposal were drawn, 0 of 0 too, and how long the
+        traversal took, if that is known."""
+        self._policy.record(self._match_length, proposed, accepted, elapsed_ms)

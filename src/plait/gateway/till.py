@@ -1,0 +1,101 @@
+"""Money of one request: a hold before its work, a settlement after it."""
+
+from dataclasses import replace
+
+from plait.client import Options
+from plait.errors import PlaitError
+from plait.gateway.budgets import Key
+from plait.gateway.failure import ApiError
+from plait.gateway.key_store import Cashier, OverBudget, Spent
+from plait.gateway.orders import Job
+from plait.gateway.port import Upstream
+from plait.gateway.shelf import cost_of
+from plait.types import PeerId, TokenCounts
+
+_SLACK = 1.5
+"""A hold is this much above the predicted price, for a route that is dearer by then."""
+
+
+def permitted(jobs: list[Job], key: Key | None) -> list[Job]:
+    """Jobs within the key's models and peers; raises ``ApiError`` (403)."""
+    if key is None:
+        return jobs
+    model = jobs[0].model.name
+    if not key.allows(model):
+        raise ApiError(
+            403, f"this key may not use {model}", code="model_not_allowed", param="model"
+        )
+    if not key.peers:
+        return [_with(job, job.ask.options, key) for job in jobs]
+    peers = frozenset(PeerId(peer) for peer in key.peers)
+    only = jobs[0].ask.options.only
+    if only and not only & peers:
+        raise ApiError(
+            403,
+            "this key may use none of these peers",
+            code="peer_not_allowed",
+            param="provider.only",
+        )
+    return [_with(job, replace(job.ask.options, only=only & peers or peers), key) for job in jobs]
+
+
+def _with(job: Job, options: Options, key: Key) -> Job:
+    return replace(job, ask=replace(job.ask, options=options, qos=key.qos))
+
+
+class Till:
+    """Holds and settles the money of one request. ``open`` before the work, ``close`` after."""
+
+    def __init__(self, cashier: Cashier | None, key: Key | None, upstream: Upstream) -> None:
+        self._cashier, self._key, self._upstream = cashier, key, upstream
+        self._hold: int | None = None
+
+    async def open(self, jobs: list[Job]) -> list[Job]:
+        """Hold what the jobs may cost at most; each is then routed within its share.
+
+        Raises ``ApiError`` (402) when the key's budget does not allow it, and what planning
+        raises when there is no route.
+        """
+        if self._cashier is None or self._key is None:
+            return jobs
+        priced = jobs
+        amount = 0
+        if self._key.budget is not None:
+            priced = [self._bounded(job) for job in jobs]
+            amount = sum(job.ask.options.max_price or 0 for job in priced)
+        hold = await self._cashier.hold(self._key, jobs[0].model.name, amount)
+        if isinstance(hold, OverBudget):
+            raise ApiError(
+                402,
+                f"this may cost {hold.amount} microcredits, and the key has {hold.left} left of "
+                f"{self._key.budget} per {self._key.period}",
+                kind="insufficient_quota",
+                code="insufficient_quota",
+                remedy="ask for fewer tokens (max_tokens), or wait for the next period",
+            )
+        self._hold = hold
+        return priced
+
+    def close(self, spent: Spent) -> None:
+        """Settle what was used."""
+        if self._cashier is not None and self._hold is not None:
+            self._cashier.settle(self._hold, spent)
+            self._hold = None
+
+    def _bounded(self, job: Job) -> Job:
+        """The job with a price limit, which the router keeps."""
+        options = job.ask.options
+        plan = self._upstream.plan(job.model.name, job.prompt_tokens, options)
+        most = round(_SLACK * plan.predicted.price_microcredits) + 1
+        limit = most if options.max_price is None else min(most, options.max_price)
+        bounded = replace(options, max_price=limit)
+        return replace(job, ask=replace(job.ask, options=bounded))
+
+
+def predicted_cost(upstream: Upstream, job: Job, delivered: int) -> int | None:
+    """The price of tokens on the route that would be taken; None if there is none."""
+    try:
+        plan = upstream.plan(job.model.name, job.prompt_tokens, job.ask.options)
+    except PlaitError:
+        return None
+    return cost_of(plan, TokenCounts(prompt=job.prompt_tokens, output=delivered))

@@ -1,0 +1,223 @@
+"""What an opened chunk must be, and what its replay amounts to. Pure.
+
+A stage opens the frames it received since its stint began (its cache follows from them),
+and what it sent in the challenged chunk. All of it must lead to the commitments that it
+signed in its receipts, so it can open nothing but what it committed to. Whoever has the
+layers then computes the same frames and compares.
+
+Activations are compared row by row by relative L2 distance, draws by the margin: how far the
+logits would have to be off for the drawn id to be the right one. The bounds are per dtype
+(``TOLERANCES``), calibrated on honest stages; see docs/ledger.md.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from plait.errors import BadProof, RemoteProtocolError
+from plait.ledger.blame import about
+from plait.ledger.handoff import HandoffChain
+from plait.ledger.terms import SessionTerms
+from plait.types import Digest
+from plait.v1.ledger_pb2 import StageReceipt
+
+Verdict = Literal["consistent", "exposed", "unresponsive"]
+"""``unresponsive`` is suspicion, never proof: nothing was opened, or it cannot be replayed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """The most that an honest stage of a dtype is off.
+
+    ``distance`` is the relative L2 distance of a row of activations, ``margin`` is in
+    logits. A replay of the very frames is held to these.
+    """
+
+    distance: float
+    margin: float
+
+
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 1e-3),
+    "bf16": Tolerance(1e-1, 2.0),
+    "int8": Tolerance(1e-1, 2.0),
+    "int4": Tolerance(1e-1, 2.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """What crossed one end of a stage in a traversal.
+
+    ``rows`` counts activations or ids. ``payload`` is None where only its SHA-256 is opened.
+    """
+
+    traversal: int
+    first_position: int
+    rows: int
+    payload_digest: Digest
+    payload: bytes | None = None
+
+    @classmethod
+    def of(cls, traversal: int, first_position: int, rows: int, payload: bytes) -> "Crossing":
+        """A crossing whose bytes are opened."""
+        hashed = Digest(hashlib.sha256(payload).digest())
+        return cls(traversal, first_position, rows, hashed, payload)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedEpoch:
+    """What a stage opens of one epoch of its stint.
+
+    ``receipt`` is its own, checked: for the challenged chunk in the last epoch, and in those
+    before the one that closed the epoch. ``previous`` is the one before the challenged chunk.
+    """
+
+    terms: SessionTerms
+    receipt: StageReceipt
+    received: tuple[Crossing, ...]
+    sent: tuple[Crossing, ...]
+    previous: StageReceipt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A frame to replay: rows from ``first_position`` on, as they were received.
+
+    ``sent`` is what the stage says came of it, None where nothing is compared;
+    ``sent_rows`` counts activations or ids.
+    """
+
+    first_position: int
+    rows: int
+    received: bytes
+    sample: bool
+    sent_rows: int = 0
+    sent: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """How far off a replay found a step: a distance or a margin, whichever applies."""
+
+    first_position: int
+    distance: float = 0.0
+    margin: float = 0.0
+
+
+def tolerance_of(numeric_class: str) -> Tolerance:
+    """The tolerance of a numeric class; raises ``BadProof`` for one that has none."""
+    parts = numeric_class.split("/")
+    known = TOLERANCES.get(parts[1]) if len(parts) > 1 else None
+    if known is None:
+        raise BadProof(f"no tolerance is published for the numeric class {numeric_class!r}")
+    return known
+
+
+def check_opening(epochs: Sequence[OpenedEpoch], stage_index: int) -> tuple[Step, ...]:
+    """What is to be replayed, in order; the steps of the challenged chunk have ``sent``.
+
+    Raises ``BadProof`` if what was opened is not what the receipts commit to, or does not
+    reach back to position 0.
+    """
+    if not epochs:
+        raise BadProof("no epoch is opened")
+    steps: list[Step] = []
+    for number, epoch in enumerate(epochs):
+        with about(f"epoch {epoch.terms.epoch}"):
+            _check_commitments(epoch)
+            challenged = number == len(epochs) - 1
+            steps += _steps(epoch, stage_index, challenged=challenged)
+    _check_reach(steps)
+    if all(step.sent is None for step in steps):
+        raise BadProof("nothing of the challenged chunk is compared")
+    return tuple(steps)
+
+
+def judge(findings: Sequence[Finding], tolerance: Tolerance) -> Finding | None:
+    """The first finding beyond the tolerance, or None: the chunk is consistent.
+
+    Written so that what is not a number is beyond it.
+    """
+    for finding in findings:
+        if not (finding.distance <= tolerance.distance and finding.margin <= tolerance.margin):
+            return finding
+    return None
+
+
+def _check_commitments(epoch: OpenedEpoch) -> None:
+    receipt = epoch.receipt
+    for name, boundary, crossings, commit in (
+        ("received", receipt.stage_index, epoch.received, receipt.input_commit),
+        ("sent", receipt.stage_index + 1, epoch.sent, receipt.output_commit),
+    ):
+        with about(f"what was {name}"):
+            if _committed(epoch.terms, boundary, crossings) != commit:
+                raise BadProof("it is not what the receipt commits to")
+
+
+def _committed(terms: SessionTerms, boundary: int, crossings: Sequence[Crossing]) -> Digest:
+    chain = HandoffChain(terms, boundary)
+    for one in crossings:
+        if one.payload is not None and hashlib.sha256(one.payload).digest() != one.payload_digest:
+            raise BadProof(f"the bytes of traversal {one.traversal} do not have their digest")
+        try:
+            chain.add_digest(one.traversal, one.first_position, one.rows, one.payload_digest)
+        except (RemoteProtocolError, OverflowError) as error:
+            raise BadProof(str(error)) from error
+        chain.forget(one.traversal)
+    return chain.commit
+
+
+def _steps(epoch: OpenedEpoch, stage_index: int, *, challenged: bool) -> list[Step]:
+    begin = epoch.previous.traversal if epoch.previous is not None else -1
+    sent = {one.traversal: one for one in epoch.sent}
+    is_last = stage_index == len(epoch.terms.stages) - 1
+    steps = []
+    for one in epoch.received:
+        if not one.rows:
+            continue
+        if one.payload is None:
+            raise BadProof(f"what was received in traversal {one.traversal} is not opened")
+        answer = sent.get(one.traversal) if challenged and one.traversal > begin else None
+        if answer is not None and answer.payload is None:
+            raise BadProof(f"what was sent in traversal {one.traversal} is not opened")
+        replay = epoch.terms.epoch > 1 and one.traversal < epoch.terms.resume_position
+        end = one.first_position + one.rows
+        sample = is_last and not replay and end >= epoch.terms.prompt_tokens
+        if answer is not None:
+            _check_answer(one, answer, draws=is_last, sample=sample)
+        steps.append(
+            Step(
+                one.first_position,
+                one.rows,
+                one.payload,
+                sample,
+                answer.rows if answer is not None else 0,
+                answer.payload if answer is not None else None,
+            )
+        )
+    return steps
+
+
+def _check_answer(received: Crossing, sent: Crossing, *, draws: bool, sample: bool) -> None:
+    """A stage sends as many rows as it received, or draws at least one id if it is to."""
+    if sent.first_position != received.first_position:
+        fits = False
+    elif draws:
+        fits = (1 <= sent.rows <= received.rows) if sample else sent.rows == 0
+    else:
+        fits = sent.rows == received.rows
+    if not fits:
+        raise BadProof(f"traversal {sent.traversal} sent what no such frame can lead to")
+
+
+def _check_reach(steps: Sequence[Step]) -> None:
+    end = 0
+    for step in steps:
+        if step.first_position > end:
+            raise BadProof(
+                f"positions {end} to {step.first_position} are not opened: they came from a cache"
+            )
+        end = step.first_position + step.rows

@@ -1,0 +1,80 @@
+"""An exported journal as JSON lines: one line per entry, complete enough to be audited.
+
+A line's ``payload`` is the leaf of the log in hexadecimal; the other members say the same
+for readers. ``objects`` are the signed objects behind this entry and the next ones without
+that member. The line of the last entry that the log's checkpoint covers has ``checkpoint``.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from plait.errors import RemoteProtocolError
+from plait.ledger.balances import Entry, entry_from_payload
+from plait.ledger.bundle_fields import read_envelopes, write_envelope
+from plait.ledger.journal_audit import JournalPage
+from plait.v1.identity_pb2 import SignedEnvelope
+
+
+@dataclass(frozen=True, slots=True)
+class JournalFile:
+    """What was read from an exported journal; ``checkpoint`` is "" if it has none."""
+
+    pages: tuple[JournalPage, ...]
+    checkpoint: str
+
+
+def plain_entry(entry: Entry) -> dict[str, Any]:
+    """An entry for readers, as JSON has it."""
+    plain: dict[str, Any] = {
+        "index": entry.index,
+        "kind": entry.kind.name.lower(),
+        "posted_ms": entry.posted_ms,
+        "session_id": entry.session_id.hex(),
+        "cause_digest": entry.cause.hex(),
+        "lines": [
+            {"account": line.account, "debit": line.debit, "credit": line.credit}
+            for line in entry.lines
+        ],
+    }
+    if entry.limit is not None:
+        plain["account"] = entry.limit.account
+        plain["credit_limit"] = entry.limit.credit_limit
+    return plain
+
+
+def journal_lines(page: JournalPage, size: int, checkpoint: str) -> Iterator[str]:
+    """A page as lines; ``checkpoint`` is the signed note of the first ``size`` entries."""
+    for number, payload in enumerate(page.entries):
+        entry = entry_from_payload(payload)
+        line = {**plain_entry(entry), "payload": payload.hex()}
+        if number == 0:
+            line["objects"] = [write_envelope(item) for item in page.objects]
+        if entry.index == size - 1:
+            line["checkpoint"] = checkpoint
+        yield json.dumps(line)
+
+
+def read_journal(lines: Iterable[str]) -> JournalFile:
+    """Read an exported journal; raises ``RemoteProtocolError`` if it is none.
+
+    Nothing is verified here, and only ``payload``, ``objects`` and ``checkpoint`` are read.
+    """
+    pages: list[JournalPage] = []
+    checkpoint = ""
+    entries: list[bytes] = []
+    objects: list[SignedEnvelope] = []
+    try:
+        for number, text in enumerate(lines):
+            line = json.loads(text)
+            if "objects" in line and number:
+                pages.append(JournalPage(tuple(entries), tuple(objects)))
+                entries, objects = [], []
+            objects += read_envelopes(line.get("objects", []), f"line {number + 1}")
+            entries.append(bytes.fromhex(line["payload"]))
+            checkpoint = str(line.get("checkpoint", checkpoint))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RemoteProtocolError(f"this is no exported journal: {error}") from error
+    pages.append(JournalPage(tuple(entries), tuple(objects)))
+    return JournalFile(tuple(pages), checkpoint)

@@ -1,0 +1,169 @@
+"""Statement and invoice of an account for a period, from the log's entries alone.
+
+The same entries, account and period give the same bytes, whoever asks and whenever: the
+documents name no clock and no authority. Amounts are decimal strings of microcredits, and a
+period holds the entries with ``from_ms <= posted_ms < until_ms``.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from plait.ledger.balances import HOLD, Entry, EntryKind
+from plait.ledger.canonical import JsonValue, encode_canonical
+from plait.types import AccountId
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """Half-open, in milliseconds since 1970."""
+
+    from_ms: int
+    until_ms: int
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether an entry belongs to it."""
+        return self.from_ms <= entry.posted_ms < self.until_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """What one entry did to the account's balance, microcredits."""
+
+    index: int
+    posted_ms: int
+    kind: EntryKind
+    session_id: bytes
+    change: int
+    balance: int
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """Balances and movements of an account. What stands in holds is not in the balance."""
+
+    account: AccountId
+    period: Period
+    opening: int
+    closing: int
+    movements: tuple[Movement, ...]
+
+    def encoded(self) -> bytes:
+        """The document: canonical JSON."""
+        return _document(
+            "plait.statement.v1",
+            self.account,
+            self.period,
+            opening_balance=str(self.opening),
+            closing_balance=str(self.closing),
+            movements=[
+                {
+                    "index": movement.index,
+                    "posted_ms": movement.posted_ms,
+                    "kind": movement.kind.name.lower(),
+                    "session_id": movement.session_id.hex(),
+                    "change": str(movement.change),
+                    "balance": str(movement.balance),
+                }
+                for movement in self.movements
+            ],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a payee was paid for a session in the period, microcredits."""
+
+    session_id: bytes
+    payee: AccountId
+    first_index: int
+    last_index: int
+    amount: int
+
+
+@dataclass(frozen=True, slots=True)
+class Invoice:
+    """What was charged to an account: each session and payee, in the order of the log."""
+
+    account: AccountId
+    period: Period
+    charges: tuple[Charge, ...]
+
+    @property
+    def total(self) -> int:
+        """All charges together, microcredits."""
+        return sum(charge.amount for charge in self.charges)
+
+    def encoded(self) -> bytes:
+        """The document: canonical JSON."""
+        return _document(
+            "plait.invoice.v1",
+            self.account,
+            self.period,
+            total=str(self.total),
+            charges=[
+                {
+                    "session_id": charge.session_id.hex(),
+                    "payee": charge.payee,
+                    "first_index": charge.first_index,
+                    "last_index": charge.last_index,
+                    "amount": str(charge.amount),
+                }
+                for charge in self.charges
+            ],
+        )
+
+
+def make_statement(entries: Iterable[Entry], account: AccountId, period: Period) -> Statement:
+    """From all entries of the log, from the first on."""
+    opening = 0
+    movements: list[Movement] = []
+    for entry in entries:
+        change = sum(line.credit - line.debit for line in entry.lines if line.account == account)
+        if entry.posted_ms < period.from_ms:
+            opening += change
+        elif change and period.holds(entry):
+            running = (movements[-1].balance if movements else opening) + change
+            movements.append(
+                Movement(
+                    entry.index, entry.posted_ms, entry.kind, entry.session_id, change, running
+                )
+            )
+    closing = movements[-1].balance if movements else opening
+    return Statement(account, period, opening, closing, tuple(movements))
+
+
+def make_invoice(entries: Iterable[Entry], account: AccountId, period: Period) -> Invoice:
+    """From all entries of the log, from the first on."""
+    held: set[AccountId] = set()
+    charges: dict[tuple[bytes, AccountId], Charge] = {}
+    for entry in entries:
+        if entry.kind is EntryKind.RESERVE and entry.lines[0].account == account:
+            held.add(entry.lines[1].account)
+        if entry.kind is EntryKind.SETTLE and period.holds(entry):
+            own = False
+            for line in entry.lines:
+                if line.account.startswith(HOLD):
+                    own = line.account in held
+                elif own:
+                    key = (entry.session_id, line.account)
+                    charges[key] = _charged(charges.get(key), entry, line.account, line.credit)
+    return Invoice(account, period, tuple(charges.values()))
+
+
+def _charged(before: Charge | None, entry: Entry, payee: AccountId, amount: int) -> Charge:
+    first = before.first_index if before else entry.index
+    return Charge(
+        entry.session_id, payee, first, entry.index, amount + (before.amount if before else 0)
+    )
+
+
+def _document(name: str, account: str, period: Period, **members: JsonValue) -> bytes:
+    return encode_canonical(
+        {
+            "format": name,
+            "account": account,
+            "from_ms": period.from_ms,
+            "until_ms": period.until_ms,
+            **members,
+        }
+    )

@@ -1,0 +1,196 @@
+"""A ``Stage`` at work on one event loop: its links, its compute thread, its settlement.
+
+Torch runs on one thread; the event loop never computes, so that a refusal is quick however
+busy the stage is.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from plait.compute.port import Done, StageCompute
+from plait.errors import CapacityError, NetworkError
+from plait.net.link_stream import Outbox
+from plait.network_file import Authority, NetworkFile
+from plait.node.admission import StageIdentity
+from plait.node.compute_thread import ComputeThread
+from plait.node.neighbours import Neighbours
+from plait.node.overload import Limits
+from plait.node.ports import Job
+from plait.node.retained import Retained
+from plait.node.scheduler import PIECE_ROWS, Scheduler
+from plait.node.settlement import Settler
+from plait.node.stage import Confirming, Stage
+from plait.router.view import View
+from plait.types import PeerId
+from plait.v1 import session_pb2, stage_pb2
+
+ResponseOutbox = Outbox[stage_pb2.LinkResponse]
+
+LINKS_PER_PEER_MAX = 256
+LINKS_MAX = 1024
+_CONFIRM_LINK_TIMEOUT_S = 3.0
+
+
+class CallerLinks:
+    """The links that peers opened to us: what goes back up."""
+
+    def __init__(self) -> None:
+        self._outboxes: dict[PeerId, list[ResponseOutbox]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(links) for links in self._outboxes.values())
+
+    def attach(self, caller: PeerId) -> ResponseOutbox:
+        """Add a link; a client may have several, one per process that uses its identity.
+
+        Raises ``CapacityError`` when there are too many.
+        """
+        links = self._outboxes.get(caller, [])
+        if len(links) >= LINKS_PER_PEER_MAX or len(self) >= LINKS_MAX:
+            raise CapacityError("too many links are open")
+        outbox: ResponseOutbox = Outbox()
+        self._outboxes[caller] = [*links, outbox]
+        return outbox
+
+    def detach(self, caller: PeerId, outbox: ResponseOutbox) -> bool:
+        """Remove a link; returns whether the caller has others."""
+        outbox.close()
+        links = [link for link in self._outboxes.get(caller, []) if link is not outbox]
+        if links:
+            self._outboxes[caller] = links
+        else:
+            self._outboxes.pop(caller, None)
+        return bool(links)
+
+    def send(self, peer: PeerId, message: stage_pb2.LinkResponse) -> None:
+        """Queue a message on every link of the peer; raises ``NetworkError``."""
+        links = self._outboxes.get(peer)
+        if not links:
+            raise NetworkError(f"no link from {peer}")
+        for outbox in links:
+            outbox.put(message)
+
+
+class _Links:
+    """The core's ``Links``: callers above, neighbours below."""
+
+    def __init__(self, callers: CallerLinks, neighbours: Neighbours) -> None:
+        self.send_up = callers.send
+        self.send_down = neighbours.send
+        self.has_room = neighbours.has_room
+
+
+class StageShell:
+    """Everything behind the peer port. ``core`` decides; this waits, and moves messages.
+
+    ``on_step`` is told the microseconds of each decode step that was computed alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        compute: StageCompute,
+        network: NetworkFile,
+        settler: Settler,
+        neighbours: Neighbours,
+        retained: Retained,
+        identify: Callable[[], StageIdentity],
+        view: Callable[[], View],
+        clock_ms: Callable[[], int],
+        speeds_us: Callable[[], tuple[int, int]],
+        vocabulary: int,
+        limits: Limits,
+        retain_inputs: bool = False,
+        on_step: Callable[[float], None] = lambda elapsed_us: None,
+        trusted: Callable[[], tuple[Authority, ...]] | None = None,
+    ) -> None:
+        self.callers = CallerLinks()
+        self._settler = settler
+        self._neighbours = neighbours
+        self._thread: ComputeThread[Job] = ComputeThread(
+            compute.step,
+            Scheduler(
+                key=lambda job: job.key,
+                rows=lambda job: job.rows,
+                client=lambda job: job.client,
+                priority=lambda job: job.priority,
+                piece_rows=PIECE_ROWS,
+            ),
+            Job.work,
+            self._finish,
+            on_step,
+        )
+        self.core = Stage(
+            compute=compute,
+            authorities=network.authorities,
+            trusted=trusted or (lambda: network.authorities),
+            settlement=settler,
+            links=_Links(self.callers, neighbours),
+            worker=self._thread,
+            retained=retained,
+            identify=identify,
+            view=view,
+            clock_ms=clock_ms,
+            monotonic_us=lambda: time.monotonic_ns() // 1000,
+            speeds_us=speeds_us,
+            vocabulary=vocabulary,
+            limits=limits,
+            retain_inputs=retain_inputs,
+        )
+        neighbours.on_response = self.core.on_response
+        neighbours.on_broken = self.core.on_peer_lost
+        neighbours.on_room = self.core.on_room
+
+    @property
+    def frames_queued(self) -> int:
+        """Frames that wait for the compute thread."""
+        return self._thread.queued
+
+    @property
+    def links(self) -> int:
+        """Links open in either direction."""
+        return len(self.callers) + len(self._neighbours)
+
+    async def compute_forever(self) -> None:
+        """Compute what is queued until cancelled."""
+        await self._thread.run()
+
+    def _finish(self, job: Job, done: Done) -> None:
+        self.core.finish(job, done)
+
+    async def confirm(
+        self, request: session_pb2.ConfirmRequest, caller: PeerId
+    ) -> session_pb2.ConfirmResponse:
+        """Check the credit, link to the next stage, make the session live."""
+        checked = self.core.check_confirm(request, caller)
+        if not isinstance(checked, Confirming):
+            return checked
+        session = checked.session
+        try:
+            if not session.is_last:
+                async with asyncio.timeout(_CONFIRM_LINK_TIMEOUT_S):
+                    await self._neighbours.ensure(session.downstream)
+        except (NetworkError, TimeoutError) as error:
+            return self.core.unlinked(checked, str(error) or "no answer in time")
+        return self.core.activate(checked)
+
+    async def close(
+        self, request: session_pb2.CloseRequest, caller: PeerId
+    ) -> session_pb2.CloseResponse:
+        """End a session for its client and settle at once."""
+        session = self.core.close(request, caller)
+        settled = session is not None and await self._settler.settle(session)
+        return session_pb2.CloseResponse(settled=settled)
+
+    def attach(self, caller: PeerId) -> ResponseOutbox:
+        """A peer opened a link to us; what is put in the outbox goes back on it.
+
+        Raises ``CapacityError``.
+        """
+        return self.callers.attach(caller)
+
+    def detach(self, caller: PeerId, outbox: ResponseOutbox) -> None:
+        """A peer's link to us ended."""
+        others_left = self.callers.detach(caller, outbox)
+        self.core.on_link_lost(caller, outbox, others_left)

@@ -1,0 +1,151 @@
+"""A scripted client for the gateway: fixed pieces of text, at a fixed rate, with faults."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from plait.client import Answer, Options, RouteStep
+from plait.gateway.port import Ask, Delta, NotServed, Stream, Top
+from plait.model import catalog
+from plait.router.cost import Prediction
+from plait.router.plan import Plan, plan
+from plait.router.view import Offer, View
+from plait.testing.accounting import NOW_MS, key_of
+from plait.testing.offers import paper_offer
+from plait.types import Microcredits, PeerId, Span
+
+PREDICTED = Prediction(ttft_s=0.1, tpot_s=0.01, price_microcredits=Microcredits(50))
+FIRST_ID = 97
+
+
+def peer_at(span: Span) -> PeerId:
+    """Who serves a span."""
+    return key_of(f"node {span}").peer_id
+
+
+@dataclass
+class FakeUpstream:
+    """Streams the same pieces for every prompt, one token each; fails and waits when told to.
+
+    ``interval_s`` is the time between tokens, and before the first; without it everything
+    comes at once. ``pieces`` are repeated or cut to ``max_tokens`` if ``endless``; ``script``
+    makes them for each prompt.
+    """
+
+    model: str = "tiny-random"
+    pieces: tuple[str, ...] = ("Hel", "lo", " there")
+    endless: bool = False
+    script: Callable[[Ask], tuple[str, ...]] | None = None
+    interval_s: float = 0.0
+    error: Exception | None = None
+    after: int = 0
+    bundle: bytes | None = None
+    gate: asyncio.Event | None = None
+    graceful: bool = True
+    vector: tuple[float, ...] | None = None
+    cost: int = 7
+    spans: tuple[Span, ...] = (Span(0, 5), Span(5, 8))
+    asked: list[Ask] = field(default_factory=list)
+    cancelled: int = 0
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._shape = catalog.load(self.model).manifest.shape
+        offers = [self._offer(span) for span in self.spans]
+        self._view = View({offer.peer: offer for offer in offers}, {})
+
+    def view(self) -> View:
+        """The same offers always."""
+        return self._view
+
+    def plan(self, model: str, prompt_tokens: int, options: Options) -> Plan:
+        """A real plan over them."""
+        request = options.route_request(prompt_tokens)
+        return plan(self._view, self._shape, request, source=key_of("me").peer_id, now_ms=NOW_MS)
+
+    def stream(self, ask: Ask) -> Stream:
+        """Begin a generation."""
+        self.asked.append(ask)
+        self.started.set()
+        return FakeStream(self, ask)
+
+    async def embed(self, model: str, ids: Sequence[int]) -> Sequence[float]:
+        """The vector, if there is one."""
+        if self.vector is None:
+            raise NotServed("no embeddings here")
+        return self.vector
+
+    def _offer(self, span: Span) -> Offer:
+        return replace(paper_offer(f"node {span}", span), model_digest=self._shape.digest)
+
+
+class FakeStream:
+    """One generation of a ``FakeUpstream``."""
+
+    def __init__(self, upstream: FakeUpstream, ask: Ask) -> None:
+        self._upstream, self._ask = upstream, ask
+        self._finished = False
+        self._items = self._run()
+
+    def __aiter__(self) -> AsyncIterator[Delta | Answer]:
+        return self._items
+
+    def finish(self) -> None:
+        """End after the token that is due; a fake that is not graceful ends without answer."""
+        self._finished = True
+
+    async def aclose(self) -> None:
+        """End it."""
+        await self._items.aclose()
+
+    async def _run(self) -> AsyncGenerator[Delta | Answer, None]:
+        upstream, ended, count = self._upstream, False, 0
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        pieces = upstream.pieces if upstream.script is None else upstream.script(self._ask)
+        if upstream.endless:
+            most = self._ask.options.max_tokens
+            pieces = (pieces * (most // len(pieces) + 1))[:most]
+        try:
+            for number, piece in enumerate(pieces):
+                if upstream.error is not None and number == upstream.after:
+                    raise upstream.error
+                if upstream.interval_s:
+                    due_s = started_s + (number + 1) * upstream.interval_s
+                    await asyncio.sleep(max(0.0, due_s - loop.time()))
+                yield self._delta(number, piece)
+                count += 1
+                if upstream.gate is not None:
+                    await upstream.gate.wait()
+                if self._finished:
+                    break
+            if self._finished and not upstream.graceful:
+                return
+            ended = True
+            yield self._answer(pieces[:count])
+        finally:
+            upstream.cancelled += not ended
+
+    def _delta(self, number: int, piece: str) -> Delta:
+        wanted = self._ask.sampling.top_logprobs
+        top: Top = tuple((FIRST_ID + rank, -0.5 * (number + rank)) for rank in range(wanted))
+        return Delta(piece, (FIRST_ID + number % 100,), (-0.5 * number,), (top,) if top else ())
+
+    def _answer(self, pieces: tuple[str, ...]) -> Answer:
+        upstream, count = self._upstream, len(pieces)
+        return Answer(
+            text="".join(pieces),
+            token_ids=tuple(FIRST_ID + number % 100 for number in range(count)),
+            logprobs=tuple(-0.5 * number for number in range(count)),
+            prompt_tokens=len(self._ask.prompt_ids),
+            finish_reason="ended" if self._finished else "length" if upstream.endless else "stop",
+            route=tuple(RouteStep(peer_at(span), span) for span in upstream.spans),
+            epochs=1,
+            ttft_s=0.1,
+            tpot_s=0.01,
+            predicted=PREDICTED,
+            cost_microcredits=Microcredits(upstream.cost),
+            receipts_verified=4,
+            seed=self._ask.sampling.seed,
+            bundle=upstream.bundle if self._ask.options.bundle else None,
+        )

@@ -1,0 +1,143 @@
+"""A committee of real processes: one killed, brought back; keys rotated and revoked."""
+
+import asyncio
+import json
+import time
+from base64 import b64decode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plait.envelope import payload_type, seal
+from plait.errors import LedgerError
+from plait.identity import load_key
+from plait.ledger.certs import make_key_cert
+from plait.ledger.checkpoint import open_checkpoint
+from plait.ledger.merkle import Tree, leaf_hash
+from plait.ledger.service.remote import RemoteLedger
+from plait.ledger.service.tiles import entries_of_folder
+from plait.network_file import NetworkFile, load_network_file
+from plait.v1.identity_pb2 import NodeKeyCert
+from plait.v1.ledger_pb2 import AccountQuery
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+PROMPT = "Why is the sky blue?"
+CERT_TYPE = payload_type(NodeKeyCert)
+
+
+Net = Any
+"""The ``Testnet`` of conftest, which pytest does not let us import."""
+
+
+@pytest.fixture(scope="module")
+def committee(testnet: Callable[..., Net]) -> Net:
+    """Four authorities, of which one may fail; three witnesses, quorum two."""
+    return testnet(authorities=4, fresh=True)
+
+
+def verified(net: Net, name: str) -> None:
+    bundle = net.directory.parent / name
+    answer = net.run(PROMPT, "--max-tokens", "40", "--bundle", str(bundle))
+    assert len(answer["token_ids"]) == 40
+    report = net.json("verify", str(bundle), "--network", str(net.network))
+    assert report["outcome"] == "verified", report
+    claims = {claim["name"]: claim for claim in report["claims"]}
+    assert claims["witnesses"]["ok"] is True
+
+
+async def books(network: NetworkFile, net: Net) -> list[tuple[int, int, int]]:
+    """Available and pending of the client, and entries, of each authority."""
+    issuer = load_key(net.directory / "issuer" / "issuer.key")
+    account = load_key(net.account / "identity.key").peer_id
+    rows = []
+    for authority in network.authorities:
+        ledger = RemoteLedger(authority)
+        now_ms = time.time_ns() // 1_000_000
+        query = AccountQuery(network_id=network.network_id, account=account, issued_ms=now_ms)
+        state = await ledger.account(seal(issuer, query))
+        entries = [payload async for payload in ledger.export()]
+        rows.append((state.available, state.pending, len(entries)))
+        await ledger.close()
+    return rows
+
+
+async def until_equal(network: NetworkFile, net: Net) -> list[tuple[int, int, int]]:
+    async with asyncio.timeout(60):
+        while len(set(rows := await books(network, net))) > 1:  # noqa: ASYNC110 - other processes
+            await asyncio.sleep(0.5)
+    return rows
+
+
+def test_one_of_four_may_die_and_come_back(committee: Net) -> None:
+    network = load_network_file(committee.network)
+    assert len(network.authorities) == 4
+    assert (len(network.witnesses), network.witness_quorum) == (3, 2)
+    verified(committee, "all.json")
+    committee.control("kill", "ledger-2")
+    verified(committee, "without-one.json")
+    committee.control("restart", "ledger-2")
+    # What it missed waits with the client and the stages; a client brings it when it runs.
+    verified(committee, "with-it-again.json")
+    rows = asyncio.run(until_equal(network, committee))
+    assert rows[0][1] == 0 and rows[0][2] >= 5
+    for number, authority in enumerate(network.authorities, 1):
+        log = committee.directory / "nodes" / f"ledger-{number}" / "log"
+        note = (log / "checkpoint").read_text()
+        checkpoint = open_checkpoint(note, authority.log_origin, authority.log_key)
+        tree = Tree(map(leaf_hash, entries_of_folder(log, checkpoint.size)))
+        assert tree.root() == checkpoint.root
+
+
+def test_a_ledger_key_is_rotated_and_revoked_without_a_failed_request(committee: Net) -> None:
+    network = load_network_file(committee.network)
+    folder = committee.directory / "nodes" / "node-2"
+    common = ("--data-dir", str(folder))
+    assert committee.json("node", "rotate-key", *common) == {"serial": 2}
+    serials = set()
+    for number in range(3):
+        bundle = committee.directory.parent / f"rotated-{number}.json"
+        verified(committee, bundle.name)
+        serials |= stage_serials(bundle, load_key(folder / "identity.key").peer_id)
+    assert 2 in serials
+    revoked = committee.json("node", "revoke-key", *common, "--network", str(committee.network))
+    assert revoked["serial_min"] == 2 and revoked["told"] >= 4
+    asyncio.run(until_refused(network, folder))
+    verified(committee, "after.json")
+
+
+def stage_serials(bundle: Path, peer: str) -> set[int]:
+    """Serials of a peer's certificates, wherever they stand in a bundle."""
+    found, waiting = set(), [json.loads(bundle.read_text())]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict) and item.get("payload_type") == CERT_TYPE:
+            cert = NodeKeyCert.FromString(b64decode(item["payload"]))
+            if cert.peer_id == peer:
+                found.add(cert.serial)
+        elif isinstance(item, dict | list):
+            waiting += item.values() if isinstance(item, dict) else item
+    return found
+
+
+async def until_refused(network: NetworkFile, folder: Path) -> None:
+    """Until every authority refuses the voided key, within the promised minute."""
+    peer, old = load_key(folder / "identity.key"), load_key(folder / "ledger.key")
+    async with asyncio.timeout(60):
+        for authority in network.authorities:
+            ledger = RemoteLedger(authority)
+            while True:
+                now_ms = time.time_ns() // 1_000_000
+                cert = make_key_cert(peer, old.public, network.network_id, now_ms, 10**6, 1)
+                query = AccountQuery(
+                    network_id=network.network_id, account=peer.peer_id, issued_ms=now_ms
+                )
+                try:
+                    await ledger.account(seal(old, query), cert)
+                except LedgerError as error:
+                    assert "revoked" in str(error) or "newer" in str(error)
+                    if "revoked" in str(error):
+                        break
+                await asyncio.sleep(0.2)
+            await ledger.close()

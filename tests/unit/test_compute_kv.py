@@ -1,0 +1,267 @@
+"""Keys and values in pages: sharing, copying on write, parking, and a bound that holds.
+
+Slow because torch takes seconds to import.
+"""
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from plait.compute.load import load_stage
+from plait.compute.pages import PAGE_TOKENS, prefix_hashes
+from plait.compute.port import Done, Work
+from plait.errors import CapacityError, LocalProtocolError
+from plait.model import catalog
+from plait.model.local import LocalModel
+from plait.types import Sampling, SessionId, Span
+
+if TYPE_CHECKING:
+    from plait.compute.stage import TorchStage
+
+pytestmark = pytest.mark.slow
+
+ONE, TWO, THREE = (SessionId(bytes([digit]) * 16) for digit in (49, 50, 51))
+ALICE, BOB = "12D3KooWalice", "12D3KooWbob"
+PROMPT = tuple(range(40, 93))  # three pages and five tokens
+HASHES = prefix_hashes(PROMPT)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(catalog.MODELS_DIR_VARIABLE, str(tmp_path_factory.mktemp("models")))
+        return catalog.load("tiny-random")
+
+
+@pytest.fixture(params=["fp32", "int4"])
+def stage(local: LocalModel, request: pytest.FixtureRequest) -> "TorchStage":
+    stage = load_stage(local, Span(0, 8), request.param, kv_tokens_max=20 * PAGE_TOKENS)
+    stage.reserve(ONE, 80, Sampling())
+    return stage
+
+
+def step(stage: "TorchStage", session: SessionId, at: int, ids: tuple[int, ...]) -> Done:
+    (done,) = stage.step([Work(session, at, ids, None, sample=True)])
+    assert done.error is None
+    return done
+
+
+def prefilled(stage: "TorchStage", session: SessionId) -> Done:
+    """As one that reuses pages computes: whole pages first, then the rest."""
+    step(stage, session, 0, PROMPT[:48])
+    return step(stage, session, 48, PROMPT[48:])
+
+
+def test_a_published_prefix_is_used_by_the_same_tenant_only(stage: "TorchStage") -> None:
+    wanted = prefilled(stage, ONE)
+    stage.publish_prefix(ONE, ALICE, HASHES)
+    stage.free(ONE)
+    for tenant, tokens in ((ALICE, 48), (BOB, 0)):
+        stage.reserve(TWO, 80, Sampling())
+        assert stage.adopt_prefix(TWO, tenant, HASHES) == tokens
+        if tokens:
+            assert step(stage, TWO, 48, PROMPT[48:]) == wanted
+        stage.free(TWO)
+    assert stage.kv_tokens_free == stage.kv_tokens_total
+
+
+def test_shared_pages_are_stored_once(stage: "TorchStage") -> None:
+    prefilled(stage, ONE)
+    stage.publish_prefix(ONE, ALICE, HASHES)
+    stage.reserve(TWO, 80, Sampling())
+    assert stage.kv_tokens_free == (20 - 10) * PAGE_TOKENS
+    stage.adopt_prefix(TWO, ALICE, HASHES)
+    step(stage, TWO, 48, PROMPT[48:])
+    assert stage.kv_tokens_free == (20 - 7) * PAGE_TOKENS
+
+
+def test_writing_into_a_shared_prefix_copies_it(stage: "TorchStage") -> None:
+    prefilled(stage, ONE)
+    following = [step(stage, ONE, 53 + index, (60 + index,)) for index in range(3)]
+    stage.publish_prefix(ONE, ALICE, HASHES)
+    stage.reserve(TWO, 80, Sampling())
+    stage.adopt_prefix(TWO, ALICE, HASHES)
+    step(stage, TWO, 48, PROMPT[48:])
+    step(stage, TWO, 20, (7,) * 30)  # in the middle of the second page
+    assert [step(stage, ONE, 53 + index, (60 + index,)) for index in range(3)] == following
+    stage.reserve(THREE, 80, Sampling())
+    prefilled(stage, THREE)
+    alone = step(stage, THREE, 20, (7,) * 30)
+    assert step(stage, TWO, 20, (7,) * 30) == alone
+
+
+def test_less_of_a_prefix_may_be_used_than_was_found(stage: "TorchStage") -> None:
+    prefilled(stage, ONE)
+    stage.publish_prefix(ONE, ALICE, HASHES)
+    stage.reserve(TWO, 80, Sampling())
+    assert stage.adopt_prefix(TWO, ALICE, HASHES) == 48
+    shorter = step(stage, TWO, 21, PROMPT[21:])
+    assert stage.kv_tokens_free == (20 - 9) * PAGE_TOKENS
+    step(stage, ONE, 21, PROMPT[21:])
+    assert step(stage, ONE, 21, PROMPT[21:]) == shorter
+
+
+def test_a_session_that_publishes_may_write_there_again(stage: "TorchStage") -> None:
+    prefilled(stage, ONE)
+    stage.publish_prefix(ONE, ALICE, HASHES)
+    free = stage.kv_tokens_free
+    step(stage, ONE, 20, (7,) * 30)
+    assert stage.kv_tokens_free == free
+    stage.reserve(TWO, 80, Sampling())
+    assert stage.adopt_prefix(TWO, ALICE, HASHES) == 16  # the rest was overwritten
+
+
+def test_prefixes_make_room_for_sessions(stage: "TorchStage") -> None:
+    prefilled(stage, ONE)
+    stage.publish_prefix(ONE, ALICE, HASHES)
+    stage.free(ONE)
+    stage.reserve(TWO, 19 * PAGE_TOKENS, Sampling())
+    stage.reserve(THREE, PAGE_TOKENS, Sampling())
+    assert stage.adopt_prefix(THREE, ALICE, HASHES) == 0
+
+
+def test_what_is_not_cached_can_neither_be_published_nor_adopted_over(stage: "TorchStage") -> None:
+    with pytest.raises(LocalProtocolError, match="not cached"):
+        stage.publish_prefix(ONE, ALICE, HASHES)
+    step(stage, ONE, 0, PROMPT)
+    with pytest.raises(LocalProtocolError, match="cannot adopt"):
+        stage.adopt_prefix(ONE, ALICE, HASHES)
+
+
+def test_a_parked_session_goes_on_as_if_nothing_had_happened(stage: "TorchStage") -> None:
+    prefilled(stage, ONE)
+    wanted = step(stage, ONE, 53, (9,))
+    stage.park(ONE)
+    assert stage.kv_tokens_free == stage.kv_tokens_total
+    (refused,) = stage.step([Work(ONE, 53, (9,), None, sample=True)])
+    assert isinstance(refused.error, LocalProtocolError)
+    stage.reserve(TWO, 18 * PAGE_TOKENS, Sampling())
+    step(stage, TWO, 0, tuple(range(100, 260)))
+    with pytest.raises(CapacityError):
+        stage.resume(ONE)
+    stage.free(TWO)
+    stage.resume(ONE)
+    stage.resume(ONE)
+    assert step(stage, ONE, 53, (9,)) == wanted
+    stage.park(ONE)
+    stage.free(ONE)
+    stage.resume(ONE)
+    assert stage.kv_tokens_free == stage.kv_tokens_total
+
+
+def test_scattered_pages_hold_what_neighbouring_ones_do(local: LocalModel) -> None:
+    stage = load_stage(local, Span(0, 8), "int4", kv_tokens_max=6 * PAGE_TOKENS)
+    small = [SessionId(bytes([index]) * 16) for index in range(6)]
+    stage.reserve(ONE, 64, Sampling())
+    wanted = [prefilled(stage, ONE), step(stage, ONE, 53, (9,)), step(stage, ONE, 50, (1, 2, 3))]
+    stage.free(ONE)
+    for session in small:
+        stage.reserve(session, PAGE_TOKENS, Sampling())
+    for session in (small[0], small[2], small[3], small[5]):
+        stage.free(session)
+    stage.reserve(ONE, 64, Sampling())
+    again = [prefilled(stage, ONE), step(stage, ONE, 53, (9,)), step(stage, ONE, 50, (1, 2, 3))]
+    assert again == wanted
+
+
+def test_the_room_on_disk_is_bounded(local: LocalModel) -> None:
+    from plait.compute.kv import KvCache, KvLayout
+    from plait.compute.spill import Spill
+
+    spill = Spill(bytes_max=10_000)
+    cache = KvCache(KvLayout(Span(0, 2), 2, 8), 640, spill=spill)
+    assert cache.layout.position_bytes == 256
+    for session, length in ((ONE, 30), (TWO, 20)):
+        cache.reserve(session, 40, Sampling())
+        kv = cache.get(session)
+        assert kv is not None
+        kv.length = length
+    cache.park(ONE)
+    assert spill.bytes_used == 30 * 256
+    with pytest.raises(CapacityError, match="disk"):
+        cache.park(TWO)
+    cache.free(ONE)
+    cache.park(TWO)
+    assert spill.bytes_used == 20 * 256
+    cache.resume(TWO)
+    assert spill.bytes_used == 0
+
+
+def test_pages_freed_during_a_step_are_given_back_after_it() -> None:
+    from plait.compute.kv import KvCache, KvLayout
+
+    cache = KvCache(KvLayout(Span(0, 1), 1, 2), 64)
+    cache.reserve(ONE, 64, Sampling())
+    with cache.computing([ONE]):
+        cache.free(ONE)
+        with pytest.raises(CapacityError):
+            cache.reserve(TWO, 1, Sampling())
+    cache.reserve(TWO, 64, Sampling())
+
+
+FLOOD = """
+import resource, sys
+import torch
+from plait.compute.kv import KvCache, KvLayout
+from plait.errors import CapacityError
+from plait.types import Sampling, SessionId, Span
+
+def used_kb(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
+
+layout = KvLayout(Span(0, 30), 3, 64)
+cache = KvCache(layout, 2048)
+rows = torch.ones(1, 3, 48, 64)
+before_kb = used_kb("VmRSS")
+limit = used_kb("VmSize") * 1024 + (64 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+granted = refused = 0
+for number in range(1000):
+    session = SessionId(number.to_bytes(16, "big"))
+    try:
+        cache.reserve(session, 64, Sampling())
+    except CapacityError:
+        refused += 1
+        if refused % 20 == 0:
+            cache.free(SessionId((granted - 1).to_bytes(16, "big")))
+        continue
+    kv = cache.get(session)
+    kv.prepare(0, 48)
+    for layer in range(30):
+        kv.write(layer, 0, rows, rows)
+    kv.length = 48
+    granted += 1
+print(granted, refused, layout.position_bytes * 2048 // 1024, used_kb("VmRSS") - before_kb)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its own address space")
+def test_a_flood_of_sessions_stays_within_the_limit() -> None:
+    """A process that may take 64 MB more than its cache of 92 MB; the sessions asked for
+    2.8 GB."""
+    finished = subprocess.run(
+        [sys.executable, "-c", FLOOD], capture_output=True, text=True, check=True
+    )
+    granted, refused, limit_kb, grown_kb = map(int, finished.stdout.split())
+    assert granted >= 32
+    assert granted + refused == 1000
+    assert grown_kb <= limit_kb + 32 * 1024
+
+
+def test_the_size_of_what_was_parked_is_checked() -> None:
+    import torch
+
+    from plait.compute.spill import Spill
+
+    spill = Spill()
+    spill.write(ONE, [torch.ones(2), torch.zeros(4)])
+    found = [torch.zeros(3), torch.ones(3)]
+    spill.read(ONE, found)
+    assert [strip.tolist() for strip in found] == [[1, 1, 0], [0, 0, 0]]
+    for size in (5, 7):
+        with pytest.raises(LocalProtocolError, match="24 bytes"):
+            spill.read(ONE, [torch.ones(size)])
+    spill.drop(ONE)

@@ -1,0 +1,328 @@
+"""Keys, holds and usage: nothing is overspent, and nothing is forgotten in a crash."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from plait.errors import CapacityError, SessionLost
+from plait.gateway.app import Gateway
+from plait.gateway.budgets import Key, Rate, day_of, period_start
+from plait.gateway.config import GatewayConfig
+from plait.gateway.key_store import KEYS_FILE, Cashier, KeyStore, OverBudget, Spent, has_keys
+from plait.model import catalog
+from plait.testing.upstream import FakeUpstream, peer_at
+from plait.types import Span
+
+MODEL = "tiny-random"
+WEDNESDAY_MS = 1_795_564_800_000  # 2026-11-25
+DAY_MS = 86_400_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(catalog.MODELS_DIR_VARIABLE, str(tmp_path_factory.mktemp("models")))
+        yield
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "client" / KEYS_FILE
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[KeyStore]:
+    opened = KeyStore(path)
+    yield opened
+    opened.close()
+
+
+def hold(store: KeyStore, key: Key, amount: int, now_ms: int = WEDNESDAY_MS) -> int | OverBudget:
+    [found] = store.transact([lambda: store.hold(key, MODEL, amount, now_ms, 1_000)])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("period", "start"),
+    [
+        ("day", "2026-11-25"),
+        ("week", "2026-11-23"),
+        ("month", "2026-11-01"),
+        ("total", "0000-00-00"),
+    ],
+)
+def test_periods_begin_where_people_expect(period: Any, start: str) -> None:
+    assert day_of(WEDNESDAY_MS) == "2026-11-25"
+    assert period_start(period, WEDNESDAY_MS + DAY_MS - 1) == start
+
+
+def test_a_rate_fills_evenly() -> None:
+    rate = Rate.full(2, 0.0)
+    assert [rate.take(0.0) for _ in range(3)] == [True, True, False]
+    assert (rate.remaining, rate.next_s, rate.reset_s) == (0, 30.0, 60.0)
+    assert rate.take(30.0)
+    assert not rate.take(59.0)
+    assert rate.take(10_000.0)
+    assert rate.remaining == 1
+
+
+def test_a_key_is_found_by_its_secret_until_it_is_revoked(path: Path, store: KeyStore) -> None:
+    key = Key(
+        id="key-1",
+        label="editor",
+        team="physics",
+        budget=5,
+        rate=9,
+        models=frozenset({MODEL}),
+        peers=frozenset({"p"}),
+        qos="batch",
+        created_ms=7,
+    )
+    secret = store.create(key)
+    assert secret.encode() not in path.read_bytes() + Path(f"{path}-wal").read_bytes()
+    assert path.stat().st_mode & 0o077 == 0
+    assert store.find(secret) == key
+    assert store.find(secret + "x") is None
+    assert store.revoke("key-1", 8)
+    assert not store.revoke("key-1", 9)
+    assert store.find(secret) is None
+    assert [known.revoked_ms for known in store.all_keys()] == [8]
+    assert has_keys(path)
+
+
+def test_holds_count_like_money_and_settle_to_what_was_used(store: KeyStore) -> None:
+    key = Key(id="k", budget=100, period="day")
+    first = hold(store, key, 60)
+    assert isinstance(first, int)
+    assert hold(store, key, 41) == OverBudget(41, 40)
+    assert isinstance(hold(store, key, 40), int)
+    store.transact([lambda: store.settle(first, Spent(3, 4, 10))])
+    assert store.spent(key, WEDNESDAY_MS) == 50
+    assert hold(store, key, 51) == OverBudget(51, 50)
+    store.transact([lambda: store.settle(first, Spent(3, 4, 10))])  # twice is once
+    assert store.spent(key, WEDNESDAY_MS) == 50
+
+
+def test_a_hold_nobody_settles_is_charged_in_full(path: Path, store: KeyStore) -> None:
+    key = Key(id="k", budget=100, period="day")
+    store.create(key)
+    hold(store, key, 60)
+    other = KeyStore(path)  # another process, after a crash
+    assert other.spent(key, WEDNESDAY_MS) == 60
+    assert hold(other, key, 41, WEDNESDAY_MS + 2_000) == OverBudget(41, 40)
+    [row] = other.usage()
+    assert (row.cost, row.requests, row.day) == (60, 1, "2026-11-25")
+    assert other.spent(key, WEDNESDAY_MS + DAY_MS) == 0
+    assert isinstance(hold(other, key, 100, WEDNESDAY_MS + DAY_MS), int)
+    other.close()
+
+
+def test_a_failed_transaction_changes_nothing(store: KeyStore) -> None:
+    key = Key(id="k", budget=100)
+
+    def fail() -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        store.transact([lambda: store.hold(key, MODEL, 50, WEDNESDAY_MS, 1), fail])
+    assert store.spent(key, WEDNESDAY_MS) == 0
+
+
+@pytest.mark.parametrize("gateways", [1, 3])
+async def test_two_hundred_at_once_against_a_budget_for_twenty(path: Path, gateways: int) -> None:
+    key = Key(id="k", budget=20 * 50 + 49)
+    cashiers = [Cashier(path, lambda: WEDNESDAY_MS, 1_000) for _ in range(gateways)]
+    held = await asyncio.gather(
+        *(cashiers[number % gateways].hold(key, MODEL, 50) for number in range(200))
+    )
+    assert sum(isinstance(found, int) for found in held) == 20
+    for cashier in cashiers:
+        cashier.close()
+
+
+# Through the gateway ------------------------------------------------------------------
+
+
+class Served:
+    """A gateway with managed keys."""
+
+    def __init__(self, path: Path, upstream: FakeUpstream) -> None:
+        self.upstream = upstream
+        self.gateway = Gateway(upstream, "net", GatewayConfig(key_store=path))
+        self.app = self.gateway.app()
+
+    async def chat(self, secret: str, **fields: Any) -> tuple[int, dict[str, str], Any]:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]} | fields
+        return await self.post("/v1/chat/completions", secret, body)
+
+    async def post(self, path: str, secret: str, body: Any) -> tuple[int, dict[str, str], Any]:
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "query_string": b"",
+            "headers": [
+                (b"content-type", b"application/json"),
+                (b"x-api-key", secret.encode()),
+            ],
+        }
+        messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
+        status, headers, data = 0, {}, b""
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            return await asyncio.Future()
+
+        async def send(message: Any) -> None:
+            nonlocal status, headers, data
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = {name.decode(): value.decode() for name, value in message["headers"]}
+            data += message.get("body", b"")
+
+        await self.app(scope, receive, send)
+        return status, headers, json.loads(data) if data.startswith(b"{") else data
+
+
+def made(path: Path, **terms: Any) -> str:
+    store = KeyStore(path)
+    secret = store.create(Key(id=f"key-{len(store.all_keys())}", **terms))
+    store.close()
+    return secret
+
+
+def usage_of(path: Path) -> list[tuple[int, int, int]]:
+    store = KeyStore(path)
+    rows = [(row.requests, row.completion_tokens, row.cost) for row in store.usage()]
+    store.close()
+    return rows
+
+
+async def test_a_budget_holds_against_many_requests_at_once(path: Path) -> None:
+    upstream = FakeUpstream(gate=asyncio.Event())
+    price = upstream.plan(MODEL, 18, _options(3)).predicted.price_microcredits
+    most = round(1.5 * price) + 1
+    upstream.cost = most
+    secret = made(path, budget=20 * most, period="total")
+    served = Served(path, upstream)
+
+    refusals = 0
+
+    async def ask() -> tuple[int, dict[str, str], Any]:
+        nonlocal refusals
+        reply = await served.chat(secret, max_tokens=3)
+        refusals += reply[0] == 402
+        if refusals == 180 and upstream.gate is not None:
+            upstream.gate.set()  # the twenty run until all others were refused
+        return reply
+
+    async with asyncio.timeout(20):
+        replies = await asyncio.gather(*(ask() for _ in range(200)))
+    statuses = [status for status, _, _ in replies]
+    assert (statuses.count(200), statuses.count(402)) == (20, 180)
+    refused = next(body for status, _, body in replies if status == 402)
+    assert refused["error"]["code"] == "insufficient_quota"
+    assert len(upstream.asked) == 20
+    assert {ask.options.max_price for ask in upstream.asked} == {most}
+    assert (await served.chat(secret, max_tokens=3))[0] == 402
+    served.gateway.close()
+    assert usage_of(path) == [(20, 60, 20 * most)]
+
+
+def _options(max_tokens: int) -> Any:
+    from plait.client import Options
+
+    return Options(max_tokens=max_tokens)
+
+
+async def test_what_fails_is_charged_for_what_was_delivered(path: Path) -> None:
+    secret = made(path, budget=10**9)
+    for error, after, tokens in ((CapacityError("full"), 0, 0), (SessionLost("gone"), 2, 2)):
+        served = Served(path, FakeUpstream(error=error, after=after))
+        assert (await served.chat(secret))[0] == 503
+        served.gateway.close()
+        assert usage_of(path)[0][1] == tokens
+    assert usage_of(path)[0][2] > 0
+
+
+async def test_a_key_keeps_to_its_models_peers_and_rate(path: Path) -> None:
+    here = str(peer_at(Span(0, 5)))
+    served = Served(path, FakeUpstream())
+    other = made(path, models=frozenset({"smollm2-135m"}))
+    status, _, body = await served.chat(other)
+    assert (status, body["error"]["code"]) == (403, "model_not_allowed")
+    bound = made(path, peers=frozenset({here}), qos="batch")
+    assert (await served.chat(bound))[0] == 200
+    ask = served.upstream.asked[-1]
+    assert (ask.options.only, ask.qos) == (frozenset({here}), "batch")
+    assert (await served.chat(bound, provider={"only": ["x"]}))[0] == 403
+    rated = made(path, rate=2)
+    replies = [await served.chat(rated) for _ in range(3)]
+    assert [status for status, _, _ in replies] == [200, 200, 429]
+    assert [headers["x-ratelimit-remaining-requests"] for _, headers, _ in replies] == [
+        "1",
+        "0",
+        "0",
+    ]
+    assert int(replies[2][1]["retry-after"]) in range(1, 31)
+    assert (await served.chat("plait-wrong"))[0] == 401
+    served.gateway.close()
+
+
+# The commands -------------------------------------------------------------------------
+
+
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from plait.cli import keys
+    from plait.cli import usage as usage_command
+
+    opened = tmp_path / KEYS_FILE
+    monkeypatch.setattr(keys, "open_store", lambda network: KeyStore(opened))
+    monkeypatch.setattr(usage_command, "open_store", lambda network: KeyStore(opened))
+    runner = CliRunner()
+    made_key = json.loads(
+        runner.invoke(
+            keys.app, ["create", "editor", "--team", "a", "--budget", "9", "--json"]
+        ).stdout
+    )
+    store = KeyStore(opened)
+    found = store.find(made_key["key"])
+    assert found is not None
+    assert (found.id, found.budget, found.team) == (made_key["id"], 9, "a")
+    number = hold(store, found, 5)
+    assert isinstance(number, int)
+    store.transact([lambda: store.settle(number, Spent(1, 2, 3))])
+    store.close()
+    [listed] = json.loads(runner.invoke(keys.app, ["ls", "--json"]).stdout)
+    assert (listed["budget"], "key" in listed) == (9, False)
+    assert "editor" in runner.invoke(keys.app, ["ls"]).stdout
+    app = _as_app(usage_command.usage)
+    [row] = json.loads(runner.invoke(app, ["--by", "team,day", "--json"]).stdout)
+    assert row == {
+        "team": "a",
+        "day": "2026-11-25",
+        "requests": 1,
+        "prompt_tokens": 1,
+        "completion_tokens": 2,
+        "cost": 3,
+    }
+    csv = runner.invoke(app, ["--csv", "-"]).stdout.splitlines()
+    assert csv[0] == "key,day,model,requests,prompt_tokens,completion_tokens,cost"
+    assert csv[1].endswith(f",2026-11-25,{MODEL},1,1,2,3")
+    assert runner.invoke(app, ["--by", "moon"]).exit_code != 0
+    assert runner.invoke(keys.app, ["revoke", made_key["id"]]).exit_code == 0
+    assert runner.invoke(keys.app, ["revoke", made_key["id"]]).exit_code != 0
+
+
+def _as_app(function: Any) -> Any:
+    import typer
+
+    app = typer.Typer()
+    app.command()(function)
+    return app
