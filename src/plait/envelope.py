@@ -36,6 +36,7 @@ _TYPE_NAMES = {
     "LimitOrder": "limit-order",
     "AccountQuery": "account-query",
     "BundleSeal": "bundle-seal",
+    "AuditVerdict": "audit-verdict",
     "ModelManifest": "model-manifest",
 }
 

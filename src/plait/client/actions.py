@@ -196,6 +196,10 @@ class OpenStages:
     context_ids: tuple[int, ...]
     timeout_ms: int
 
+    def neighbours(self, index: int) -> tuple[Offer, ...]:
+        """The offers of the stages before and after one."""
+        return self.offers[max(index - 1, 0) : index] + self.offers[index + 1 : index + 2]
+
 
 @dataclass(frozen=True, slots=True)
 class Reserve:

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from plait.client.actions import ConfirmStage
 from plait.client.driver import Accounting, SendFrame
+from plait.client.reroute import stage_terms
 from plait.identity import SigningKey
 from plait.ledger.certs import NOTHING_REVOKED
 from plait.ledger.client_books import EpochEvidence
@@ -12,7 +14,7 @@ from plait.network_file import Authority
 from plait.router.plan import Plan
 from plait.router.request import RouteRequest
 from plait.router.view import Offer
-from plait.types import ModelShape, PeerId, Qos, Sampling
+from plait.types import ModelShape, PeerId, Qos, Sampling, SessionId
 from plait.v1.identity_pb2 import SignedEnvelope
 
 RESERVATION_TTL_MS_MIN = 300_000
@@ -85,9 +87,55 @@ class Epoch:
             stage.peer for stage in self.terms.stages if stage.entered_epoch == self.terms.epoch
         )
 
+    @property
+    def expected_us(self) -> list[float]:
+        """Each stage's decode step by its own offer, for its part of the offered span."""
+        model = self.plan.model
+        return [
+            offer.decode_us * stage.priced_layers / model.priced_layers(offer.span)
+            for stage, offer in zip(self.terms.stages, self.offers, strict=True)
+        ]
+
+    def confirmations(self, voucher: SignedEnvelope | None) -> list[ConfirmStage]:
+        """What makes each stage ready: credit for those that enter, the best voucher for others."""
+        entered, ends = set(self.entered), (self.peers[0], self.peers[-1])
+        return [
+            ConfirmStage(
+                self.number,
+                peer,
+                self.reservation if peer in entered else None,
+                self.grant if peer in entered else None,
+                None if peer in entered else voucher,
+                cached_tokens=0,
+                link=peer in ends,
+            )
+            for peer in self.peers
+        ]
+
     def incarnation(self, peer: PeerId) -> int:
         """Of the offer a stage came with; 0 for a peer that is not in the route."""
         return next((offer.incarnation for offer in self.offers if offer.peer == peer), 0)
+
+
+def first_terms(
+    order: Order, party: Party, chosen: Plan, entropy: Callable[[int], bytes]
+) -> SessionTerms:
+    """The terms of a new session; ``entropy`` gives its id and salt."""
+    return SessionTerms(
+        network_id=party.network_id,
+        session_id=SessionId(entropy(16)),
+        epoch=1,
+        client=party.peer,
+        client_ledger_key=party.ledger_key.public,
+        model_digest=order.model.digest,
+        stages=tuple(stage_terms(stage) for stage in chosen.stages),
+        prompt_tokens=len(order.prompt_ids),
+        max_tokens=order.route.max_tokens,
+        chunk_tokens=order.accounting.chunk_tokens,
+        prefill_chunk_tokens=order.accounting.prefill_chunk_tokens,
+        handoff_salt=entropy(32),
+        qos=order.qos,
+    )
 
 
 def session_ms_max(chosen: Plan) -> int:

@@ -231,7 +231,7 @@ class Generation:
                 self._around.tasks,
                 self._report,
             )
-        self._pipeline.open(action)
+        self._pipeline.open(action, lambda offer: self._envelopes.get(offer.digest))
 
     def _require_pipeline(self) -> Pipeline:
         if self._pipeline is None:

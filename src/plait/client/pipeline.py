@@ -70,8 +70,10 @@ class Pipeline:
 
     # Calls --------------------------------------------------------------------------
 
-    def open(self, action: OpenStages) -> None:
-        """Ask every stage to hold the session."""
+    def open(
+        self, action: OpenStages, envelope_of: Callable[[Offer], SignedEnvelope | None]
+    ) -> None:
+        """Ask every stage to hold the session; it also gets its neighbours' signed offers."""
         terms = action.terms
         self._epoch, self._peers = terms.epoch, tuple(stage.peer for stage in terms.stages)
         for index, offer in enumerate(action.offers):
@@ -82,6 +84,8 @@ class Pipeline:
                 stage_index=index,
                 context_ids=action.context_ids if index == len(action.offers) - 1 else (),
             )
+            known = map(envelope_of, action.neighbours(index))
+            request.neighbour_offers.extend(one for one in known if one is not None)
             self._spawn(
                 self._open_one(terms.epoch, offer, request, action.timeout_ms / 1000),
                 f"open on {offer.peer}",

@@ -4,7 +4,7 @@ It notes who answered the closing of the epoch, whom to leave out, and since whe
 the stage that holds an unanswered frame; and it asks the router for the next route.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from plait.client.actions import EpochClosed
@@ -69,6 +69,26 @@ class Recovery:
         except NoRoute:
             survivors = self.survivors(epoch, confirmed=confirmed, slow=True)
             return self._route(epoch, asked, view, now_ms, survivors, slow=True), survivors
+
+    def route_without(
+        self,
+        epoch: Epoch,
+        asked: Asked,
+        view: View,
+        now_ms: int,
+        unwanted: Collection[PeerId],
+        position: int,
+    ) -> Plan:
+        """The way on if some stages that still work were left; raises ``NoRoute``."""
+        stages = tuple(zip(epoch.terms.stages, epoch.offers, strict=True))
+        stay = [
+            Survivor(stage, offer, position, position)
+            for stage, offer in stages
+            if stage.peer not in unwanted
+        ]
+        leave = [stage for stage, _ in stages if stage.peer in unwanted]
+        avoid = self.suspects.avoided(view, now_ms) | frozenset(unwanted)
+        return plan_again(asked, view, stay, avoid, leave[0].numeric_class, now_ms)
 
     def survivors(self, epoch: Epoch, *, confirmed: bool, slow: bool) -> list[Survivor]:
         """The stages that answered; with ``slow`` also those that are slow.

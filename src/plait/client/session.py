@@ -13,7 +13,7 @@ ledger.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from enum import Enum, auto
 
 from plait.client.actions import (
@@ -23,7 +23,6 @@ from plait.client.actions import (
     Cancelled,
     CloseEpoch,
     CloseStages,
-    ConfirmStage,
     EpochClosed,
     Event,
     Failed,
@@ -49,6 +48,7 @@ from plait.client.actions import (
     Ticked,
     Viewed,
 )
+from plait.client.calls import Answer, Calls
 from plait.client.credit import BoundedCredit
 from plait.client.driver import (
     Deliver,
@@ -58,10 +58,10 @@ from plait.client.driver import (
     FinishReason,
     SendFrame,
 )
-from plait.client.epoch import Epoch, Order, Party, session_ms_max
+from plait.client.epoch import Epoch, Order, Party, first_terms, session_ms_max
 from plait.client.pace import Pace
 from plait.client.recovery import Recovery
-from plait.client.reroute import Asked, Survivor, next_terms, plan_again, plan_first, stage_terms
+from plait.client.reroute import Asked, next_terms, plan_first
 from plait.client.suspects import Kind
 from plait.envelope import seal
 from plait.errors import (
@@ -80,7 +80,7 @@ from plait.ledger.opening import opening_to_message
 from plait.ledger.terms import SessionTerms
 from plait.router.plan import Plan
 from plait.router.view import Offer
-from plait.types import PeerId, SessionId
+from plait.types import PeerId
 from plait.v1.identity_pb2 import SignedEnvelope
 
 ATTEMPTS_MAX = 6
@@ -106,24 +106,6 @@ class _Phase(Enum):
     CLOSING = auto()
     REROUTING = auto()
     OVER = auto()
-
-
-@dataclass(slots=True)
-class _Calls:
-    """Answers that are due from the stages, and who failed."""
-
-    name: Call = "open"
-    due: set[PeerId] = field(default_factory=set)
-    failed: dict[PeerId, StageFailed] = field(default_factory=dict)
-
-
-_Answer = StageOpened | StageConfirmed | GrantShown | EpochClosed | StageFailed
-_CALL_OF: dict[type, Call] = {
-    StageOpened: "open",
-    StageConfirmed: "confirm",
-    GrantShown: "grant",
-    EpochClosed: "close-epoch",
-}
 
 
 class SessionCore:
@@ -158,7 +140,7 @@ class SessionCore:
         self._may_soon_agree = False
         self._newest: Epoch | None = None
         self._driven = 0
-        self._calls = _Calls()
+        self._calls = Calls("open", 0)
         self._opened_by: dict[PeerId, tuple[bytes, SignedEnvelope]] = {}
         self._books: ClientBooks | None = None
         self._new_voucher: SignedEnvelope | None = None
@@ -226,21 +208,17 @@ class SessionCore:
             case _Phase.LIVE if self._unwanted:
                 self._try_to_move(event)
 
-    def _on_answer(self, event: _Answer) -> None:
+    def _on_answer(self, event: Answer) -> None:
         """Note an answer of the calls that are out; with the last of them, go on."""
-        calls, peer = self._calls, event.peer
-        call = event.call if isinstance(event, StageFailed) else _CALL_OF[type(event)]
-        if not self._is_current(event.epoch) or call != calls.name or peer not in calls.due:
+        calls = self._calls
+        if not self._is_current(event.epoch) or not calls.take(event):
             return
-        calls.due.discard(peer)
         match event:
-            case StageFailed():
-                calls.failed[peer] = event
             case StageOpened():
                 self._take_cert(event)
             case EpochClosed():
-                self._recovery.states[peer] = event
-        if call == "close-epoch":
+                self._recovery.states[event.peer] = event
+        if calls.name == "close-epoch":
             if calls.due <= self._recovery.excluded:
                 self._cut()
         elif not calls.due:
@@ -259,13 +237,11 @@ class SessionCore:
                 self._grant_shown()
 
     def _calls_failed(self) -> None:
-        failed = self._calls.failed
-        first = next(iter(failed.values()))
         if self._driven == 0:
-            self._try_another_route(failed, first)
+            self._try_another_route(self._calls)
         else:
-            kinds = {peer: _kind(failure) for peer, failure in failed.items()}
-            self._trouble(kinds, f"{first.peer}: {first.reason}")
+            first = self._calls.first_failure
+            self._trouble(self._calls.kinds, f"{first.peer}: {first.reason}")
 
     def _on_tick(self) -> None:
         match self._phase:
@@ -282,10 +258,7 @@ class SessionCore:
                 self._out.append(AskView())
 
     def _time_out_calls(self) -> None:
-        calls = self._calls
-        for peer in calls.due:
-            calls.failed[peer] = self._failure(peer, "no answer in time")
-        calls.due.clear()
+        self._calls.fail(self._calls.due, "no answer in time")
         self._answered()
 
     # Opening ------------------------------------------------------------------------
@@ -300,22 +273,7 @@ class SessionCore:
             else:
                 self._fail(self._no_route(error))
             return
-        party = self._party
-        terms = SessionTerms(
-            network_id=party.network_id,
-            session_id=SessionId(self._entropy(16)),
-            epoch=1,
-            client=party.peer,
-            client_ledger_key=party.ledger_key.public,
-            model_digest=self.order.model.digest,
-            stages=tuple(stage_terms(stage) for stage in chosen.stages),
-            prompt_tokens=len(self.order.prompt_ids),
-            max_tokens=self.order.route.max_tokens,
-            chunk_tokens=self.order.accounting.chunk_tokens,
-            prefill_chunk_tokens=self.order.accounting.prefill_chunk_tokens,
-            handoff_salt=self._entropy(32),
-            qos=self.order.qos,
-        )
+        terms = first_terms(self.order, self._party, chosen, self._entropy)
         self._open(terms, chosen, tuple(stage.offer for stage in chosen.stages), OPEN_TIMEOUT_MS)
 
     def _no_route(self, error: PlaitError) -> PlaitError:
@@ -352,7 +310,7 @@ class SessionCore:
                 self._party.revoked(),
             )
         except (VerificationError, RemoteProtocolError) as error:
-            self._calls.failed[event.peer] = self._failure(event.peer, str(error))
+            self._calls.fail([event.peer], str(error))
             return
         self._opened_by[event.peer] = key, event.cert
 
@@ -414,28 +372,16 @@ class SessionCore:
             self._credit.enter(entered)
         self._phase = _Phase.CONFIRMING
         self._await("confirm", epoch.peers)
-        ends = epoch.peers[0], epoch.peers[-1]
-        self._out += [
-            ConfirmStage(
-                epoch.number,
-                peer,
-                epoch.reservation if peer in entered else None,
-                epoch.grant if peer in entered else None,
-                None if peer in entered else self.books.voucher,
-                cached_tokens=0,
-                link=peer in ends,
-            )
-            for peer in epoch.peers
-        ]
+        self._out += epoch.confirmations(self.books.voucher)
         self._out.append(SetTimer(self._now_ms + CONFIRM_TIMEOUT_MS))
 
-    def _try_another_route(self, failed: Mapping[PeerId, StageFailed], first: StageFailed) -> None:
+    def _try_another_route(self, calls: Calls) -> None:
         """Nothing was delivered yet: let go of everybody and begin anew."""
-        epoch = self.epoch
-        held = tuple(peer for peer in epoch.peers if peer not in failed)
+        epoch, first = self.epoch, calls.first_failure
+        held = tuple(peer for peer in epoch.peers if peer not in calls.failed)
         self._out += [CloseStages(epoch.number, held, None, "not opened"), SetTimer(None)]
-        for peer, failure in failed.items():
-            self._recovery.exclude(epoch, peer, _kind(failure), self._now_ms)
+        for peer, kind in calls.kinds.items():
+            self._recovery.exclude(epoch, peer, kind, self._now_ms)
         retry_after_s = first.retry_after_ms / 1000
         self._refusal = CapacityError(f"{first.peer}: {first.reason}", retry_after_s=retry_after_s)
         # A stage whose view lags behind ours says no to its neighbour, and soon yes.
@@ -459,7 +405,7 @@ class SessionCore:
         self._driven = epoch.number
         self._credit.stay(terms)
         self.driver.may_draft = not any(stage.prices.rejected_draft for stage in terms.stages)
-        self._pace = Pace(_expected_us(epoch), epoch.plan.predicted.ttft_s * 1000)
+        self._pace = Pace(epoch.expected_us, epoch.plan.predicted.ttft_s * 1000)
         if epoch.number > 1:
             route = ", ".join(f"{stage.peer[-6:]} {stage.span}" for stage in terms.stages)
             self._out.append(Note("rerouted", f"epoch {epoch.number}: {route}"))
@@ -578,25 +524,26 @@ class SessionCore:
         if not self._is_current(event.epoch):
             return
         if event.code != "draining":
-            self._lose(event.blamed, f"{event.blamed} failed: {event.code}: {event.reason}")
+            # Who has lost the session may well begin anew, unlike who is out of reach.
+            kind: Kind = "refused" if event.code == "unknown-session" else "gone"
+            self._lose(event.blamed, f"{event.blamed} failed: {event.code}: {event.reason}", kind)
             return
         self._unwanted[event.blamed] = "leaving"
         if self._phase is _Phase.LIVE:
             self._ask_to_move()
 
-    def _lose(self, peer: PeerId, reason: str) -> None:
+    def _lose(self, peer: PeerId, reason: str, kind: Kind = "gone") -> None:
         """A stage is out of the epoch."""
         calls, recovery = self._calls, self._recovery
         match self._phase:
             case _Phase.LIVE:
-                self._trouble({peer: "gone"}, reason)
+                self._trouble({peer: kind}, reason)
             case _Phase.CLOSING:
-                recovery.exclude(self.epoch, peer, "gone", self._now_ms)
+                recovery.exclude(self.epoch, peer, kind, self._now_ms)
                 if calls.due <= recovery.excluded:
                     self._cut()
             case _Phase.CONFIRMING:
-                calls.failed[peer] = self._failure(peer, reason)
-                calls.due.discard(peer)
+                calls.fail([peer], reason)
                 if not calls.due:
                     self._answered()
 
@@ -714,18 +661,10 @@ class SessionCore:
         self._unwanted = {peer: kind for peer, kind in unwanted.items() if kind == "leaving"}
         if not unwanted:
             return
-        stages = tuple(zip(epoch.terms.stages, epoch.offers, strict=True))
-        survivors = [
-            Survivor(stage, offer, position, position)
-            for stage, offer in stages
-            if stage.peer not in unwanted
-        ]
-        numeric_class = next(stage.numeric_class for stage, _ in stages if stage.peer in unwanted)
-        suspects = self._recovery.suspects
-        avoid = suspects.avoided(event.view, self._now_ms) | unwanted.keys()
+        asked, now_ms = self._asked, self._now_ms
         try:
-            better = plan_again(
-                self._asked, event.view, survivors, avoid, numeric_class, self._now_ms
+            better = self._recovery.route_without(
+                epoch, asked, event.view, now_ms, unwanted.keys(), position
             )
         except PlaitError:
             return
@@ -776,20 +715,4 @@ class SessionCore:
         return self._newest is not None and self._newest.number == number
 
     def _await(self, name: Call, peers: Iterable[PeerId]) -> None:
-        self._calls = _Calls(name, set(peers))
-
-    def _failure(self, peer: PeerId, reason: str) -> StageFailed:
-        return StageFailed(self.epoch.number, peer, self._calls.name, "", reason, gone=True)
-
-
-def _kind(failure: StageFailed) -> Kind:
-    return "gone" if failure.gone else "refused"
-
-
-def _expected_us(epoch: Epoch) -> list[float]:
-    """Each stage's decode step by its own offer, for its part of the offered span."""
-    model = epoch.plan.model
-    return [
-        offer.decode_us * stage.priced_layers / model.priced_layers(offer.span)
-        for stage, offer in zip(epoch.terms.stages, epoch.offers, strict=True)
-    ]
+        self._calls = Calls(name, self.epoch.number, set(peers))

@@ -40,11 +40,11 @@ the eye from every side, while red light passes almost straight. At sunset the p
 the air is longer: most of the blue has been scattered out of it before it arrives, and what
 is left is orange and red."""
 TASKS = {
-    "copy-edit": f"# Version 1\n\n{_CODE}\n# Version 2, with docstrings\n\nclass Account:\n",
+    "copy-edit": f"{_CODE}\n\n{_CODE.replace('amount', 'value')}\n\nclass Account:\n",
     "summarise": f"Summarise this text in two sentences:\n\n{_PROSE}",
     "chat": "Tell me something nice about an afternoon in the mountains.",
 }
-_RAW = {"copy-edit"}  # without a chat template: small models do not copy when told to
+_RAW = {"copy-edit"}  # without a chat template: small models copy by example, not when told to
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ class NgramDrafter:
 _DECAY = 0.95  # of what was seen, per traversal: about the last twenty count
 _GAIN_MIN = 1.04  # expected of drafts: less is within what is not known of their chance
 _PRIOR_TRIALS = 3.0
-_PRIORS = (0.4, 0.6, 0.9)  # acceptance of a draft after a match of 2, 4 and 8 ids or more
+_PRIORS = (0.4, 0.6, 0.85, 0.96)  # acceptance of a draft after a match of 2, 4, 8, 16 ids
 _ROW_COST = 0.15  # of a traversal: a further row, until measured
 _SPREAD_MIN = 0.08  # variance of rows from which a line is drawn
 _PLAIN_EVERY = 12  # traversals with drafts, until one without shows what a row costs
@@ -205,7 +205,7 @@ class DraftLength:
         self._skipped = 0
 
     def _kind(self, match_length: int) -> _Acceptance:
-        return self._kinds[(match_length >= 4) + (match_length >= 8)]
+        return self._kinds[(match_length >= 4) + (match_length >= 8) + (match_length >= 16)]
 
 
 class AdaptiveDrafter:

@@ -21,6 +21,7 @@ from plait.errors import ConfigError
 
 MODEL = "tiny-random"
 _TIMEOUT_S = 120.0
+_GOLDEN = 0.618034
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,9 +148,15 @@ async def _one(
 ) -> list[float]:
     """Seconds from sending a request to each token's arrival, of the second of three: all
     streams run then, and none starts with another."""
-    await asyncio.sleep(number / streams * tokens * plan.interval_ms / 1000)
+    await asyncio.sleep(offset_s(number, streams, tokens, plan.interval_ms))
     times = [await _ask(url, model, tokens) for _ in range(3)]
     return times[1]
+
+
+def offset_s(number: int, streams: int, tokens: int, interval_ms: float) -> float:
+    """When a stream starts: spread over an answer's length, and no two in step."""
+    steps = number / streams * tokens + number * _GOLDEN % 1
+    return steps * interval_ms / 1000
 
 
 async def _ask(url: str, model: str, tokens: int) -> list[float]:

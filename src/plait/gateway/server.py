@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from plait.client import AsyncClient
 from plait.errors import ConfigError
@@ -47,6 +48,19 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def server_config(app: ASGIApp) -> uvicorn.Config:
+    """How the application is served."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        timeout_graceful_shutdown=_LAST_WORDS_S,
+    )
+
+
 async def _serve(
     config: GatewayConfig,
     network: Path,
@@ -56,17 +70,7 @@ async def _serve(
 ) -> None:
     async with AsyncClient(network, account=account) as client:
         gateway = Gateway(ClientUpstream(client), client.network.network_id, config)
-        server = _Server(
-            uvicorn.Config(
-                gateway.app(),
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                lifespan="off",
-                timeout_graceful_shutdown=_LAST_WORDS_S,
-            )
-        )
+        server = _Server(server_config(gateway.app()))
 
         def stop() -> None:
             gateway.in_progress.close()

@@ -93,6 +93,8 @@ class Step:
     rows: int
     received: bytes
     sample: bool
+    drafts: int = 0
+    """Of the rows, the last ones that were guesses: the first draw is behind the row before."""
     sent_rows: int = 0
     sent: bytes | None = None
 
@@ -194,6 +196,7 @@ def _steps(epoch: OpenedEpoch, stage_index: int, *, challenged: bool) -> list[St
                 one.rows,
                 one.payload,
                 sample,
+                one.rows - 1 if one.first_position >= epoch.terms.prompt_tokens else 0,
                 answer.rows if answer is not None else 0,
                 answer.payload if answer is not None else None,
             )

@@ -40,7 +40,7 @@ from plait.types import Digest, Microcredits, PeerId, Qos, SessionId, Span, Toke
 from plait.v1.bundle_pb2 import BundleSeal
 from plait.v1.identity_pb2 import SignedEnvelope
 
-BUNDLE_FORMAT = "plait.bundle.v1"
+BUNDLE_FORMAT = "plait.bundle.v2"
 BUNDLE_BYTES_MAX = 64 * 2**20
 EPOCHS_MAX = 1_000
 

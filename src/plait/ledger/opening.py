@@ -54,9 +54,16 @@ def route_digest(terms: SessionTerms) -> Digest:
 
 
 def opening_to_message(
-    terms: SessionTerms, sampling: Sampling, issued_ms: int, expires_ms: int
+    terms: SessionTerms,
+    sampling: Sampling,
+    issued_ms: int,
+    expires_ms: int,
+    audit_commit: bytes = b"",
 ) -> session_pb2.SessionOpen:
-    """What the client signs to open a pipeline."""
+    """What the client signs to open a pipeline.
+
+    ``audit_commit`` commits to the nonce that it reveals for audits (``lottery``).
+    """
     return session_pb2.SessionOpen(
         network_id=terms.network_id,
         session_id=terms.session_id,
@@ -75,6 +82,7 @@ def opening_to_message(
         resume_position=terms.resume_position,
         qos=_QOS_TO_MESSAGE[terms.qos],
         start=_counts_to_message(terms.start),
+        audit_commit=audit_commit,
     )
 
 

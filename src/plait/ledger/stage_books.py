@@ -6,7 +6,9 @@ beyond what the client's best voucher pays for. When an epoch fails, ``close_epo
 for the chunk that was cut; ``next_epoch`` goes on with the books of a stage that stays.
 """
 
+import hashlib
 from dataclasses import dataclass
+from typing import Protocol
 
 from plait.envelope import digest, open_envelope, seal
 from plait.errors import LocalProtocolError, Overspend, RemoteProtocolError
@@ -16,7 +18,7 @@ from plait.ledger.progress import FrameCounts
 from plait.ledger.receipt import ChunkClose, draw_statement, receipt_message
 from plait.ledger.terms import SessionTerms
 from plait.ledger.voucher import amount_for, open_voucher, voucher_counts
-from plait.types import Microcredits, TokenCounts
+from plait.types import Digest, Microcredits, TokenCounts
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import SessionVoucher, SettlementRequest
 
@@ -27,6 +29,20 @@ class _Signed:
 
     close: ChunkClose
     envelope: SignedEnvelope
+
+
+class FrameLog(Protocol):
+    """Keeps what is committed to, so that it can be opened later."""
+
+    def received(
+        self, traversal: int, first_position: int, rows: int, payload: bytes, hashed: Digest
+    ) -> None:
+        """Keep a frame that came; ``hashed`` is its payload's SHA-256."""
+
+    def sent(
+        self, traversal: int, first_position: int, rows: int, payload: bytes, hashed: Digest
+    ) -> None:
+        """Keep what went out for a frame."""
 
 
 class StageBooks:
@@ -42,8 +58,10 @@ class StageBooks:
         stage_index: int,
         key: SigningKey,
         cap: Microcredits | None,
+        frames: FrameLog | None = None,
     ) -> None:
         self._terms = terms
+        self._frames = frames
         self._stage_index = stage_index
         self._key = key
         self._cap = cap
@@ -51,6 +69,7 @@ class StageBooks:
         self._output = HandoffChain(terms, stage_index + 1)
         self._fed: dict[int, tuple[int, int, int]] = {}
         """Traversal to first position, end, and rejected drafts before it; not yet paid for."""
+        self._replayed = 0
         self._next = terms.resume_position
         self._rejected = terms.start.rejected_draft
         self._cached = terms.start.cached_prompt
@@ -115,10 +134,22 @@ class StageBooks:
             raise Overspend(f"the work would cost {price} microcredits, the cap is {self._limit}")
 
     def received(self, traversal: int, first_position: int, rows: int, payload: bytes) -> None:
-        """Note a frame that came in; raises ``RemoteProtocolError`` if traversals do not rise."""
-        self._input.add(traversal, first_position, rows, payload)
+        """Note a frame that came in.
+
+        Raises ``RemoteProtocolError`` if traversals do not rise, or the session goes on at a
+        stage that is to be rebuilt before all was replayed to it: each of its receipts will
+        say that it was.
+        """
+        hashed = Digest(hashlib.sha256(payload).digest())
+        self._input.add_digest(traversal, first_position, rows, hashed)
+        if self._frames is not None:
+            self._frames.received(traversal, first_position, rows, payload, hashed)
         if self._is_replay(traversal):
+            self._replayed += rows
             return
+        due = self._terms.resume_position if self._terms.stages[self._stage_index].rebuilt else 0
+        if self._replayed != due:
+            raise RemoteProtocolError(f"{self._replayed} positions were replayed, not {due}")
         if self._terms.epoch == 1 and not self._fed and self._paid_close is None:
             self._next = self._cached = first_position
         self._rejected += max(self._next - first_position, 0)
@@ -131,7 +162,10 @@ class StageBooks:
         The last stage notes the drawn ids (``handoff.ids_payload``) with their number as
         ``rows`` and the first position of the frame.
         """
-        self._output.add(traversal, first_position, rows, payload)
+        hashed = Digest(hashlib.sha256(payload).digest())
+        self._output.add_digest(traversal, first_position, rows, hashed)
+        if self._frames is not None:
+            self._frames.sent(traversal, first_position, rows, payload, hashed)
 
     def draw_statement(self, traversal: int) -> SignedEnvelope:
         """Sign all ids drawn up to a traversal, for the last stage.
@@ -178,7 +212,9 @@ class StageBooks:
             self._cut = traversal, position, receipt
         return receipt
 
-    def next_epoch(self, terms: SessionTerms, stage_index: int) -> "StageBooks":
+    def next_epoch(
+        self, terms: SessionTerms, stage_index: int, frames: FrameLog | None = None
+    ) -> "StageBooks":
         """The books of the epoch that follows, for a stage that stays.
 
         Raises ``RemoteProtocolError`` if the terms are not those of the same stint.
@@ -193,7 +229,7 @@ class StageBooks:
         )
         if not same or terms.epoch <= self._terms.epoch:
             raise RemoteProtocolError("the terms of a stage that stays cannot change")
-        books = StageBooks(terms, stage_index, self._key, self._cap)
+        books = StageBooks(terms, stage_index, self._key, self._cap, frames)
         books._before = self
         return books
 

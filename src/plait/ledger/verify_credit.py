@@ -121,32 +121,52 @@ def _entry(parts: BundleParts, number: int, payload: bytes) -> Entry:
 
 
 def _check_reserve_entries(parts: BundleParts, entries: Sequence[Entry]) -> None:
-    """Each reservation was booked once, by its amount, into the hold of its epoch."""
+    """Each reservation was booked once, by its amount, into the hold of its epoch.
+
+    An epoch that was reserved for and never begun is not in the bundle; its hold is in
+    the journal all the same.
+    """
     if entries[0].kind != EntryKind.RESERVE:
         raise BadProof("the entries do not start with a reservation")
-    due = {}
-    for epoch in parts.epochs:
-        if epoch.reservation is not None:
-            amount = decode(epoch.reservation.payload, BudgetReservation).amount
-            due[digest(epoch.reservation.payload)] = (epoch, amount)
+    epochs = {_hold(epoch): epoch for epoch in parts.epochs}
+    booked: set[AccountId] = set()
     for entry in entries:
         if entry.kind != EntryKind.RESERVE:
             continue
-        if entry.cause not in due:
-            raise BadProof("a reserve entry was caused by another reservation")
-        epoch, amount = due.pop(Digest(entry.cause))
-        credited = [(line.account, line.credit) for line in entry.lines if line.credit]
-        if credited != [(_hold(epoch), amount)]:
-            raise BadProof(f"a reserve entry is not of the {amount} microcredits reserved")
-    granted = [epoch.terms.epoch for epoch, _ in due.values() if epoch.grant is not None]
-    if granted:
-        raise BadProof(f"the reservation of epoch {granted[0]} was granted, but not booked")
+        hold, amount = _filled_hold(parts, entry)
+        if hold in booked:
+            raise BadProof("an epoch was reserved for twice")
+        booked.add(hold)
+        if hold in epochs:
+            _check_reserve_entry(epochs[hold], entry, amount)
+    for hold, epoch in epochs.items():
+        if epoch.grant is not None and hold not in booked:
+            number = epoch.terms.epoch
+            raise BadProof(f"the reservation of epoch {number} was granted, but not booked")
+
+
+def _check_reserve_entry(epoch: EpochParts, entry: Entry, amount: int) -> None:
+    if epoch.reservation is None or entry.cause != digest(epoch.reservation.payload):
+        raise BadProof("a reserve entry was caused by another reservation")
+    reserved = decode(epoch.reservation.payload, BudgetReservation).amount
+    if amount != reserved:
+        raise BadProof(f"a reserve entry is not of the {reserved} microcredits reserved")
+
+
+def _filled_hold(parts: BundleParts, entry: Entry) -> tuple[AccountId, int]:
+    """The hold of the session that a reserve entry fills, and by how much."""
+    credited = [(line.account, line.credit) for line in entry.lines if line.credit]
+    prefix = hold_account(parts.terms.session_id, 0).removesuffix("0")
+    if len(credited) != 1 or not credited[0][0].startswith(prefix):
+        raise BadProof("a reserve entry does not fill one hold of the session")
+    return credited[0]
 
 
 def _replay(parts: BundleParts, entries: Sequence[Entry]) -> Counter[AccountId]:
     """Apply the entries to the session's holds; returns what each payee was paid."""
     client = AccountId(parts.terms.client)
-    held: Counter[AccountId] = Counter({_hold(epoch): 0 for epoch in parts.epochs})
+    reserves = [entry for entry in entries if entry.kind == EntryKind.RESERVE]
+    held = Counter({_filled_hold(parts, entry)[0]: 0 for entry in reserves})
     paid: Counter[AccountId] = Counter()
     voided: set[AccountId] = set()
     for entry in entries:

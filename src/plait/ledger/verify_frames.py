@@ -58,22 +58,28 @@ def check_coverage(parts: BundleParts, frames: Sequence[EpochFrames]) -> int:
     lack the receipts of the stages that were lost: that is missing evidence, not a lie.
     """
     last = parts.terms.prompt_tokens + len(parts.token_ids) - 1
-    layers = parts.epochs[0].terms.stages[-1].span.end
-    covered = [list[tuple[int, int]]() for _ in range(layers)]
-    for epoch, found in zip(parts.epochs, frames, strict=True):
-        for index, stage in enumerate(epoch.terms.stages):
-            reach = _reach(epoch, found, index)
-            if reach is not None:
-                for layer in range(stage.span.start, min(stage.span.end, layers)):
-                    covered[layer].append((_begin(epoch, stage), reach))
-    gaps = [(layer, gap) for layer in range(layers) if (gap := _gap(covered[layer], last))]
-    if not gaps:
-        return layers * last
-    layer, (start, end) = gaps[0]
-    what = f"nobody signed for layer {layer} at positions {start} to {end}"
-    if frames[-1].cut is None or any(gap[0] < _whole(parts, frames) for _, gap in gaps):
-        raise BadProof(what)
-    raise Absent(f"{what}: the answer was cut short there")
+    layers = parts.terms.stages[-1].span.end
+    signed = [
+        (stage.span, _intervals(epoch, stage, reach))
+        for epoch, found in zip(parts.epochs, frames, strict=True)
+        for index, stage in enumerate(epoch.terms.stages)
+        if (reach := _reach(epoch, found, index)) is not None
+    ]
+    short = ""
+    # Between two borders of spans every layer has the same hosts.
+    borders = sorted({0, *(span.start for span, _ in signed), *(span.end for span, _ in signed)})
+    for layer in [border for border in borders if border < layers]:
+        covered = [one for span, some in signed if span.start <= layer < span.end for one in some]
+        gap = _gap(covered, last)
+        if gap is None:
+            continue
+        what = f"nobody signed for layer {layer} at positions {gap[0]} to {gap[1]}"
+        if frames[-1].cut is None or gap[0] < _whole(parts, frames):
+            raise BadProof(what)
+        short = short or f"{what}: the answer was cut short there"
+    if short:
+        raise Absent(short)
+    return layers * last
 
 
 def _epoch_frames(parts: BundleParts, epoch: EpochParts, end: int) -> EpochFrames:
@@ -81,15 +87,18 @@ def _epoch_frames(parts: BundleParts, epoch: EpochParts, end: int) -> EpochFrame
     live = [frame for frame in epoch.frames if not frame[6]]
     cached = live[0][1] if live and terms.epoch == 1 else 0
     progress = Progress(terms, cached)
+    replays = len(epoch.frames) - len(live)
     closes: list[ChunkClose] = []
     drawn: list[tuple[int, ...]] = []
     ends: dict[int, int] = {}
-    starts = [frame[1] for frame in live[1:]] + [end]
+    starts = iter([*(frame[1] for frame in live[1:]), end])
     draws = terms.start.output
     for number, frame in enumerate(epoch.frames):
         traversal, first_position, rows, drafts, sample, close_chunk, replay = frame
         with about(f"frame {number}"):
-            _check_number(epoch, number, traversal, replay=replay)
+            expected = number if replay else terms.resume_position + number - replays
+            if traversal != expected:
+                raise BadProof(f"it is traversal {traversal}, not {expected}")
             taken = progress.take(
                 first_position,
                 rows,
@@ -101,7 +110,7 @@ def _epoch_frames(parts: BundleParts, epoch: EpochParts, end: int) -> EpochFrame
             if replay:
                 drawn.append(())
                 continue
-            after = starts.pop(0)
+            after = next(starts)
             count = _draws(terms.prompt_tokens, first_position, rows, sample, after)
             if not int(sample) <= count <= int(sample) * (1 + len(drafts)):
                 raise BadProof(f"{count} ids drawn do not fit a frame with {len(drafts)} drafts")
@@ -129,13 +138,6 @@ def _epoch_frames(parts: BundleParts, epoch: EpochParts, end: int) -> EpochFrame
     )
 
 
-def _check_number(epoch: EpochParts, number: int, traversal: int, *, replay: bool) -> None:
-    replays = sum(frame[6] for frame in epoch.frames)
-    expected = number if replay else epoch.terms.resume_position + number - replays
-    if traversal != expected:
-        raise BadProof(f"it is traversal {traversal}, not {expected}")
-
-
 def _check_replay(epoch: EpochParts, progress: Progress) -> None:
     terms = epoch.terms
     due = terms.resume_position if terms.stages[0].rebuilt and epoch.frames else 0
@@ -144,10 +146,11 @@ def _check_replay(epoch: EpochParts, progress: Progress) -> None:
 
 
 def _draws(prompt: int, first_position: int, rows: int, sample: bool, after: int) -> int:
-    if not sample:
-        return 0
-    if first_position < prompt:
-        return 1 if after == first_position + rows else -1
+    """How many ids a frame drew, by where the next one starts."""
+    if first_position < prompt and after != first_position + rows:
+        raise BadProof(f"what follows starts at position {after}, not {first_position + rows}")
+    if first_position < prompt or not sample:
+        return int(sample)
     return after - first_position
 
 
@@ -189,11 +192,14 @@ def _reach(epoch: EpochParts, frames: EpochFrames, stage_index: int) -> int | No
     return frames.ends[frames.closes[-1].traversal]
 
 
-def _begin(epoch: EpochParts, stage: StageTerms) -> int:
-    """The first position that a stage's receipts of an epoch speak for."""
-    if stage.replayed or stage.rebuilt or epoch.terms.epoch == 1:
-        return 0
-    return epoch.terms.resume_position
+def _intervals(epoch: EpochParts, stage: StageTerms, reach: int) -> list[tuple[int, int]]:
+    """The positions that a stage's receipts of an epoch speak for.
+
+    What was replayed when it entered is in each of its receipts. What is replayed to a
+    stage that stayed is not, and need not be: it signed for it before.
+    """
+    begin = 0 if epoch.terms.epoch == 1 else epoch.terms.resume_position
+    return [(0, stage.replayed), (begin, reach)]
 
 
 def _gap(intervals: Sequence[tuple[int, int]], last: int) -> tuple[int, int] | None:

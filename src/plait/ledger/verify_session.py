@@ -67,16 +67,21 @@ def check_succession(parts: BundleParts, openings: Sequence[tuple[Sampling, int]
     if parts.terms.epoch != 1:
         raise BadProof("the first epoch is missing")
     promised: dict[PeerId, int] = {}
-    seen: dict[int, EpochParts] = {}
+    before: SessionTerms | None = None
     for epoch in parts.epochs:
-        with about(f"epoch {epoch.terms.epoch}"):
-            _check_same_session(parts.terms, epoch.terms)
-            if seen and epoch.terms.epoch <= max(seen):
+        terms = epoch.terms
+        with about(f"epoch {terms.epoch}"):
+            _check_same_session(parts.terms, terms)
+            if before is not None and terms.epoch <= before.epoch:
                 raise BadProof("epoch numbers do not rise")
-            seen[epoch.terms.epoch] = epoch
-            for index, stage in enumerate(epoch.terms.stages):
+            stays = {} if before is None else {stage.peer: stage for stage in before.stages}
+            for index, stage in enumerate(terms.stages):
                 with about(f"stage {index}"):
-                    _check_stint(stage, seen, promised)
+                    if terms.entered(index):
+                        _check_carried(stage, promised)
+                    else:
+                        _check_stays(stage, stays)
+        before = terms
         promised.update(promised_in(epoch))
 
 
@@ -209,27 +214,22 @@ def _check_same_session(first: SessionTerms, terms: SessionTerms) -> None:
         raise BadProof(f"its {_difference(same, first)} is not the session's")
 
 
-def _check_stint(
-    stage: StageTerms, seen: Mapping[int, EpochParts], promised: Mapping[PeerId, int]
-) -> None:
-    """A stage that stays keeps its terms; one that enters carries what it was promised."""
-    entered = seen.get(stage.entered_epoch)
-    if entered is None:
-        raise BadProof(f"it entered in epoch {stage.entered_epoch}, which is not here")
-    if entered.terms.epoch == max(seen):
-        if stage.carried != promised.get(stage.peer, 0):
-            raise BadProof(
-                f"it carries {stage.carried} microcredits, "
-                f"{promised.get(stage.peer, 0)} were promised before"
-            )
-        return
-    for number in sorted(seen):
-        if number < stage.entered_epoch or number == max(seen):
-            continue
-        if not any(
-            replace(one, rebuilt=stage.rebuilt) == stage for one in seen[number].terms.stages
-        ):
-            raise BadProof(f"it has other terms than in epoch {number}")
+def _check_carried(stage: StageTerms, promised: Mapping[PeerId, int]) -> None:
+    """A stage that enters carries what it was promised before, whatever it did then."""
+    due = promised.get(stage.peer, 0)
+    if stage.carried != due:
+        raise BadProof(f"it carries {stage.carried} microcredits, {due} were promised before")
+
+
+def _check_stays(stage: StageTerms, before: Mapping[PeerId, StageTerms]) -> None:
+    """A stage that did not enter was in the epoch before, on the same terms."""
+    old = before.get(stage.peer)
+    if old is None:
+        raise BadProof(
+            f"it entered in epoch {stage.entered_epoch}, but was not there in the one before"
+        )
+    if replace(old, rebuilt=stage.rebuilt) != stage:
+        raise BadProof("it has other terms than in the epoch before")
 
 
 def _one_each(

@@ -176,6 +176,10 @@ class Gossip:
         except NetworkError as error:
             log.info("not published", reason=str(error))
 
+    def learn(self, envelope: SignedEnvelope) -> None:
+        """Take a message that came another way, by the same rules as gossip."""
+        self._handle(envelope)
+
     def _validate(self, data: bytes, forwarder: PeerId) -> Validation:
         verdict = self._handle(data, forwarder)
         if verdict.outcome == "reject":

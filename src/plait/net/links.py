@@ -115,8 +115,11 @@ class LinkMeter:
     async def _ping(self, measured: _Measured) -> None:
         stub = offer_pb2_grpc.DirectoryServiceStub(measured.channel)
         async with self._limit:
-            started_s = self._monotonic_s()
             try:
+                if not measured.rtts_us:
+                    # The first call connects: its time is not the link's.
+                    await stub.Probe(offer_pb2.ProbeRequest(), timeout=TIMEOUT_S)
+                started_s = self._monotonic_s()
                 await stub.Probe(offer_pb2.ProbeRequest(), timeout=TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 self._failed(measured, error)

@@ -116,6 +116,7 @@ def examine(opening: Opening, me: StageIdentity, view: View, now_ms: int) -> Sta
         stage_index=opening.stage_index,
         client_cert=opening.client_cert,
         expires_ms=now_ms + HOLD_MS,
+        audit_commit=opening.message.audit_commit,
     )
     _check_own_stage(session, me, offer)
     if session.tokens_max > me.context_length:
@@ -137,6 +138,8 @@ def examine_next(opening: Opening, known: StageSession, view: View) -> SessionTe
     terms, sampling = _terms(opening, before.numeric_class)
     if terms.client != known.terms.client or sampling != known.sampling:
         raise RemoteProtocolError("a session keeps its client and its sampling")
+    if opening.message.audit_commit != known.audit_commit:
+        raise RemoteProtocolError("a session keeps what its client committed to for audits")
     sizes, earlier = _sizes(terms), _sizes(known.terms)
     if sizes != earlier:
         raise RemoteProtocolError("a session keeps its model and its sizes")

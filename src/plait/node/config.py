@@ -52,8 +52,12 @@ class NodeConfig:
     """Memory for the rows that a replacement of the next stage would be rebuilt from."""
     spill_mb: int = 4096
     """Disk for what of them does not fit in memory."""
-    retain_inputs: bool = False
-    """Keep what was received too, so that an auditor can ask for it."""
+    retain_inputs: bool = True
+    """Keep what is committed to, frame by frame, so that an auditor can ask for it."""
+    tape_mb: int = 2048
+    """Disk for that."""
+    audit_window_s: int = 900
+    """How long it is kept after a session has ended."""
     extra_bootstrap: tuple[str, ...] = field(default=())
     """More multiaddrs to dial than the network file names."""
 

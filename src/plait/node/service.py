@@ -12,24 +12,40 @@ from plait.net.tls import caller_certificate
 from plait.node.stage_shell import ResponseOutbox, StageShell
 from plait.types import PeerId
 from plait.v1 import session_pb2, stage_pb2, stage_pb2_grpc
+from plait.v1.identity_pb2 import SignedEnvelope
 
 log = get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class StageServicer(stage_pb2_grpc.StageServiceServicer):
-    """``peer_of`` maps a caller's DER certificate to its peer id, None when unknown."""
+NEIGHBOURS_MAX = 2
 
-    def __init__(self, stage: StageShell, peer_of: Callable[[bytes], PeerId | None]) -> None:
+
+class StageServicer(stage_pb2_grpc.StageServiceServicer):
+    """``peer_of`` maps a caller's DER certificate to its peer id, None when unknown.
+
+    ``learn`` takes a signed offer that a client brings, by the rules of gossip.
+    """
+
+    def __init__(
+        self,
+        stage: StageShell,
+        peer_of: Callable[[bytes], PeerId | None],
+        learn: Callable[[SignedEnvelope], None],
+    ) -> None:
         self._stage = stage
         self._peer_of = peer_of
+        self._learn = learn
 
     async def Open(
         self, request: session_pb2.OpenRequest, context: Context
     ) -> session_pb2.OpenResponse:
         """Hold a session."""
         caller = await self._caller(context)
+        # A client may know of a neighbour what gossip has not brought here yet.
+        for offer in request.neighbour_offers[:NEIGHBOURS_MAX]:
+            self._learn(offer)
         try:
             return self._stage.core.open(request, caller)
         except PlaitError as error:

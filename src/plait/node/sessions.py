@@ -51,6 +51,8 @@ class StageSession:
     stage_index: int
     client_cert: SignedEnvelope
     expires_ms: int
+    audit_commit: bytes = b""
+    """What the client committed to for audits; empty if it will ask for none."""
     phase: Phase = "held"
     books: StageBooks | None = None
     reservation: SignedEnvelope | None = None

@@ -6,6 +6,7 @@ be done goes to the ports of ``ports``. The daemon drives it from one event loop
 another.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,10 @@ from plait.node.sessions import (
     SessionTable,
     StageSession,
 )
+from plait.node.tape import EpochTape, Tape
 from plait.node.wire import (
     decode_frame,
+    fault_message,
     onward_frame,
     result_message,
 )
@@ -73,8 +76,8 @@ class Stage:
 
     ``identify`` gives the identity to examine against; ``speeds_us`` the microseconds of a
     decode step and of a prompt token, for predictions. ``authorities`` are the ledger's,
-    ``trusted`` those of them that were not caught lying. ``retain_inputs`` keeps what was
-    received too, for audits.
+    ``trusted`` those of them that were not caught lying. ``tape`` keeps what audits ask for;
+    None keeps nothing, and no audit can be answered.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class Stage:
         speeds_us: Callable[[], tuple[int, int]],
         vocabulary: int,
         limits: Limits,
-        retain_inputs: bool = False,
+        tape: Tape | None = None,
     ) -> None:
         self.sessions = SessionTable(limits.sessions_max)
         self._compute = compute
@@ -111,7 +114,7 @@ class Stage:
         self._speeds_us = speeds_us
         self._vocabulary = vocabulary
         self._limits = limits
-        self._retain_inputs = retain_inputs
+        self.tape = tape
         self._queued_bytes: Counter[PeerId] = Counter()
         self._draining = False
 
@@ -244,9 +247,11 @@ class Stage:
             return session_pb2.ConfirmResponse(refusal=refusal(Refused("capacity", reason)))
         if session.books is None:
             key = self._settlement.key
-            books = StageBooks(session.terms, session.stage_index, key, credit.cap)
+            frames = self._frame_log(session)
+            books = StageBooks(session.terms, session.stage_index, key, credit.cap, frames)
         elif session.phase == "held":
-            books = session.books.next_epoch(session.terms, session.stage_index)
+            frames = self._frame_log(session)
+            books = session.books.next_epoch(session.terms, session.stage_index, frames)
         else:
             books = session.books
         if credit.cap is not None and not books.granted:
@@ -255,6 +260,12 @@ class Stage:
             session.activate(books, self._clock_ms())
             self._start(session)
         return session_pb2.ConfirmResponse()
+
+    def _frame_log(self, session: StageSession) -> EpochTape | None:
+        if self.tape is None:
+            return None
+        client = session.terms.client
+        return self.tape.begin(session.id, session.terms.epoch, client, session.audit_commit)
 
     def _is_current(self, confirming: Confirming) -> bool:
         session = confirming.session
@@ -326,6 +337,7 @@ class Stage:
                 raise RemoteProtocolError("the frame's epoch is over")
         except RemoteProtocolError as error:
             log.debug("frame dropped", peer=sender, reason=str(error))
+            self._disown(message, sender)
             return
         session.link = link
         try:
@@ -337,6 +349,16 @@ class Stage:
         except PlaitError as error:
             code = "credit" if isinstance(error, Overspend) else error.code
             self._fail(session, code, str(error))
+
+    def _disown(self, message: stage_pb2.Frame, sender: PeerId) -> None:
+        """Tell who sends frames of a session that is gone here, instead of leaving it to wait."""
+        session_id = SessionId(message.session_id)
+        if self.sessions.get(session_id) is not None:
+            return
+        me = self._identify().peer
+        fault = fault_message(session_id, message.epoch, me, "unknown-session", "it is gone here")
+        with contextlib.suppress(NetworkError, CapacityError):
+            self._links.send_up(sender, stage_pb2.LinkResponse(fault=fault))
 
     def _accept(self, session: StageSession, message: stage_pb2.Frame, sender: PeerId) -> None:
         if session.phase != "live":
@@ -356,9 +378,6 @@ class Stage:
             books.accept_voucher(frame.voucher)
         counts = session.admit_frame(frame)
         books.received(frame.traversal, frame.first_position, frame.rows, frame.payload)
-        if self._retain_inputs:
-            key: Key = (session.id, "input")
-            self.retained.put(key, frame.first_position, frame.rows, frame.payload)
         self.sessions.touch(session, self._clock_ms())
         job = Job(session, frame, counts, sender, self._monotonic_us())
         if frame.rows == 0:
@@ -548,6 +567,8 @@ class Stage:
 
     def expire(self) -> None:
         """End sessions whose time has passed. Call it a few times a second."""
+        if self.tape is not None:
+            self.tape.expire(self._clock_ms())
         for session in self.sessions.expired(self._clock_ms()):
             if session.orphaned:
                 self._client_gone(session)
@@ -604,3 +625,5 @@ class Stage:
         self.sessions.remove(session.id)
         self._compute.free(session.id)
         self.retained.free(session.id)
+        if self.tape is not None:
+            self.tape.end(session.id, self._clock_ms())

@@ -61,6 +61,7 @@ from plait.node.settlement import Settler
 from plait.node.spill import SpillFiles
 from plait.node.stage_shell import StageShell
 from plait.node.state import next_incarnation
+from plait.node.tape import Tape
 from plait.router.placement import choose_span
 from plait.router.view import Offer, View
 from plait.task_scope import TaskScope
@@ -265,6 +266,12 @@ def _retained(config: NodeConfig, spill: SpillFiles) -> Retained:
     )
 
 
+def _tape(config: NodeConfig, files: SpillFiles) -> Tape | None:
+    if not config.retain_inputs:
+        return None
+    return Tape(files, bytes_max=config.tape_mb * MEBIBYTE, window_ms=config.audit_window_s * 1000)
+
+
 class StageNode:
     """The running role: servers, upkeep, and an orderly end."""
 
@@ -308,6 +315,7 @@ class StageNode:
             tasks=tasks,
         )
         self._spill = SpillFiles(me.config.data_dir / "spill")
+        self._tape_files = SpillFiles(me.config.data_dir / "tape")
         self._limits = _limits(me.config)
         self._stage = StageShell(
             compute=compute,
@@ -321,7 +329,7 @@ class StageNode:
             speeds_us=lambda: (self._speed.decode_us, self._prefill_us_per_token),
             vocabulary=local.manifest.vocabulary_size,
             limits=self._limits,
-            retain_inputs=me.config.retain_inputs,
+            tape=_tape(me.config, self._tape_files),
             on_step=self._speed.stepped,
             trusted=notices.board.trusted,
         )
@@ -335,7 +343,7 @@ class StageNode:
         )
         offer_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, ports.public)
         self._serve_notices(ports.public)
-        servicer = StageServicer(self._stage, self._trusted.peer_of)
+        servicer = StageServicer(self._stage, self._trusted.peer_of, self._learn)
         stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, ports.peer)
         for server in (ports.public, ports.peer):
             await server.start()
@@ -348,6 +356,7 @@ class StageNode:
         self._tasks.create_task(self._upkeep_forever(), name="upkeep")
         self._tasks.create_task(self._expire_forever(), name="expiry")
         stack.callback(self._spill.close)
+        stack.callback(self._tape_files.close)
         stack.push_async_callback(self._leave)
 
     def drain(self) -> None:
@@ -439,6 +448,11 @@ class StageNode:
         while True:
             await asyncio.sleep(UPKEEP_PERIOD_S)
             self._upkeep()
+
+    def _learn(self, envelope: SignedEnvelope) -> None:
+        """Know a peer by its signed offer, and let it in, before gossip brings it."""
+        self._gossip.learn(envelope)
+        self._trusted.refresh(self._gossip.view(), self._me.clock_ms())
 
     def _upkeep(self) -> None:
         """Trust the peers in view, keep offer and links current."""

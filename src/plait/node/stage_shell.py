@@ -21,6 +21,7 @@ from plait.node.retained import Retained
 from plait.node.scheduler import PIECE_ROWS, Scheduler
 from plait.node.settlement import Settler
 from plait.node.stage import Confirming, Stage
+from plait.node.tape import Tape
 from plait.router.view import View
 from plait.types import PeerId
 from plait.v1 import session_pb2, stage_pb2
@@ -101,7 +102,7 @@ class StageShell:
         speeds_us: Callable[[], tuple[int, int]],
         vocabulary: int,
         limits: Limits,
-        retain_inputs: bool = False,
+        tape: Tape | None = None,
         on_step: Callable[[float], None] = lambda elapsed_us: None,
         trusted: Callable[[], tuple[Authority, ...]] | None = None,
     ) -> None:
@@ -136,7 +137,7 @@ class StageShell:
             speeds_us=speeds_us,
             vocabulary=vocabulary,
             limits=limits,
-            retain_inputs=retain_inputs,
+            tape=tape,
         )
         neighbours.on_response = self.core.on_response
         neighbours.on_broken = self.core.on_peer_lost

@@ -110,6 +110,8 @@ class ClientHost(Swarming):
         self.requests: list[Request] = []
         self.lanes = LaneDisk()
         self.running_session: _Session | None = None
+        self.on_event: Callable[[Request], None] = _ignore
+        """Told before each event that a session takes."""
         self.network = network
         self._wires = wires
         self._watches, self._addresses = watches, addresses

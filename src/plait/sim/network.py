@@ -233,7 +233,10 @@ class Wires:
             connection = Connection(self, dialler, listener, what)
             connection.sides[name].end = accept(connection)
             self._connections[id(connection)] = connection
-            self.engine.after(self.delay_us(name, dialler.name), "", lambda: finish(connection))
+            # Nothing overtakes the handshake.
+            at_us = self.engine.now_us + self.delay_us(name, dialler.name)
+            connection.sides[dialler.name].last_at_us = at_us
+            self.engine.at(at_us, "", lambda: finish(connection))
 
         def finish(connection: Connection) -> None:
             if dialler.life != life or not dialler.up:

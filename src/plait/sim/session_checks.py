@@ -134,7 +134,7 @@ def check_bundles(world: "NetworkWorld", requests: Sequence[Request]) -> None:
             _check_bundle(world, request)
 
 
-BUNDLES_EVERY = 1
+BUNDLES_EVERY = 4
 """Verifying is dear: one seed of so many."""
 
 

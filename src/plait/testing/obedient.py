@@ -18,9 +18,10 @@ import uvicorn
 
 from plait.client import Options
 from plait.gateway.app import Gateway
+from plait.gateway.benchmark import offset_s
 from plait.gateway.config import GatewayConfig
 from plait.gateway.port import Ask, Delta
-from plait.gateway.server import listen
+from plait.gateway.server import listen, server_config
 from plait.model import catalog
 from plait.model.tokenizer import Tokenizer
 from plait.testing.upstream import FakeUpstream
@@ -107,8 +108,7 @@ async def direct(options: argparse.Namespace) -> None:
     ask = Ask(model=MODEL, prompt_ids=(1,), sampling=sampling, options=limits)
 
     async def one(number: int) -> list[float]:
-        length_s = options.tokens * options.interval_ms / 1000
-        await asyncio.sleep(number / options.direct * length_s)
+        await asyncio.sleep(offset_s(number, options.direct, options.tokens, options.interval_ms))
         return [await timed() for _ in range(3)][1]
 
     async def timed() -> list[float]:
@@ -138,9 +138,7 @@ async def serve(options: argparse.Namespace, announce: Any = print) -> None:
     """Serve until cancelled."""
     gateway = Gateway(_upstream(options), "conformance", GatewayConfig(version="conformance"))
     listener = listen("127.0.0.1", options.port)
-    server = uvicorn.Server(
-        uvicorn.Config(gateway.app(), log_config=None, access_log=False, lifespan="off")
-    )
+    server = uvicorn.Server(server_config(gateway.app()))
     announce(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", flush=True)
     await server.serve(sockets=[listener])
 

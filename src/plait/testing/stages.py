@@ -14,6 +14,7 @@ from plait.errors import CapacityError, DeadlineExceeded, PeerUnreachable, Plait
 from plait.identity import SigningKey
 from plait.ledger.certs import make_key_cert
 from plait.ledger.client_books import ClientBooks
+from plait.ledger.lottery import nonce_commitment
 from plait.ledger.opening import opening_to_message, route_digest
 from plait.ledger.reserve import make_reservation
 from plait.ledger.terms import SessionTerms, StageTerms
@@ -23,6 +24,7 @@ from plait.node.ports import Job
 from plait.node.retained import Key, Retained
 from plait.node.sessions import StageSession
 from plait.node.stage import Confirming, Stage
+from plait.node.tape import Tape
 from plait.router.view import Offer, View
 from plait.testing.accounting import HOUR_MS, NETWORK_ID, NOW_MS, grant_of, key_of, paper_network
 from plait.testing.compute import FAKE_SHAPE, VOCABULARY_SIZE, FakeStage
@@ -31,6 +33,7 @@ from plait.types import PeerId, Sampling, SessionId, Span
 from plait.v1 import session_pb2, stage_pb2
 from plait.v1.identity_pb2 import SignedEnvelope
 
+AUDIT_WINDOW_MS = 60_000
 CLIENT = key_of("client").peer_id
 CLIENT_LEDGER = key_of("client ledger")
 CLIENT_CERT = make_key_cert(key_of("client"), CLIENT_LEDGER.public, NETWORK_ID, NOW_MS, HOUR_MS, 1)
@@ -122,6 +125,8 @@ class PaperNode:
         self.compute = FakeStage(span, kv_tokens_total=swarm.kv_tokens)
         self.settlement = FakeSettlement(name)
         self.spill = MemorySpill()
+        tape = Tape(MemorySpill(), bytes_max=10**7, window_ms=AUDIT_WINDOW_MS)
+        self.tape = tape if swarm.retain_inputs else None
         self.worker = FakeWorker()
         self.congested: set[PeerId] = set()
         self.draining = False
@@ -141,7 +146,7 @@ class PaperNode:
             speeds_us=lambda: (1_000, 100),
             vocabulary=VOCABULARY_SIZE,
             limits=limits,
-            retain_inputs=swarm.retain_inputs,
+            tape=self.tape,
         )
 
     def _identity(self) -> StageIdentity:
@@ -312,6 +317,7 @@ class PaperClient:
     ) -> None:
         self.swarm, self.prompt, self.sampling = swarm, tuple(prompt), sampling
         self.drawn: list[int] = []
+        self.nonce = digest(b"nonce of " + session)
         self.terms: SessionTerms
         self.books: ClientBooks
         self.voucher: SignedEnvelope | None = None
@@ -348,7 +354,8 @@ class PaperClient:
 
     def opening(self, terms: SessionTerms, index: int) -> session_pb2.OpenRequest:
         """The request that opens one stage."""
-        message = opening_to_message(terms, self.sampling, NOW_MS, NOW_MS + HOUR_MS)
+        commit = nonce_commitment(self.nonce)
+        message = opening_to_message(terms, self.sampling, NOW_MS, NOW_MS + HOUR_MS, commit)
         return session_pb2.OpenRequest(
             session_open=seal(CLIENT_LEDGER, message), client_cert=CLIENT_CERT, stage_index=index
         )

@@ -26,17 +26,17 @@ from plait.v1 import identity_pb2 as plait_dot_v1_dot_identity__pb2
 from plait.v1 import offer_pb2 as plait_dot_v1_dot_offer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16plait/v1/session.proto\x12\x08plait.v1\x1a\x17plait/v1/identity.proto\x1a\x14plait/v1/offer.proto\"\xc9\x02\n\x08Sampling\x12\x1a\n\x12temperature_micros\x18\x01 \x01(\r\x12\x14\n\x0ctop_p_micros\x18\x02 \x01(\r\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0f\n\x07\x65nd_ids\x18\x05 \x03(\r\x12\x14\n\x0cmin_p_micros\x18\x06 \x01(\r\x12\x1f\n\x17presence_penalty_micros\x18\x07 \x01(\x11\x12 \n\x18\x66requency_penalty_micros\x18\x08 \x01(\x11\x12!\n\x19repetition_penalty_micros\x18\t \x01(\r\x12\'\n\nlogit_bias\x18\n \x03(\x0b\x32\x13.plait.v1.LogitBias\x12\x14\n\x0ctop_logprobs\x18\x0b \x01(\r\x12\"\n\x07grammar\x18\x0c \x01(\x0b\x32\x11.plait.v1.Grammar\"\'\n\tLogitBias\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0e\n\x06micros\x18\x02 \x01(\x11\"I\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"\x93\x02\n\nRouteStage\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x13\n\x0bstart_layer\x18\x02 \x01(\r\x12\x11\n\tend_layer\x18\x03 \x01(\r\x12\x14\n\x0coffer_digest\x18\x04 \x01(\x0c\x12\x15\n\rpriced_layers\x18\x05 \x01(\r\x12 \n\x06prices\x18\x06 \x01(\x0b\x32\x10.plait.v1.Prices\x12\x15\n\rentered_epoch\x18\x07 \x01(\r\x12\x1e\n\x04\x62\x61se\x18\x08 \x01(\x0b\x32\x10.plait.v1.Counts\x12\x1c\n\x14\x63\x61rried_microcredits\x18\t \x01(\x04\x12\x17\n\x0freplayed_tokens\x18\n \x01(\r\x12\x0f\n\x07rebuilt\x18\x0b \x01(\x08\"W\n\x06\x43ounts\x12\x0e\n\x06prompt\x18\x01 \x01(\x04\x12\x0e\n\x06output\x18\x02 \x01(\x04\x12\x15\n\rcached_prompt\x18\x03 \x01(\x04\x12\x16\n\x0erejected_draft\x18\x04 \x01(\x04\"G\n\tRoutePlan\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\x0c\x12$\n\x06stages\x18\x02 \x03(\x0b\x32\x14.plait.v1.RouteStage\"\xc1\x03\n\x0bSessionOpen\x12\x12\n\nnetwork_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x16\n\x0e\x63lient_peer_id\x18\x04 \x01(\t\x12\"\n\x05route\x18\x05 \x01(\x0b\x32\x13.plait.v1.RoutePlan\x12$\n\x08sampling\x18\x06 \x01(\x0b\x32\x12.plait.v1.Sampling\x12\x15\n\rprompt_tokens\x18\x07 \x01(\r\x12\x12\n\nmax_tokens\x18\x08 \x01(\r\x12\x14\n\x0c\x63hunk_tokens\x18\t \x01(\r\x12\x1c\n\x14prefill_chunk_tokens\x18\n \x01(\r\x12\'\n\nwire_dtype\x18\x0b \x01(\x0e\x32\x13.plait.v1.WireDtype\x12\x14\n\x0chandoff_salt\x18\x0c \x01(\x0c\x12\x11\n\tissued_ms\x18\r \x01(\x04\x12\x12\n\nexpires_ms\x18\x0e \x01(\x04\x12\x17\n\x0fresume_position\x18\x0f \x01(\r\x12\x1a\n\x03qos\x18\x10 \x01(\x0e\x32\r.plait.v1.Qos\x12\x1f\n\x05start\x18\x11 \x01(\x0b\x32\x10.plait.v1.Counts\"\xae\x01\n\x0bOpenRequest\x12.\n\x0csession_open\x18\x01 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12-\n\x0b\x63lient_cert\x18\x02 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x13\n\x0bstage_index\x18\x03 \x01(\r\x12\x13\n\x0b\x63ontext_ids\x18\x04 \x03(\r\x12\x16\n\x0eprefix_digests\x18\x05 \x03(\x0c\"?\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\x04\"\x92\x01\n\x0cOpenResponse\x12\"\n\x07refusal\x18\x01 \x01(\x0b\x32\x11.plait.v1.Refusal\x12\x17\n\x0fhold_expires_ms\x18\x02 \x01(\x04\x12,\n\nstage_cert\x18\x03 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x17\n\x0freusable_tokens\x18\x04 \x01(\r\"\xcd\x01\n\x0e\x43onfirmRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12-\n\x0breservation\x18\x03 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\'\n\x05grant\x18\x04 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12)\n\x07voucher\x18\x05 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\"5\n\x0f\x43onfirmResponse\x12\"\n\x07refusal\x18\x01 \x01(\x0b\x32\x11.plait.v1.Refusal\"l\n\x0c\x43loseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12)\n\x07voucher\x18\x03 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x0e\n\x06reason\x18\x04 \x01(\t\" \n\rCloseResponse\x12\x0f\n\x07settled\x18\x01 \x01(\x08\"n\n\x11\x43loseEpochRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x16\n\ttraversal\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x10\n\x08position\x18\x04 \x01(\rB\x0c\n\n_traversal\"\x9a\x01\n\x12\x43loseEpochResponse\x12)\n\x07receipt\x18\x01 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x11\n\tpositions\x18\x02 \x01(\r\x12\x10\n\x08retained\x18\x03 \x01(\r\x12\x1b\n\x13traversals_received\x18\x04 \x01(\x04\x12\x17\n\x0ftraversals_sent\x18\x05 \x01(\x04*P\n\tWireDtype\x12\x1a\n\x16WIRE_DTYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0eWIRE_DTYPE_F32\x10\x01\x12\x13\n\x0fWIRE_DTYPE_BF16\x10\x02*P\n\x03Qos\x12\x13\n\x0fQOS_UNSPECIFIED\x10\x00\x12\x13\n\x0fQOS_INTERACTIVE\x10\x01\x12\x10\n\x0cQOS_STANDARD\x10\x02\x12\r\n\tQOS_BATCH\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16plait/v1/session.proto\x12\x08plait.v1\x1a\x17plait/v1/identity.proto\x1a\x14plait/v1/offer.proto\"\xc9\x02\n\x08Sampling\x12\x1a\n\x12temperature_micros\x18\x01 \x01(\r\x12\x14\n\x0ctop_p_micros\x18\x02 \x01(\r\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0f\n\x07\x65nd_ids\x18\x05 \x03(\r\x12\x14\n\x0cmin_p_micros\x18\x06 \x01(\r\x12\x1f\n\x17presence_penalty_micros\x18\x07 \x01(\x11\x12 \n\x18\x66requency_penalty_micros\x18\x08 \x01(\x11\x12!\n\x19repetition_penalty_micros\x18\t \x01(\r\x12\'\n\nlogit_bias\x18\n \x03(\x0b\x32\x13.plait.v1.LogitBias\x12\x14\n\x0ctop_logprobs\x18\x0b \x01(\r\x12\"\n\x07grammar\x18\x0c \x01(\x0b\x32\x11.plait.v1.Grammar\"\'\n\tLogitBias\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0e\n\x06micros\x18\x02 \x01(\x11\"I\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"\x93\x02\n\nRouteStage\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x13\n\x0bstart_layer\x18\x02 \x01(\r\x12\x11\n\tend_layer\x18\x03 \x01(\r\x12\x14\n\x0coffer_digest\x18\x04 \x01(\x0c\x12\x15\n\rpriced_layers\x18\x05 \x01(\r\x12 \n\x06prices\x18\x06 \x01(\x0b\x32\x10.plait.v1.Prices\x12\x15\n\rentered_epoch\x18\x07 \x01(\r\x12\x1e\n\x04\x62\x61se\x18\x08 \x01(\x0b\x32\x10.plait.v1.Counts\x12\x1c\n\x14\x63\x61rried_microcredits\x18\t \x01(\x04\x12\x17\n\x0freplayed_tokens\x18\n \x01(\r\x12\x0f\n\x07rebuilt\x18\x0b \x01(\x08\"W\n\x06\x43ounts\x12\x0e\n\x06prompt\x18\x01 \x01(\x04\x12\x0e\n\x06output\x18\x02 \x01(\x04\x12\x15\n\rcached_prompt\x18\x03 \x01(\x04\x12\x16\n\x0erejected_draft\x18\x04 \x01(\x04\"G\n\tRoutePlan\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\x0c\x12$\n\x06stages\x18\x02 \x03(\x0b\x32\x14.plait.v1.RouteStage\"\xd7\x03\n\x0bSessionOpen\x12\x12\n\nnetwork_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x16\n\x0e\x63lient_peer_id\x18\x04 \x01(\t\x12\"\n\x05route\x18\x05 \x01(\x0b\x32\x13.plait.v1.RoutePlan\x12$\n\x08sampling\x18\x06 \x01(\x0b\x32\x12.plait.v1.Sampling\x12\x15\n\rprompt_tokens\x18\x07 \x01(\r\x12\x12\n\nmax_tokens\x18\x08 \x01(\r\x12\x14\n\x0c\x63hunk_tokens\x18\t \x01(\r\x12\x1c\n\x14prefill_chunk_tokens\x18\n \x01(\r\x12\'\n\nwire_dtype\x18\x0b \x01(\x0e\x32\x13.plait.v1.WireDtype\x12\x14\n\x0chandoff_salt\x18\x0c \x01(\x0c\x12\x11\n\tissued_ms\x18\r \x01(\x04\x12\x12\n\nexpires_ms\x18\x0e \x01(\x04\x12\x17\n\x0fresume_position\x18\x0f \x01(\r\x12\x1a\n\x03qos\x18\x10 \x01(\x0e\x32\r.plait.v1.Qos\x12\x1f\n\x05start\x18\x11 \x01(\x0b\x32\x10.plait.v1.Counts\x12\x14\n\x0c\x61udit_commit\x18\x12 \x01(\x0c\"\xe2\x01\n\x0bOpenRequest\x12.\n\x0csession_open\x18\x01 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12-\n\x0b\x63lient_cert\x18\x02 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x13\n\x0bstage_index\x18\x03 \x01(\r\x12\x13\n\x0b\x63ontext_ids\x18\x04 \x03(\r\x12\x16\n\x0eprefix_digests\x18\x05 \x03(\x0c\x12\x32\n\x10neighbour_offers\x18\x06 \x03(\x0b\x32\x18.plait.v1.SignedEnvelope\"?\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\x04\"\x92\x01\n\x0cOpenResponse\x12\"\n\x07refusal\x18\x01 \x01(\x0b\x32\x11.plait.v1.Refusal\x12\x17\n\x0fhold_expires_ms\x18\x02 \x01(\x04\x12,\n\nstage_cert\x18\x03 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x17\n\x0freusable_tokens\x18\x04 \x01(\r\"\xcd\x01\n\x0e\x43onfirmRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12-\n\x0breservation\x18\x03 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\'\n\x05grant\x18\x04 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12)\n\x07voucher\x18\x05 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\"5\n\x0f\x43onfirmResponse\x12\"\n\x07refusal\x18\x01 \x01(\x0b\x32\x11.plait.v1.Refusal\"l\n\x0c\x43loseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12)\n\x07voucher\x18\x03 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x0e\n\x06reason\x18\x04 \x01(\t\" \n\rCloseResponse\x12\x0f\n\x07settled\x18\x01 \x01(\x08\"n\n\x11\x43loseEpochRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x16\n\ttraversal\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x10\n\x08position\x18\x04 \x01(\rB\x0c\n\n_traversal\"\x9a\x01\n\x12\x43loseEpochResponse\x12)\n\x07receipt\x18\x01 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x11\n\tpositions\x18\x02 \x01(\r\x12\x10\n\x08retained\x18\x03 \x01(\r\x12\x1b\n\x13traversals_received\x18\x04 \x01(\x04\x12\x17\n\x0ftraversals_sent\x18\x05 \x01(\x04*P\n\tWireDtype\x12\x1a\n\x16WIRE_DTYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0eWIRE_DTYPE_F32\x10\x01\x12\x13\n\x0fWIRE_DTYPE_BF16\x10\x02*P\n\x03Qos\x12\x13\n\x0fQOS_UNSPECIFIED\x10\x00\x12\x13\n\x0fQOS_INTERACTIVE\x10\x01\x12\x10\n\x0cQOS_STANDARD\x10\x02\x12\r\n\tQOS_BATCH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'plait.v1.session_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WIREDTYPE']._serialized_start=2490
-  _globals['_WIREDTYPE']._serialized_end=2570
-  _globals['_QOS']._serialized_start=2572
-  _globals['_QOS']._serialized_end=2652
+  _globals['_WIREDTYPE']._serialized_start=2564
+  _globals['_WIREDTYPE']._serialized_end=2644
+  _globals['_QOS']._serialized_start=2646
+  _globals['_QOS']._serialized_end=2726
   _globals['_SAMPLING']._serialized_start=84
   _globals['_SAMPLING']._serialized_end=413
   _globals['_LOGITBIAS']._serialized_start=415
@@ -50,23 +50,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUTEPLAN']._serialized_start=898
   _globals['_ROUTEPLAN']._serialized_end=969
   _globals['_SESSIONOPEN']._serialized_start=972
-  _globals['_SESSIONOPEN']._serialized_end=1421
-  _globals['_OPENREQUEST']._serialized_start=1424
-  _globals['_OPENREQUEST']._serialized_end=1598
-  _globals['_REFUSAL']._serialized_start=1600
-  _globals['_REFUSAL']._serialized_end=1663
-  _globals['_OPENRESPONSE']._serialized_start=1666
-  _globals['_OPENRESPONSE']._serialized_end=1812
-  _globals['_CONFIRMREQUEST']._serialized_start=1815
-  _globals['_CONFIRMREQUEST']._serialized_end=2020
-  _globals['_CONFIRMRESPONSE']._serialized_start=2022
-  _globals['_CONFIRMRESPONSE']._serialized_end=2075
-  _globals['_CLOSEREQUEST']._serialized_start=2077
-  _globals['_CLOSEREQUEST']._serialized_end=2185
-  _globals['_CLOSERESPONSE']._serialized_start=2187
-  _globals['_CLOSERESPONSE']._serialized_end=2219
-  _globals['_CLOSEEPOCHREQUEST']._serialized_start=2221
-  _globals['_CLOSEEPOCHREQUEST']._serialized_end=2331
-  _globals['_CLOSEEPOCHRESPONSE']._serialized_start=2334
-  _globals['_CLOSEEPOCHRESPONSE']._serialized_end=2488
+  _globals['_SESSIONOPEN']._serialized_end=1443
+  _globals['_OPENREQUEST']._serialized_start=1446
+  _globals['_OPENREQUEST']._serialized_end=1672
+  _globals['_REFUSAL']._serialized_start=1674
+  _globals['_REFUSAL']._serialized_end=1737
+  _globals['_OPENRESPONSE']._serialized_start=1740
+  _globals['_OPENRESPONSE']._serialized_end=1886
+  _globals['_CONFIRMREQUEST']._serialized_start=1889
+  _globals['_CONFIRMREQUEST']._serialized_end=2094
+  _globals['_CONFIRMRESPONSE']._serialized_start=2096
+  _globals['_CONFIRMRESPONSE']._serialized_end=2149
+  _globals['_CLOSEREQUEST']._serialized_start=2151
+  _globals['_CLOSEREQUEST']._serialized_end=2259
+  _globals['_CLOSERESPONSE']._serialized_start=2261
+  _globals['_CLOSERESPONSE']._serialized_end=2293
+  _globals['_CLOSEEPOCHREQUEST']._serialized_start=2295
+  _globals['_CLOSEEPOCHREQUEST']._serialized_end=2405
+  _globals['_CLOSEEPOCHRESPONSE']._serialized_start=2408
+  _globals['_CLOSEEPOCHRESPONSE']._serialized_end=2562
 # @@protoc_insertion_point(module_scope)

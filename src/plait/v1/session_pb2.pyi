@@ -122,7 +122,7 @@ class RoutePlan(_message.Message):
     def __init__(self, model_digest: _Optional[bytes] = ..., stages: _Optional[_Iterable[_Union[RouteStage, _Mapping]]] = ...) -> None: ...
 
 class SessionOpen(_message.Message):
-    __slots__ = ("network_id", "session_id", "epoch", "client_peer_id", "route", "sampling", "prompt_tokens", "max_tokens", "chunk_tokens", "prefill_chunk_tokens", "wire_dtype", "handoff_salt", "issued_ms", "expires_ms", "resume_position", "qos", "start")
+    __slots__ = ("network_id", "session_id", "epoch", "client_peer_id", "route", "sampling", "prompt_tokens", "max_tokens", "chunk_tokens", "prefill_chunk_tokens", "wire_dtype", "handoff_salt", "issued_ms", "expires_ms", "resume_position", "qos", "start", "audit_commit")
     NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +140,7 @@ class SessionOpen(_message.Message):
     RESUME_POSITION_FIELD_NUMBER: _ClassVar[int]
     QOS_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
+    AUDIT_COMMIT_FIELD_NUMBER: _ClassVar[int]
     network_id: str
     session_id: bytes
     epoch: int
@@ -157,21 +158,24 @@ class SessionOpen(_message.Message):
     resume_position: int
     qos: Qos
     start: Counts
-    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., client_peer_id: _Optional[str] = ..., route: _Optional[_Union[RoutePlan, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., prefill_chunk_tokens: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., handoff_salt: _Optional[bytes] = ..., issued_ms: _Optional[int] = ..., expires_ms: _Optional[int] = ..., resume_position: _Optional[int] = ..., qos: _Optional[_Union[Qos, str]] = ..., start: _Optional[_Union[Counts, _Mapping]] = ...) -> None: ...
+    audit_commit: bytes
+    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., client_peer_id: _Optional[str] = ..., route: _Optional[_Union[RoutePlan, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., prefill_chunk_tokens: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., handoff_salt: _Optional[bytes] = ..., issued_ms: _Optional[int] = ..., expires_ms: _Optional[int] = ..., resume_position: _Optional[int] = ..., qos: _Optional[_Union[Qos, str]] = ..., start: _Optional[_Union[Counts, _Mapping]] = ..., audit_commit: _Optional[bytes] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("session_open", "client_cert", "stage_index", "context_ids", "prefix_digests")
+    __slots__ = ("session_open", "client_cert", "stage_index", "context_ids", "prefix_digests", "neighbour_offers")
     SESSION_OPEN_FIELD_NUMBER: _ClassVar[int]
     CLIENT_CERT_FIELD_NUMBER: _ClassVar[int]
     STAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_IDS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    NEIGHBOUR_OFFERS_FIELD_NUMBER: _ClassVar[int]
     session_open: _identity_pb2.SignedEnvelope
     client_cert: _identity_pb2.SignedEnvelope
     stage_index: int
     context_ids: _containers.RepeatedScalarFieldContainer[int]
     prefix_digests: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, session_open: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., client_cert: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., stage_index: _Optional[int] = ..., context_ids: _Optional[_Iterable[int]] = ..., prefix_digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    neighbour_offers: _containers.RepeatedCompositeFieldContainer[_identity_pb2.SignedEnvelope]
+    def __init__(self, session_open: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., client_cert: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., stage_index: _Optional[int] = ..., context_ids: _Optional[_Iterable[int]] = ..., prefix_digests: _Optional[_Iterable[bytes]] = ..., neighbour_offers: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "reason", "retry_after_ms")

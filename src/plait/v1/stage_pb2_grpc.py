@@ -60,6 +60,16 @@ class StageServiceStub:
                 request_serializer=plait_dot_v1_dot_session__pb2.CloseRequest.SerializeToString,
                 response_deserializer=plait_dot_v1_dot_session__pb2.CloseResponse.FromString,
                 _registered_method=True)
+        self.Audit = channel.unary_stream(
+                '/plait.v1.StageService/Audit',
+                request_serializer=plait_dot_v1_dot_stage__pb2.AuditChallenge.SerializeToString,
+                response_deserializer=plait_dot_v1_dot_stage__pb2.AuditOpening.FromString,
+                _registered_method=True)
+        self.Examine = channel.unary_stream(
+                '/plait.v1.StageService/Examine',
+                request_serializer=plait_dot_v1_dot_stage__pb2.AuditChallenge.SerializeToString,
+                response_deserializer=plait_dot_v1_dot_stage__pb2.ExamineResponse.FromString,
+                _registered_method=True)
 
 
 class StageServiceServicer:
@@ -100,6 +110,20 @@ class StageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Audit(self, request, context):
+        """Opens what the caller committed to in the receipts of a chunk that the lottery drew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Examine(self, request, context):
+        """Asks this peer to audit another: what that one opened, and last the verdict.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -127,6 +151,16 @@ def add_StageServiceServicer_to_server(servicer, server):
                     servicer.Close,
                     request_deserializer=plait_dot_v1_dot_session__pb2.CloseRequest.FromString,
                     response_serializer=plait_dot_v1_dot_session__pb2.CloseResponse.SerializeToString,
+            ),
+            'Audit': grpc.unary_stream_rpc_method_handler(
+                    servicer.Audit,
+                    request_deserializer=plait_dot_v1_dot_stage__pb2.AuditChallenge.FromString,
+                    response_serializer=plait_dot_v1_dot_stage__pb2.AuditOpening.SerializeToString,
+            ),
+            'Examine': grpc.unary_stream_rpc_method_handler(
+                    servicer.Examine,
+                    request_deserializer=plait_dot_v1_dot_stage__pb2.AuditChallenge.FromString,
+                    response_serializer=plait_dot_v1_dot_stage__pb2.ExamineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +298,60 @@ class StageService:
             '/plait.v1.StageService/Close',
             plait_dot_v1_dot_session__pb2.CloseRequest.SerializeToString,
             plait_dot_v1_dot_session__pb2.CloseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Audit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/plait.v1.StageService/Audit',
+            plait_dot_v1_dot_stage__pb2.AuditChallenge.SerializeToString,
+            plait_dot_v1_dot_stage__pb2.AuditOpening.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Examine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/plait.v1.StageService/Examine',
+            plait_dot_v1_dot_stage__pb2.AuditChallenge.SerializeToString,
+            plait_dot_v1_dot_stage__pb2.ExamineResponse.FromString,
             options,
             channel_credentials,
             insecure,

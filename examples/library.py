@@ -1,0 +1,21 @@
+"""Ask a network from Python, without a gateway, and keep the evidence.
+
+plait testnet up --model smollm2-135m --detach
+python examples/library.py smollm2-135m "Why is the sky blue?"
+plait verify answer.json
+"""
+
+import sys
+from pathlib import Path
+
+from plait import Client
+from plait.client import Options
+
+model, question = sys.argv[1:3]
+with Client() as client:
+    answer = client.generate(model, question, Options(max_tokens=32, bundle=True))
+print(answer.text)
+for step in answer.route:
+    print(f"layers {step.span} at {step.peer}", file=sys.stderr)
+print(f"{answer.cost_microcredits} microcredits", file=sys.stderr)
+Path("answer.json").write_bytes(answer.bundle or b"")

@@ -1,0 +1,133 @@
+"""Replaying an opened chunk on a stage's own layers, frame by frame, and measuring it.
+
+The frames are computed in the very shapes in which they came, so that in the fp32 class the
+replay is bitwise equal. The work is handed out one frame at a time: whoever computes it can
+serve others in between.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from plait.compute.port import Done, StageCompute, Work
+from plait.errors import BadProof, PlaitError
+from plait.ledger.audit_rules import Finding, Step
+from plait.types import Sampling, SessionId, Span
+
+_BYTES_PER_VALUE = 4
+
+
+def replay_steps(
+    session: SessionId, steps: Sequence[Step], *, first_stage: bool, last_stage: bool, width: int
+) -> Generator[Work, Done, list[Finding]]:
+    """Yield the work of each step, take its outcome, and return what was found.
+
+    Raises ``BadProof`` for rows that this model cannot have.
+    """
+    findings: list[Finding] = []
+    for step in steps:
+        done = yield _work(session, step, first_stage=first_stage, width=width)
+        if done.error is not None:
+            if isinstance(done.error, PlaitError):
+                raise BadProof(f"what was opened cannot be computed: {done.error}") from done.error
+            raise done.error
+        if step.sent is not None:
+            findings.append(_finding(step, done, last_stage=last_stage, width=width))
+    return findings
+
+
+def replay(
+    compute: StageCompute,
+    session: SessionId,
+    steps: Sequence[Step],
+    span: Span,
+    sampling: Sampling,
+    context_ids: Sequence[int] = (),
+    prompt_tokens: int = 0,
+) -> list[Finding]:
+    """Replay at once on ``compute``, which must not be stepping; its session is freed after.
+
+    ``context_ids`` are the ids before the first draw, where the sampling needs them.
+    """
+    tokens = max(step.first_position + step.rows for step in steps)
+    compute.reserve(session, tokens, sampling, span, context_ids, prompt_tokens)
+    try:
+        works = replay_steps(
+            session,
+            steps,
+            first_stage=span.start == 0,
+            last_stage=span.end == compute.shape.layers,
+            width=compute.width,
+        )
+        return run_replay(works, lambda work: compute.step([work])[0])
+    finally:
+        compute.free(session)
+
+
+def run_replay(
+    works: Generator[Work, Done, list[Finding]], step: Callable[[Work], Done]
+) -> list[Finding]:
+    """Drive a replay to its end."""
+    try:
+        work = next(works)
+        while True:
+            work = works.send(step(work))
+    except StopIteration as end:
+        found: list[Finding] = end.value
+        return found
+
+
+def distance(claimed: npt.NDArray[np.float32], replayed: npt.NDArray[np.float32]) -> float:
+    """Largest relative L2 distance of a row; infinite if a claimed value is not finite."""
+    if not np.isfinite(claimed).all():
+        return float("inf")
+    exact = replayed.astype(np.float64)
+    off = np.linalg.norm(claimed.astype(np.float64) - exact, axis=1)
+    size = np.linalg.norm(exact, axis=1)
+    return float(np.max(off / np.maximum(size, np.finfo(np.float32).tiny)))
+
+
+def _work(session: SessionId, step: Step, *, first_stage: bool, width: int) -> Work:
+    ids: tuple[int, ...] | None = None
+    hidden: npt.NDArray[np.float32] | None = None
+    if first_stage:
+        if len(step.received) != step.rows * _BYTES_PER_VALUE:
+            raise BadProof("the opened ids are not of the rows stated")
+        ids = tuple(int(one) for one in np.frombuffer(step.received, "<u4"))
+    else:
+        hidden = _rows(step.received, step.rows, width)
+    claimed = _ids(step) if step.sample and step.sent is not None else ()
+    return Work(
+        session,
+        step.first_position,
+        ids,
+        hidden,
+        sample=bool(claimed),
+        # What was guessed does not matter, only how many rows were guesses.
+        drafts=(ids or (0,) * step.rows)[step.rows - step.drafts :] if claimed else (),
+        claimed=claimed,
+    )
+
+
+def _ids(step: Step) -> tuple[int, ...]:
+    sent = step.sent or b""
+    if len(sent) != step.sent_rows * _BYTES_PER_VALUE:
+        raise BadProof("the opened draws are not of the number stated")
+    return tuple(int(one) for one in np.frombuffer(sent, "<u4"))
+
+
+def _rows(data: bytes, rows: int, width: int) -> npt.NDArray[np.float32]:
+    if len(data) != rows * width * _BYTES_PER_VALUE:
+        raise BadProof(f"{len(data)} bytes are not {rows} rows of {width}")
+    return np.frombuffer(data, "<f4").reshape(rows, width)
+
+
+def _finding(step: Step, done: Done, *, last_stage: bool, width: int) -> Finding:
+    if last_stage:
+        margins = done.drawn.margins if done.drawn is not None else ()
+        return Finding(step.first_position, margin=max(margins, default=0.0))
+    if done.hidden is None:
+        raise BadProof("the replay gave no activations")
+    claimed = _rows(step.sent or b"", step.rows, width)
+    return Finding(step.first_position, distance=distance(claimed, done.hidden))
