@@ -201,8 +201,8 @@ function decodeCanonical(bytes) {
 
 // ---------------------------------------------------------------- protobuf, strictly
 
-// A schema maps field numbers to [name, kind]; "*" marks a repeated field. Kinds: u32, u64,
-// enum, string, bytes, or another schema. u64 values are BigInts.
+// A schema maps field numbers to [name, kind]; "*" marks a repeated field. Kinds: u32, s32
+// (zigzag), u64, bool, enum, string, bytes, or another schema. u64 values are BigInts.
 const PRICES = {
   1: ["prompt", "u64"], 2: ["cached_prompt", "u64"], 3: ["output", "u64"],
   4: ["rejected_draft", "u64"], 5: ["replayed", "u64"],
@@ -220,21 +220,32 @@ const NODE_KEY_CERT = {
   1: ["network_id", "string"], 2: ["peer_id", "string"], 3: ["ledger_key", "bytes"],
   4: ["not_before_ms", "u64"], 5: ["expires_ms", "u64"], 6: ["serial", "u64"],
 };
+const COUNTS = {
+  1: ["prompt", "u64"], 2: ["output", "u64"], 3: ["cached_prompt", "u64"], 4: ["rejected_draft", "u64"],
+};
 const ROUTE_STAGE = {
   1: ["peer_id", "string"], 2: ["start_layer", "u32"], 3: ["end_layer", "u32"],
   4: ["offer_digest", "bytes"], 5: ["priced_layers", "u32"], 6: ["prices", PRICES],
+  7: ["entered_epoch", "u32"], 8: ["base", COUNTS], 9: ["carried_microcredits", "u64"],
+  10: ["replayed_tokens", "u32"], 11: ["rebuilt", "bool"],
 };
 const ROUTE_PLAN = { 1: ["model_digest", "bytes"], 2: ["stages*", ROUTE_STAGE] };
+const LOGIT_BIAS = { 1: ["id", "u32"], 2: ["micros", "s32"] };
+const GRAMMAR = { 1: ["json_schema", "string"], 2: ["regex", "string"], 3: ["lark", "string"] };
 const SAMPLING = {
   1: ["temperature_micros", "u32"], 2: ["top_p_micros", "u32"], 3: ["top_k", "u32"],
-  4: ["seed", "u64"], 5: ["end_ids*", "u32"],
+  4: ["seed", "u64"], 5: ["end_ids*", "u32"], 6: ["min_p_micros", "u32"],
+  7: ["presence_penalty_micros", "s32"], 8: ["frequency_penalty_micros", "s32"],
+  9: ["repetition_penalty_micros", "u32"], 10: ["logit_bias*", LOGIT_BIAS],
+  11: ["top_logprobs", "u32"], 12: ["grammar?", GRAMMAR],
 };
 const SESSION_OPEN = {
   1: ["network_id", "string"], 2: ["session_id", "bytes"], 3: ["epoch", "u32"],
   4: ["client_peer_id", "string"], 5: ["route", ROUTE_PLAN], 6: ["sampling", SAMPLING],
   7: ["prompt_tokens", "u32"], 8: ["max_tokens", "u32"], 9: ["chunk_tokens", "u32"],
   10: ["prefill_chunk_tokens", "u32"], 11: ["wire_dtype", "enum"], 12: ["handoff_salt", "bytes"],
-  13: ["issued_ms", "u64"], 14: ["expires_ms", "u64"],
+  13: ["issued_ms", "u64"], 14: ["expires_ms", "u64"], 15: ["resume_position", "u32"],
+  16: ["qos", "enum"], 17: ["start", COUNTS], 18: ["audit_commit", "bytes"],
 };
 const ENERGY = { 1: ["millijoules_per_token_layer", "u64"], 2: ["grams_co2_per_kwh", "u64"] };
 const OFFER = {
@@ -269,34 +280,43 @@ const GRANT = {
   4: ["session_id", "bytes"], 5: ["amount", "u64"], 6: ["granted_ms", "u64"],
   7: ["expires_ms", "u64"], 8: ["merge_delay_ms", "u64"],
 };
+const COMMITTEE_GRANT = { 1: ["grants*", ENVELOPE] };
 const RECEIPT = {
   1: ["network_id", "string"], 2: ["session_id", "bytes"], 3: ["epoch", "u32"],
   4: ["stage_index", "u32"], 5: ["chunk", "u32"], 6: ["start_layer", "u32"],
   7: ["end_layer", "u32"], 8: ["model_digest", "bytes"], 9: ["numeric_class", "string"],
   10: ["traversal", "u64"], 11: ["prompt_tokens", "u64"], 12: ["output_tokens", "u64"],
   13: ["input_commit", "bytes"], 14: ["output_commit", "bytes"], 15: ["previous_digest", "bytes"],
-  16: ["issued_ms", "u64"],
+  16: ["issued_ms", "u64"], 17: ["cached_prompt_tokens", "u64"],
+  18: ["rejected_draft_tokens", "u64"], 19: ["replayed_tokens", "u64"],
+};
+const DRAWS = {
+  1: ["network_id", "string"], 2: ["session_id", "bytes"], 3: ["epoch", "u32"],
+  4: ["traversal", "u64"], 5: ["output_commit", "bytes"],
 };
 const VOUCHER = {
   1: ["network_id", "string"], 2: ["session_id", "bytes"], 3: ["epoch", "u32"],
   4: ["sequence", "u64"], 5: ["account", "string"], 6: ["prompt_tokens", "u64"],
   7: ["output_tokens", "u64"], 8: ["transcript", "bytes"], 9: ["amounts*", PAYEE_AMOUNT],
-  10: ["issued_ms", "u64"],
+  10: ["issued_ms", "u64"], 11: ["cached_prompt_tokens", "u64"],
+  12: ["rejected_draft_tokens", "u64"], 13: ["epoch_close", "bool"],
 };
 const LINE = { 1: ["account", "string"], 2: ["debit", "u64"], 3: ["credit", "u64"] };
+const ACCOUNT_LIMIT = { 1: ["account", "string"], 2: ["credit_limit", "u64"] };
 const ENTRY = {
   1: ["network_id", "string"], 2: ["index", "u64"], 3: ["kind", "enum"],
   4: ["session_id", "bytes"], 5: ["cause_digest", "bytes"], 6: ["lines*", LINE],
-  7: ["posted_ms", "u64"],
+  7: ["posted_ms", "u64"], 8: ["limit?", ACCOUNT_LIMIT],
 };
 
 const PAYLOAD_TYPES = new Map([
   [NODE_KEY_CERT, "node-key-cert"], [NETWORK_FILE_DIGEST, "network-file"], [OFFER, "offer"],
   [SESSION_OPEN, "session-open"], [RESERVATION, "reservation"], [GRANT, "grant"],
-  [RECEIPT, "receipt"], [VOUCHER, "voucher"], [BUNDLE_SEAL, "bundle-seal"],
+  [RECEIPT, "receipt"], [DRAWS, "draws"], [VOUCHER, "voucher"], [BUNDLE_SEAL, "bundle-seal"],
 ]);
 
-const DEFAULTS = { u32: 0, u64: 0n, enum: 0, string: "", bytes: new Uint8Array() };
+const DEFAULTS = { u32: 0, s32: 0, u64: 0n, bool: false, enum: 0, string: "", bytes: new Uint8Array() };
+const SCALARS = ["u32", "s32", "u64", "bool", "enum"];
 
 class Reader {
   constructor(bytes) {
@@ -334,6 +354,14 @@ class Reader {
   scalar(kind) {
     const value = this.varint();
     if (kind === "u64") return value;
+    if (kind === "bool") {
+      ensure(value <= 1n, "a flag is 0 or 1");
+      return value === 1n;
+    }
+    if (kind === "s32") {
+      ensure(value <= BigInt(U32_MAX), "a number is too large");
+      return Number(value & 1n ? -((value + 1n) >> 1n) : value >> 1n);
+    }
     if (kind === "enum" && value >= U64_MAX - 2n ** 31n + 1n) return Number(value - U64_MAX - 1n);
     ensure(value <= (kind === "enum" ? 2n ** 31n - 1n : BigInt(U32_MAX)), "a number is too large");
     return Number(value);
@@ -351,8 +379,8 @@ function decode(schema, bytes) {
     ensure(Object.hasOwn(schema, number), "an unknown field");
     const [label, kind] = schema[number];
     const repeated = label.endsWith("*");
-    const name = label.replace("*", "");
-    const isScalar = ["u32", "u64", "enum"].includes(kind);
+    const name = label.replace(/[*?]/, "");
+    const isScalar = SCALARS.includes(kind);
     ensure(Number(tag & 7n) === (isScalar && !repeated ? 0 : 2), `${name} has another wire type`);
     const again = number === last && repeated && !isScalar;
     ensure(number > last || again, "fields are out of order or twice");
@@ -360,7 +388,7 @@ function decode(schema, bytes) {
     if (repeated && isScalar) message[name] = decodePacked(reader.chunk(), kind);
     else if (repeated) message[name].push(decodeOne(reader, kind));
     else message[name] = decodeOne(reader, kind);
-    const empty = message[name] === 0 || message[name] === 0n || message[name].length === 0;
+    const empty = !message[name] || message[name].length === 0;
     ensure(!empty, `${name} is written out though it has its default`);
   }
   return message;
@@ -370,6 +398,7 @@ function emptyMessage(schema) {
   const message = {};
   for (const [label, kind] of Object.values(schema)) {
     if (label.endsWith("*")) message[label.slice(0, -1)] = [];
+    else if (label.endsWith("?")) message[label.slice(0, -1)] = null; // told from an empty one
     else message[label] = typeof kind === "string" ? DEFAULTS[kind] : emptyMessage(kind);
   }
   return message;
@@ -407,7 +436,7 @@ function encode(schema, message) {
       if (typeof kind === "object") chunk(Number(number), encode(kind, value));
       else if (kind === "string" && value !== "") chunk(Number(number), encoder.encode(value));
       else if (kind === "bytes" && value.length) chunk(Number(number), value);
-      else if (kind.startsWith("u") && BigInt(value)) parts.push(encodeVarint(Number(number) * 8), encodeVarint(value));
+      else if (["u32", "u64", "bool"].includes(kind) && BigInt(value)) parts.push(encodeVarint(Number(number) * 8), encodeVarint(value));
     }
   }
   return concat(...parts);
@@ -498,18 +527,27 @@ async function checkNetworkSignature(tomlBytes, signatureText, network) {
 // ---------------------------------------------------------------- reading a bundle
 
 const BUNDLE_BYTES_MAX = 64 * 2 ** 20;
+const BUNDLE_FORMAT = "plait.bundle.v2";
+const EPOCHS_MAX = 1000;
 const MEMBERS = [
-  "checkpoint", "client_cert", "entries", "finish_reason", "format", "frames", "grant", "manifest",
-  "network", "offers", "prompt_ids", "proofs", "receipts", "reservation", "seal", "sealed_ms",
-  "session_open", "stage_certs", "terms", "text", "token_ids", "voucher",
+  "checkpoint", "client_cert", "entries", "epochs", "finish_reason", "format", "manifest",
+  "network", "prompt_ids", "proofs", "seal", "sealed_ms", "text", "token_ids",
+];
+const EPOCH_MEMBERS = [
+  "cut", "frames", "grant", "offers", "receipts", "reservation", "session_open", "stage_certs",
+  "terms", "voucher",
 ];
 const TERMS_MEMBERS = [
   "chunk_tokens", "client", "client_ledger_key", "epoch", "handoff_salt", "max_tokens",
-  "model_digest", "prefill_chunk_tokens", "prompt_tokens", "session_id", "stages",
+  "model_digest", "prefill_chunk_tokens", "prompt_tokens", "qos", "resume_position", "session_id",
+  "stages", "start",
 ];
 const STAGE_MEMBERS = [
-  "end", "ledger_key", "numeric_class", "offer_digest", "peer", "priced_layers", "prices", "start",
+  "base", "carried", "end", "entered_epoch", "ledger_key", "numeric_class", "offer_digest", "peer",
+  "priced_layers", "prices", "rebuilt", "replayed", "start",
 ];
+const COUNTS_MEMBERS = ["cached_prompt", "output", "prompt", "rejected_draft"];
+const QOS = [null, "interactive", "standard", "batch"]; // by number
 const PRICE_MEMBERS = ["cached_prompt", "output", "prompt", "rejected_draft", "replayed"];
 
 function readMembers(value, what, names) {
@@ -561,6 +599,15 @@ function readEnvelope(value, what) {
   };
 }
 
+function readOptional(value, what) {
+  return value === null ? null : readEnvelope(value, what);
+}
+
+function readCounts(value, what) {
+  const members = readMembers(value, what, COUNTS_MEMBERS);
+  return Object.fromEntries(COUNTS_MEMBERS.map((name) => [name, readU64(members[name], name)]));
+}
+
 function readStage(value) {
   const members = readMembers(value, "stage", STAGE_MEMBERS);
   const prices = readMembers(members.prices, "prices", PRICE_MEMBERS);
@@ -573,6 +620,11 @@ function readStage(value) {
     prices: Object.fromEntries(PRICE_MEMBERS.map((name) => [name, readU64(prices[name], name)])),
     numericClass: readText(members.numeric_class, "numeric_class"),
     offerDigest: fromHex(members.offer_digest, 32, "offer_digest"),
+    enteredEpoch: readU32(members.entered_epoch, "entered_epoch"),
+    base: readCounts(members.base, "base"),
+    carried: readU64(members.carried, "carried"),
+    replayed: readU32(members.replayed, "replayed"),
+    rebuilt: readFlag(members.rebuilt, "rebuilt"),
   };
   ensure(stage.start < stage.end, "a span is empty");
   return stage;
@@ -580,6 +632,7 @@ function readStage(value) {
 
 function readTerms(value, networkId) {
   const members = readMembers(value, "terms", TERMS_MEMBERS);
+  ensure(typeof members.qos === "string" && QOS.includes(members.qos), "an unknown class of service");
   return checkedTerms({
     networkId,
     sessionId: fromHex(members.session_id, 16, "session_id"),
@@ -593,6 +646,9 @@ function readTerms(value, networkId) {
     chunkTokens: readU32(members.chunk_tokens, "chunk_tokens"),
     prefillChunkTokens: readU32(members.prefill_chunk_tokens, "prefill_chunk_tokens"),
     handoffSalt: fromHex(members.handoff_salt, 32, "handoff_salt"),
+    resumePosition: readU32(members.resume_position, "resume_position"),
+    start: readCounts(members.start, "start"),
+    qos: members.qos,
   });
 }
 
@@ -604,17 +660,81 @@ function checkedTerms(terms) {
   for (const size of [terms.chunkTokens, terms.prefillChunkTokens]) {
     ensure(size >= 1 && size <= 256, "a chunk has 1 to 256 tokens");
   }
+  checkStart(terms);
+  for (const stage of terms.stages) checkStint(terms, stage);
   return terms;
 }
 
+// The session's counts when a position is the next to be fed.
+function countsAt(terms, position, cached = 0n, rejected = 0n) {
+  const prompt = BigInt(Math.min(position, terms.promptTokens)) - cached;
+  return {
+    prompt: prompt > 0n ? prompt : 0n,
+    output: BigInt(Math.max(position - terms.promptTokens + 1, 0)),
+    cached_prompt: cached,
+    rejected_draft: rejected,
+  };
+}
+
+function checkStart(terms) {
+  const { epoch, resumePosition, start } = terms;
+  ensure(epoch >= 1, "the first epoch is 1");
+  const fresh = resumePosition === 0 && start.cached_prompt === 0n && start.rejected_draft === 0n;
+  ensure(epoch > 1 || fresh, "the first epoch starts from nothing");
+  ensure(BigInt(resumePosition) >= start.cached_prompt, "a session resumes behind what it took from caches");
+  ensure(same(start, countsAt(terms, resumePosition, start.cached_prompt, start.rejected_draft)),
+    "the counts at the start do not fit the resume position");
+  ensure(start.output < BigInt(terms.maxTokens), "nothing is left to draw");
+}
+
+function checkStint(terms, stage) {
+  const { epoch } = terms;
+  ensure(stage.enteredEpoch >= 1 && stage.enteredEpoch <= epoch, "a stage entered in an epoch that has not been");
+  if (stage.enteredEpoch === epoch) {
+    ensure(same(stage.base, terms.start), "a stage that enters begins where the epoch does");
+    ensure(epoch === 1 || (stage.rebuilt && stage.replayed === terms.resumePosition),
+      "a stage that enters is rebuilt up to the resume position");
+  }
+  const fromNothing = stage.carried === 0n && stage.replayed === 0 && stage.base.prompt === 0n;
+  ensure(stage.enteredEpoch > 1 || fromNothing, "a stage of the first epoch begins from nothing");
+  ensure(epoch > 1 || !stage.rebuilt, "there is nothing to rebuild in the first epoch");
+}
+
 function readFrame(value) {
-  ensure(Array.isArray(value) && value.length === 5, "a frame has five items");
+  ensure(Array.isArray(value) && value.length === 7, "a frame has seven items");
   return {
     traversal: readU64(value[0], "traversal"),
     firstPosition: readU32(value[1], "first position"),
     rows: readU32(value[2], "rows"),
-    sample: readFlag(value[3], "sample"),
-    closeChunk: readFlag(value[4], "close_chunk"),
+    drafts: readItems(value[3], "drafts", readU32),
+    sample: readFlag(value[4], "sample"),
+    closeChunk: readFlag(value[5], "close_chunk"),
+    replay: readFlag(value[6], "replay"),
+  };
+}
+
+function readCut(value) {
+  const members = readMembers(value, "cut", ["draws", "receipts", "traversal"]);
+  return {
+    traversal: readU64(members.traversal, "traversal"),
+    receipts: readItems(members.receipts, "cut: receipts", readOptional),
+    draws: readOptional(members.draws, "cut: draws"),
+  };
+}
+
+function readEpoch(value, networkId) {
+  const members = readMembers(value, "epoch", EPOCH_MEMBERS);
+  return {
+    terms: readTerms(members.terms, networkId),
+    sessionOpen: readEnvelope(members.session_open, "session_open"),
+    stageCerts: readItems(members.stage_certs, "stage_certs", readEnvelope),
+    offers: readItems(members.offers, "offers", readEnvelope),
+    frames: readItems(members.frames, "frames", readFrame),
+    reservation: readOptional(members.reservation, "reservation"),
+    grant: readOptional(members.grant, "grant"),
+    receipts: readItems(members.receipts, "receipts", readEnvelope),
+    cut: members.cut === null ? null : readCut(members.cut),
+    voucher: readOptional(members.voucher, "voucher"),
   };
 }
 
@@ -629,26 +749,21 @@ function readProof(value) {
 async function readBundle(bytes) {
   ensure(bytes.length <= BUNDLE_BYTES_MAX, `a bundle is at most ${BUNDLE_BYTES_MAX} bytes`);
   const members = readMembers(decodeCanonical(bytes), "the bundle", MEMBERS);
-  ensure(members.format === "plait.bundle.v1", "the format is not plait.bundle.v1");
+  ensure(members.format === BUNDLE_FORMAT, `the format is not ${BUNDLE_FORMAT}`);
   const { seal, ...body } = members;
   const networkId = readText(members.network, "network");
+  const epochs = readItems(members.epochs, "epochs", (item) => readEpoch(item, networkId));
+  ensure(epochs.length > 0 && epochs.length <= EPOCHS_MAX, `a bundle has 1 to ${EPOCHS_MAX} epochs`);
   return {
     networkId,
-    terms: readTerms(members.terms, networkId),
-    sessionOpen: readEnvelope(members.session_open, "session_open"),
+    terms: epochs[0].terms, // what all epochs have in common is in them
+    epochs,
     clientCert: readEnvelope(members.client_cert, "client_cert"),
-    stageCerts: readItems(members.stage_certs, "stage_certs", readEnvelope),
-    offers: readItems(members.offers, "offers", readEnvelope),
     manifest: members.manifest === null ? null : fromBase64(members.manifest, "manifest"),
     promptIds: readItems(members.prompt_ids, "prompt_ids", readU32),
     tokenIds: readItems(members.token_ids, "token_ids", readU32),
     text: readText(members.text, "text"),
     finishReason: readText(members.finish_reason, "finish_reason"),
-    frames: readItems(members.frames, "frames", readFrame),
-    reservation: readEnvelope(members.reservation, "reservation"),
-    grant: readEnvelope(members.grant, "grant"),
-    receipts: readItems(members.receipts, "receipts", readEnvelope),
-    voucher: readEnvelope(members.voucher, "voucher"),
     entries: readItems(members.entries, "entries", fromBase64),
     proofs: readItems(members.proofs, "proofs", readProof),
     checkpoint: members.checkpoint === null ? null : readText(members.checkpoint, "checkpoint"),
@@ -673,19 +788,44 @@ async function checkSeal(bundle) {
 function checkNetwork(bundle, network) {
   ensure(bundle.networkId === network.id, `the bundle is of ${bundle.networkId}, we trust ${network.id}`);
   if (network.admission !== "allowlist") return;
-  for (const peer of [bundle.terms.client, ...bundle.terms.stages.map((stage) => stage.peer)]) {
+  const stages = bundle.epochs.flatMap((epoch) => epoch.terms.stages);
+  for (const peer of [bundle.terms.client, ...stages.map((stage) => stage.peer)]) {
     ensure(network.allowedPeers.has(peer), `${peer} is not on the network's list`);
   }
 }
 
-async function checkTerms(bundle) {
-  const { terms } = bundle;
-  const opening = await openEnvelope(bundle.sessionOpen, SESSION_OPEN, terms.clientLedgerKey);
-  const { sampling, route } = opening;
-  ensure(sampling.temperature_micros <= 100_000_000, "temperature must be between 0 and 100");
-  ensure(sampling.top_p_micros >= 1 && sampling.top_p_micros <= 1_000_000, "top_p must be in (0, 1]");
+// How tokens are drawn, with every value in its range.
+function checkedSampling(message) {
+  const within = (value, least, most, what) => ensure(value >= least && value <= most, `${what} is out of range`);
+  const million = 1_000_000;
+  const repetition = message.repetition_penalty_micros || million;
+  within(message.temperature_micros, 0, 100 * million, "temperature");
+  within(message.top_p_micros, 1, million, "top_p");
+  within(message.min_p_micros, 0, million, "min_p");
+  within(message.presence_penalty_micros, -2 * million, 2 * million, "presence_penalty");
+  within(message.frequency_penalty_micros, -2 * million, 2 * million, "frequency_penalty");
+  within(repetition, 1, 10 * million, "repetition_penalty");
+  within(message.top_logprobs, 0, 20, "top_logprobs");
+  within(message.logit_bias.length, 0, 300, "the number of biases");
+  message.logit_bias.forEach(({ id, micros }, index) => {
+    ensure(index === 0 || message.logit_bias[index - 1].id < id, "logit_bias is ascending by id");
+    within(micros, -100 * million, 100 * million, "a logit bias");
+  });
+  if (message.grammar !== null) {
+    const texts = Object.values(message.grammar).filter((text) => text !== "");
+    ensure(texts.length === 1 && [...texts[0]].length <= 65_536, "a grammar is one text, of limited length");
+  }
+  return { ...message, repetition_penalty_micros: repetition };
+}
+
+async function checkTerms(epoch) {
+  const { terms } = epoch;
+  const opening = await openEnvelope(epoch.sessionOpen, SESSION_OPEN, terms.clientLedgerKey);
+  const { route } = opening;
+  const sampling = checkedSampling(opening.sampling);
   ensure(route.stages.length === terms.stages.length, "the signed opening has another number of stages");
   ensure(route.model_digest.length === 32 && opening.wire_dtype === 1, "model digest or wire dtype");
+  ensure(opening.qos >= 1 && opening.qos <= 3, "an unknown class of service");
   let layer = 0;
   const stages = route.stages.map((stage, index) => {
     ensure(stage.start_layer === layer && stage.start_layer < stage.end_layer, "the stages do not abut from layer 0");
@@ -695,6 +835,8 @@ async function checkTerms(bundle) {
     return {
       peer: stage.peer_id, ledgerKey, start: stage.start_layer, end: stage.end_layer,
       pricedLayers: stage.priced_layers, prices: stage.prices, numericClass, offerDigest: stage.offer_digest,
+      enteredEpoch: stage.entered_epoch, base: stage.base, carried: stage.carried_microcredits,
+      replayed: stage.replayed_tokens, rebuilt: stage.rebuilt,
     };
   });
   const signed = checkedTerms({
@@ -703,9 +845,47 @@ async function checkTerms(bundle) {
     modelDigest: route.model_digest, stages, promptTokens: opening.prompt_tokens,
     maxTokens: opening.max_tokens, chunkTokens: opening.chunk_tokens,
     prefillChunkTokens: opening.prefill_chunk_tokens, handoffSalt: opening.handoff_salt,
+    resumePosition: opening.resume_position, start: opening.start, qos: QOS[opening.qos],
   });
   ensure(same(signed, terms), "the signed opening has different terms");
-  return { endIds: new Set(sampling.end_ids), openedMs: opening.issued_ms };
+  return { sampling, endIds: new Set(sampling.end_ids), openedMs: opening.issued_ms };
+}
+
+// Each epoch goes on with the session that the one before it left, on the same terms.
+function checkSuccession(bundle, openings) {
+  for (const [index, opening] of openings.entries()) {
+    if (index === 0) continue;
+    ensure(same(opening.sampling, openings[index - 1].sampling), "an epoch draws in another way than the one before");
+    ensure(opening.openedMs >= openings[index - 1].openedMs, "an epoch was opened before the one before it");
+  }
+  ensure(bundle.terms.epoch === 1, "the first epoch is missing");
+  const promised = new Map();
+  let before = null;
+  for (const epoch of bundle.epochs) {
+    const { terms } = epoch;
+    const own = ["epoch", "stages", "handoffSalt", "resumePosition", "start"];
+    for (const name of Object.keys(terms)) {
+      ensure(own.includes(name) || same(terms[name], bundle.terms[name]), `epoch ${terms.epoch}: its ${name} is not the session's`);
+    }
+    ensure(before === null || terms.epoch > before.epoch, `epoch ${terms.epoch}: epoch numbers do not rise`);
+    for (const [index, stage] of terms.stages.entries()) {
+      const what = `epoch ${terms.epoch}: stage ${index}`;
+      if (stage.enteredEpoch === terms.epoch) {
+        ensure(stage.carried === (promised.get(stage.peer) ?? 0n), `${what} does not carry what was promised before`);
+        continue;
+      }
+      const old = before?.stages.find((one) => one.peer === stage.peer);
+      ensure(old && same({ ...old, rebuilt: stage.rebuilt }, stage), `${what} has other terms than in the epoch before`);
+    }
+    before = terms;
+    for (const [payee, amount] of promisedIn(epoch)) promised.set(payee, amount);
+  }
+}
+
+// What the epoch's last voucher promises each payee in the session; unchecked.
+function promisedIn(epoch) {
+  if (epoch.voucher === null) return new Map();
+  return new Map(decode(VOUCHER, epoch.voucher.payload).amounts.map((item) => [item.payee, item.microcredits]));
 }
 
 async function checkKeyCert(envelope, networkId, nowMs, peer, ledgerKey) {
@@ -721,19 +901,21 @@ async function checkKeyCert(envelope, networkId, nowMs, peer, ledgerKey) {
   ensure(equalBytes(cert.ledger_key, ledgerKey), "the certificate names another ledger key");
 }
 
-async function checkStageCerts(bundle, openedMs) {
-  const { stages } = bundle.terms;
-  ensure(bundle.stageCerts.length === stages.length, "not one certificate for each stage");
+async function checkStageCerts(epoch, openedMs) {
+  const { stages, networkId } = epoch.terms;
+  ensure(epoch.stageCerts.length === stages.length, "not one certificate for each stage");
   for (const [index, stage] of stages.entries()) {
-    await checkKeyCert(bundle.stageCerts[index], bundle.networkId, openedMs, stage.peer, stage.ledgerKey);
+    await checkKeyCert(epoch.stageCerts[index], networkId, openedMs, stage.peer, stage.ledgerKey);
   }
 }
 
-async function checkOffers(bundle, openedMs) {
-  const { terms } = bundle;
-  ensure(bundle.offers.length === terms.stages.length, "not one offer for each stage");
+// Each stage had offered its span when it entered; openedByEpoch says when each epoch opened.
+async function checkOffers(epoch, openedByEpoch) {
+  const { terms } = epoch;
+  ensure(epoch.offers.length === terms.stages.length, "not one offer for each stage");
   for (const [index, stage] of terms.stages.entries()) {
-    const envelope = bundle.offers[index];
+    const envelope = epoch.offers[index];
+    const openedMs = openedByEpoch.get(stage.enteredEpoch) ?? 0n;
     const offer = await openEnvelope(envelope, OFFER, publicKeyOf(stage.peer));
     ensure(equalBytes(await sha256(envelope.payload), stage.offerDigest), `offer of stage ${index} is not the route's`);
     const matches = offer.network_id === terms.networkId && equalBytes(offer.model_digest, terms.modelDigest);
@@ -754,15 +936,15 @@ async function checkManifest(bundle) {
   return decode(MANIFEST, bundle.manifest);
 }
 
-function checkRoute(bundle, manifest) {
+function checkRoute(epoch, manifest) {
   let position = 0;
-  for (const [index, stage] of bundle.terms.stages.entries()) {
+  for (const [index, stage] of epoch.terms.stages.entries()) {
     ensure(stage.start === position, `stage ${index} starts at layer ${stage.start}, not ${position}`);
     position = stage.end;
   }
   if (manifest === null) return;
   ensure(position === manifest.layers, `the route ends at layer ${position}, the model has ${manifest.layers}`);
-  for (const [index, stage] of bundle.terms.stages.entries()) {
+  for (const [index, stage] of epoch.terms.stages.entries()) {
     const embedding = stage.start === 0 ? manifest.embedding_cost_layers : 0;
     const head = stage.end === manifest.layers ? manifest.head_cost_layers : 0;
     const due = stage.end - stage.start + embedding + head;
@@ -776,7 +958,7 @@ function checkAnswer(bundle, opening, manifest) {
     const known = [...bundle.promptIds, ...tokenIds].every((token) => token < manifest.vocabulary_size);
     ensure(known, "a token id is not in the vocabulary");
   }
-  ensure(["stop", "length"].includes(bundle.finishReason), "unknown finish reason");
+  ensure(["stop", "length", "ended"].includes(bundle.finishReason), "unknown finish reason");
   const byLength = bundle.finishReason === "length";
   ensure(!byLength || tokenIds.length === bundle.terms.maxTokens, "it claims to have reached the limit, but is shorter");
   if (opening === null) return;
@@ -787,70 +969,211 @@ function checkAnswer(bundle, opening, manifest) {
 
 // ---------------------------------------------------------------- what went through
 
-// Cumulative counts once a frame is computed.
-function countsAfter(terms, frame) {
-  const end = frame.firstPosition + frame.rows;
-  ensure(frame.rows > 0 || !frame.sample, "no frame draws without a row");
-  if (frame.rows > 0 && !frame.sample) {
-    ensure(end < terms.promptTokens, "a frame that ends the prompt or follows it must sample");
-    return { prompt: end, output: 0 };
+const DRAFTS_MAX = 16;
+const PENDING_FRAMES_MAX = 1024;
+
+// Which frame may follow in an epoch, and what it counts.
+class Progress {
+  constructor(terms, cached) {
+    this.terms = terms;
+    this.next = Math.max(terms.resumePosition, cached);
+    this.replayed = 0;
+    this.cached = terms.epoch === 1 ? BigInt(cached) : terms.start.cached_prompt;
+    this.rejected = terms.start.rejected_draft;
+    this.floor = terms.resumePosition - 1;
+    this.live = false;
+    this.ended = false;
   }
-  const output = end - terms.promptTokens + 1;
-  ensure(output >= 1 && output <= terms.maxTokens, `no answer token is drawn at position ${end}`);
-  return { prompt: terms.promptTokens, output };
+
+  // Returns the counts after the frame, and the outputs if every draft is accepted.
+  take(frame) {
+    const { firstPosition, rows, drafts, sample, closeChunk } = frame;
+    ensure(!this.ended, "a frame follows the one that ended the answer");
+    if (frame.replay) return this.takeReplay(frame);
+    this.live = true;
+    if (rows > 0 && firstPosition < this.terms.promptTokens) {
+      ensure(drafts.length === 0 && closeChunk, "a frame of the prompt is a chunk of its own");
+      return this.takePrompt(frame);
+    }
+    if (rows > 0) {
+      const whole = sample && rows === 1 + drafts.length && !(closeChunk && drafts.length > 0);
+      ensure(whole, "a decode frame has one row, and one for each draft");
+      return this.takeDecode(frame);
+    }
+    ensure(!sample && drafts.length === 0 && closeChunk, "a frame without rows can only close a chunk");
+    this.accept(firstPosition);
+    this.next = firstPosition;
+    this.ended = true;
+    return this.counted(firstPosition, firstPosition);
+  }
+
+  takeReplay({ firstPosition, rows, drafts, sample, closeChunk }) {
+    const plain = drafts.length === 0 && !sample && !closeChunk;
+    ensure(plain && rows > 0 && !this.live, "a replay comes first, and draws and closes nothing");
+    const follows = firstPosition === this.replayed && firstPosition + rows <= this.terms.resumePosition;
+    ensure(follows, `no replay covers positions from ${firstPosition}`);
+    this.replayed = firstPosition + rows;
+    return { counts: this.terms.start, worst: this.terms.start.output };
+  }
+
+  takePrompt({ firstPosition, rows, sample }) {
+    const { promptTokens, prefillChunkTokens } = this.terms;
+    const end = firstPosition + rows;
+    ensure(firstPosition === this.next, `a frame starts at position ${firstPosition}, not ${this.next}`);
+    ensure(rows <= prefillChunkTokens && end <= promptTokens, `no frame covers positions ${firstPosition} to ${end}`);
+    ensure(sample === (end === promptTokens), "only the frame that ends the prompt draws, and it must");
+    this.next = end;
+    this.floor = end - 1;
+    return this.counted(end, end);
+  }
+
+  takeDecode({ firstPosition, drafts }) {
+    ensure(drafts.length <= DRAFTS_MAX, `a frame has at most ${DRAFTS_MAX} drafts`);
+    this.accept(firstPosition);
+    this.next = firstPosition + 1 + drafts.length;
+    const taken = this.counted(firstPosition + 1, this.next);
+    ensure(taken.worst <= BigInt(this.terms.maxTokens), `no answer token is drawn at position ${firstPosition}`);
+    return taken;
+  }
+
+  // The draws before a position were accepted, the rows from it on rejected.
+  accept(firstPosition) {
+    ensure(firstPosition >= this.terms.promptTokens, "the prompt has not ended");
+    ensure(this.floor < firstPosition && firstPosition <= this.next, `a frame cannot start at position ${firstPosition}`);
+    this.rejected += BigInt(this.next - firstPosition);
+    this.floor = firstPosition;
+  }
+
+  counted(position, worst) {
+    const counts = countsAt(this.terms, position, this.cached, this.rejected);
+    return { counts, worst: countsAt(this.terms, worst).output };
+  }
+
+  // The session's counts if the epoch ends with this position as the next to feed.
+  at(position) {
+    const rejected = position >= this.terms.promptTokens ? this.rejected + BigInt(this.next - position) : this.rejected;
+    return countsAt(this.terms, position, this.cached, rejected);
+  }
 }
 
-function checkShape(frame, terms, isLast) {
-  if (frame.rows === 0) ensure(isLast && frame.closeChunk, "a frame has no rows, but does not end the answer");
-  else if (frame.firstPosition >= terms.promptTokens) ensure(frame.rows === 1, "a decode step has one row");
-  else {
-    ensure(frame.rows <= terms.prefillChunkTokens && frame.closeChunk,
-      "a frame of the prompt is a chunk of its own, of limited size");
-  }
-}
-
-// Every position once and in order; returns where each chunk ended.
+// Every position in order, epoch after epoch; returns where the chunks of each ended.
 function checkFrames(bundle) {
-  const { terms, frames } = bundle;
+  const { terms, epochs } = bundle;
   ensure(bundle.promptIds.length === terms.promptTokens, "another number of prompt ids was agreed");
-  ensure(frames.length > 0 && frames.at(-1).closeChunk, "the last frame does not close a chunk");
-  const closes = [];
-  let position = 0;
-  let draws = 0;
-  for (const [index, frame] of frames.entries()) {
-    const follows = frame.traversal === frames[0].traversal + BigInt(index) && frame.firstPosition === position;
-    ensure(follows, `frame ${index} does not follow the one before`);
-    const counts = countsAfter(terms, frame);
-    draws += Number(frame.sample);
-    checkShape(frame, terms, index === frames.length - 1);
-    ensure(counts.output === draws, `frame ${index}: the draws are miscounted`);
-    ensure(draws - (closes.at(-1)?.counts.output ?? 0) <= terms.chunkTokens, "a chunk has too many draws");
-    position += frame.rows;
-    if (frame.closeChunk) closes.push({ chunk: closes.length, traversal: frame.traversal, counts });
+  ensure(bundle.tokenIds.length > 0, "nothing was drawn");
+  const last = terms.promptTokens + bundle.tokenIds.length - 1;
+  const found = epochs.map((epoch, index) =>
+    epochFrames(bundle, epoch, index + 1 < epochs.length ? epochs[index + 1].terms.resumePosition : last));
+  ensure(epochs.at(-1).frames.length > 0, "the last epoch has no frames");
+  for (const [index, epoch] of epochs.entries()) {
+    const follows = index === 0 || same(epoch.terms.start, found[index - 1].counts);
+    ensure(follows, `epoch ${epoch.terms.epoch} does not count on from the one before`);
   }
-  ensure(draws > 0 && draws === bundle.tokenIds.length, "there are not as many token ids as draws");
-  return closes;
+  return found;
 }
 
-function checkReceiptsComplete(bundle, closes) {
-  const due = closes.length * bundle.terms.stages.length;
-  ensure(bundle.receipts.length === due, `${bundle.receipts.length} receipts, ${due} are due`);
+function epochFrames(bundle, epoch, end) {
+  const { terms, frames } = epoch;
+  const live = frames.filter((frame) => !frame.replay);
+  const replays = frames.length - live.length;
+  const progress = new Progress(terms, live.length > 0 && terms.epoch === 1 ? live[0].firstPosition : 0);
+  const closes = [];
+  const drawn = [];
+  const ends = new Map();
+  let draws = Number(terms.start.output);
+  let began = terms.start.output;
+  let seen = 0;
+  for (const [number, frame] of frames.entries()) {
+    const what = `epoch ${terms.epoch}: frame ${number}`;
+    const due = frame.replay ? number : terms.resumePosition + number - replays;
+    ensure(frame.traversal === BigInt(due), `${what} is traversal ${frame.traversal}, not ${due}`);
+    const { counts, worst } = progress.take(frame);
+    if (frame.replay) {
+      drawn.push([]);
+      continue;
+    }
+    seen++;
+    const after = seen < live.length ? live[seen].firstPosition : end;
+    const count = drawsOf(terms, frame, after);
+    const most = frame.sample ? 1 + frame.drafts.length : 0;
+    ensure(count >= Number(frame.sample) && count <= most, `${what}: ${count} ids drawn do not fit it`);
+    const ids = bundle.tokenIds.slice(draws, draws + count);
+    ensure(ids.slice(0, -1).every((id, index) => id === frame.drafts[index]), `${what}: an id was accepted that was not drafted`);
+    draws += count;
+    drawn.push(ids);
+    ends.set(frame.traversal, after);
+    ensure(worst - began <= BigInt(terms.chunkTokens), `${what}: a chunk has too many draws`);
+    if (!frame.closeChunk) continue;
+    closes.push({ chunk: closes.length, traversal: frame.traversal, counts });
+    began = counts.output;
+  }
+  const replayDue = terms.stages[0].rebuilt && frames.length > 0 ? terms.resumePosition : 0;
+  ensure(progress.replayed === replayDue, `${progress.replayed} positions were replayed to stage 0, not ${replayDue}`);
+  ensure(BigInt(draws) === countsAt(terms, end).output, "the draws are miscounted");
+  const counts = live.length > 0 ? progress.at(end) : terms.start;
+  const cut = cutOf(epoch, closes, live, counts);
+  return { closes: closes.filter((close) => cut === null || close.traversal < cut.traversal), cut, drawn, ends, counts };
+}
+
+// How many ids a frame drew, by where the next one starts.
+function drawsOf(terms, frame, after) {
+  const { firstPosition, rows, sample } = frame;
+  if (firstPosition < terms.promptTokens) {
+    ensure(after === firstPosition + rows, `what follows starts at position ${after}, not ${firstPosition + rows}`);
+    return Number(sample);
+  }
+  return sample ? after - firstPosition : 0;
+}
+
+// The chunk that was cut short, if the epoch says so; null otherwise.
+function cutOf(epoch, closes, live, counts) {
+  const whole = Math.floor(epoch.receipts.length / epoch.terms.stages.length);
+  const last = live.length > 0 ? live.at(-1).traversal : null;
+  if (epoch.cut === null) {
+    ensure(last === null || (closes.length > 0 && closes.at(-1).traversal === last),
+      "the last frame does not close a chunk, and no cut is stated");
+    return null;
+  }
+  ensure(epoch.cut.traversal === last, "the epoch is not cut after its last frame");
+  ensure(whole <= closes.length && closes.length <= whole + 1, "chunks before the cut have no receipts");
+  ensure(closes.length === whole || closes.at(-1).traversal === last, "a chunk that was closed before the cut has no receipts");
+  return { chunk: whole, traversal: last, counts };
+}
+
+function checkReceiptsComplete(epoch, found) {
+  const stages = epoch.terms.stages.length;
+  const due = found.closes.length * stages;
+  ensure(epoch.receipts.length === due, `${epoch.receipts.length} receipts, ${due} are due`);
+  ensure(epoch.cut === null || epoch.cut.receipts.length === stages, "the cut does not say for each stage whether it signed");
   return due;
 }
 
-async function checkStageReceipts(bundle, index, closes) {
-  const { terms } = bundle;
+// The closes of an epoch, that of the cut included.
+function allCloses(found) {
+  return found.cut === null ? found.closes : [...found.closes, found.cut];
+}
+
+// A stage's receipts, chained; null for a cut that it did not sign.
+async function checkStageReceipts(epoch, index, found) {
+  const { terms } = epoch;
   const stage = terms.stages[index];
   const receipts = [];
   let previous = new Uint8Array();
-  for (const close of closes) {
-    const envelope = bundle.receipts[close.chunk * terms.stages.length + index];
+  for (const close of allCloses(found)) {
+    const envelope = close === found.cut
+      ? epoch.cut.receipts[index] : epoch.receipts[close.chunk * terms.stages.length + index];
+    if (envelope === null) {
+      receipts.push(null);
+      continue;
+    }
     const receipt = await openEnvelope(envelope, RECEIPT, stage.ledgerKey);
     const expected = {
       network_id: terms.networkId, session_id: terms.sessionId, epoch: terms.epoch, stage_index: index,
       chunk: close.chunk, start_layer: stage.start, end_layer: stage.end, model_digest: terms.modelDigest,
-      numeric_class: stage.numericClass, traversal: close.traversal, prompt_tokens: BigInt(close.counts.prompt),
-      output_tokens: BigInt(close.counts.output), previous_digest: previous,
+      numeric_class: stage.numericClass, traversal: close.traversal, prompt_tokens: close.counts.prompt,
+      output_tokens: close.counts.output, cached_prompt_tokens: close.counts.cached_prompt,
+      rejected_draft_tokens: close.counts.rejected_draft, replayed_tokens: BigInt(stage.replayed),
+      previous_digest: previous,
     };
     for (const [name, value] of Object.entries(expected)) {
       ensure(same(receipt[name], value), `receipt of stage ${index} chunk ${close.chunk}: it states a different ${name}`);
@@ -862,70 +1185,126 @@ async function checkStageReceipts(bundle, index, closes) {
   return receipts;
 }
 
-function checkHandoffs(byStage, closes) {
-  for (const { chunk } of closes) {
+function checkHandoffs(byStage, chunks) {
+  for (let chunk = 0; chunk < chunks; chunk++) {
     for (let index = 1; index < byStage.length; index++) {
-      const agreed = equalBytes(byStage[index - 1][chunk].output_commit, byStage[index][chunk].input_commit);
+      const [upstream, downstream] = [byStage[index - 1][chunk], byStage[index][chunk]];
+      const agreed = upstream === null || downstream === null || equalBytes(upstream.output_commit, downstream.input_commit);
       ensure(agreed, `hand-off from stage ${index - 1} to stage ${index}, chunk ${chunk}: they signed different data`);
     }
   }
 }
 
-function startOfChain(terms, boundary) {
-  const position = concat(bigEndian(terms.epoch, 4), bigEndian(boundary, 4));
-  return sha256(encoder.encode("plait.handoff.v1\0"), terms.handoffSalt, terms.sessionId, position);
+// The running commitment to what crosses one boundary of an epoch.
+class Chain {
+  static async start(terms, boundary) {
+    const chain = new Chain();
+    const position = concat(bigEndian(terms.epoch, 4), bigEndian(boundary, 4));
+    chain.commit = await sha256(encoder.encode("plait.handoff.v1\0"), terms.handoffSalt, terms.sessionId, position);
+    chain.pending = 0;
+    return chain;
+  }
+
+  async add(frame, rows, ids) {
+    ensure(this.pending++ < PENDING_FRAMES_MAX, "a chunk has too many frames");
+    const payload = new Uint8Array(4 * ids.length);
+    const view = new DataView(payload.buffer);
+    ids.forEach((id, index) => view.setUint32(4 * index, id, true));
+    const numbers = concat(bigEndian(frame.traversal, 8), bigEndian(frame.firstPosition, 4), bigEndian(rows, 4));
+    this.commit = await sha256(this.commit, numbers, await sha256(payload));
+  }
 }
 
-async function linkOfChain(commit, frame, ids) {
-  const payload = new Uint8Array(4 * ids.length);
-  const view = new DataView(payload.buffer);
-  ids.forEach((id, index) => view.setUint32(4 * index, id, true));
-  const numbers = concat(bigEndian(frame.traversal, 8), bigEndian(frame.firstPosition, 4), bigEndian(ids.length, 4));
-  return sha256(commit, numbers, await sha256(payload));
+// The commitments of the first and last boundary at the end of each chunk, and at the cut.
+async function ringCommits(bundle, epoch, found) {
+  const sequence = [...bundle.promptIds, ...bundle.tokenIds];
+  const sent = await Chain.start(epoch.terms, 0);
+  const drawn = await Chain.start(epoch.terms, epoch.terms.stages.length);
+  const closed = new Set(allCloses(found).map((close) => close.traversal));
+  const commits = [];
+  for (const [number, frame] of epoch.frames.entries()) {
+    const { firstPosition, rows, drafts } = frame;
+    const known = sequence.slice(firstPosition, firstPosition + rows - drafts.length);
+    await sent.add(frame, rows, [...known, ...drafts]);
+    if (frame.replay) continue;
+    await drawn.add(frame, found.drawn[number].length, found.drawn[number]);
+    if (!closed.has(frame.traversal)) continue;
+    commits.push({ sent: sent.commit, drawn: drawn.commit });
+    sent.pending = drawn.pending = 0;
+  }
+  return commits;
 }
 
 // Stage 0 was fed the prompt and what the last stage drew, and nothing else.
-async function checkRing(bundle, byStage, closes) {
-  const { terms } = bundle;
-  const sequence = [...bundle.promptIds, ...bundle.tokenIds];
-  let sent = await startOfChain(terms, 0);
-  let drawn = await startOfChain(terms, terms.stages.length);
-  let draws = 0;
-  let chunk = 0;
-  for (const frame of bundle.frames) {
-    sent = await linkOfChain(sent, frame, sequence.slice(frame.firstPosition, frame.firstPosition + frame.rows));
-    const ids = bundle.tokenIds.slice(draws, draws + Number(frame.sample));
-    drawn = await linkOfChain(drawn, frame, ids);
-    draws += ids.length;
-    if (!frame.closeChunk) continue;
-    ensure(equalBytes(byStage[0][chunk].input_commit, sent), `chunk ${chunk}: other ids were sent`);
-    ensure(equalBytes(byStage.at(-1)[chunk].output_commit, drawn), `chunk ${chunk}: other ids were drawn`);
-    chunk++;
+async function checkRing(bundle, epoch, found, byStage) {
+  const commits = await ringCommits(bundle, epoch, found);
+  const closes = allCloses(found);
+  ensure(commits.length === closes.length, "chunks are miscounted");
+  for (const [number, { chunk }] of closes.entries()) {
+    const first = byStage[0][number], last = byStage.at(-1)[number];
+    const { sent, drawn } = commits[number];
+    ensure(first === null || equalBytes(first.input_commit, sent), `chunk ${chunk}: other ids were sent`);
+    ensure(last === null || equalBytes(last.output_commit, drawn), `chunk ${chunk}: other ids were drawn`);
   }
-  ensure(chunk === closes.length, "chunks are miscounted");
 }
 
-// Rounded up once, on the cumulative counts.
-function amountOf(stage, counts) {
-  const { prompt, output } = stage.prices;
-  const total = BigInt(stage.pricedLayers) * (prompt * BigInt(counts.prompt) + output * BigInt(counts.output));
-  const amount = (total + 999_999n) / 1_000_000n;
-  ensure(amount <= U64_MAX, "a stage's price does not fit 64 bits");
-  return amount;
-}
-
-async function checkVoucher(bundle, closes) {
-  const { terms } = bundle;
-  const voucher = await openEnvelope(bundle.voucher, VOUCHER, terms.clientLedgerKey);
-  let transcript = await sha256(encoder.encode("plait.transcript.v1\0"), terms.sessionId, bigEndian(terms.epoch, 4));
-  for (const receipt of bundle.receipts) transcript = await sha256(transcript, await sha256(receipt.payload));
-  const { counts } = closes.at(-1);
-  const amounts = terms.stages.map((stage) => ({ payee: stage.peer, microcredits: amountOf(stage, counts) }));
-  ensure(sum(amounts.map((item) => item.microcredits)) <= U64_MAX, "the session's price does not fit 64 bits");
+// The last stage signed for the ids of the chunk that was cut; returns how.
+async function checkDraws(bundle, epoch, found) {
+  const { cut, terms } = epoch;
+  if (cut.receipts.at(-1) !== null) return "by its receipt for the cut";
+  if (cut.draws === null) throw new Absent("the last stage was lost, and its statement of the draws is not here");
+  const { drawn } = (await ringCommits(bundle, epoch, found)).at(-1);
+  const statement = await openEnvelope(cut.draws, DRAWS, terms.stages.at(-1).ledgerKey);
   const expected = {
     network_id: terms.networkId, session_id: terms.sessionId, epoch: terms.epoch,
-    sequence: BigInt(closes.length), account: terms.client, prompt_tokens: BigInt(counts.prompt),
-    output_tokens: BigInt(counts.output), transcript, amounts,
+    traversal: cut.traversal, output_commit: drawn,
+  };
+  ensure(same(statement, expected), "the last stage's statement is of other draws");
+  return "by its statement";
+}
+
+// What a stage's peer has earned in the session; rounded up once, on the cumulative counts.
+function priceOf(stage, counts) {
+  const { prices, base } = stage;
+  const work = COUNTS_MEMBERS.map((name) => [prices[name], counts[name] - base[name]]);
+  ensure(work.every(([, tokens]) => tokens >= 0n), "a stage was not there at these counts");
+  const tokens = sum(work.map(([price, tokens]) => price * tokens)) + prices.replayed * BigInt(stage.replayed);
+  const amount = (BigInt(stage.pricedLayers) * tokens + 999_999n) / 1_000_000n;
+  ensure(amount <= U64_MAX && stage.carried + amount <= U64_MAX, "a stage's price does not fit 64 bits");
+  return stage.carried + amount;
+}
+
+// The client signed to pay each stage its price for exactly the receipted tokens; null if
+// nothing is payable. `promised` is what earlier epochs promised.
+async function checkVoucher(epoch, found, promised) {
+  const { terms, cut } = epoch;
+  const signed = cut === null ? [] : cut.receipts.filter((receipt) => receipt !== null);
+  if (found.closes.length === 0 && signed.length === 0) {
+    ensure(epoch.voucher === null, "it pays for work that nobody signed for");
+    return null;
+  }
+  ensure(epoch.voucher !== null, "there is no voucher for the work that was signed for");
+  const voucher = await openEnvelope(epoch.voucher, VOUCHER, terms.clientLedgerKey);
+  let transcript = await sha256(encoder.encode("plait.transcript.v1\0"), terms.sessionId, bigEndian(terms.epoch, 4));
+  for (const receipt of [...epoch.receipts, ...signed]) {
+    transcript = await sha256(transcript, await sha256(receipt.payload));
+  }
+  const byCut = found.cut !== null && signed.length > 0;
+  const close = byCut ? found.cut : found.closes.at(-1);
+  const due = terms.stages.map((stage, index) => {
+    if (!byCut || cut.receipts[index] !== null) return priceOf(stage, close.counts);
+    if (found.closes.length > 0) return priceOf(stage, found.closes.at(-1).counts);
+    const before = promised.get(stage.peer) ?? 0n;
+    return before > stage.carried ? before : stage.carried;
+  });
+  ensure(byCut || sum(due) <= U64_MAX, "the session's price does not fit 64 bits");
+  const expected = {
+    network_id: terms.networkId, session_id: terms.sessionId, epoch: terms.epoch,
+    sequence: BigInt(found.closes.length + Number(byCut)), account: terms.client,
+    prompt_tokens: close.counts.prompt, output_tokens: close.counts.output,
+    cached_prompt_tokens: close.counts.cached_prompt, rejected_draft_tokens: close.counts.rejected_draft,
+    transcript, epoch_close: byCut,
+    amounts: terms.stages.map((stage, index) => ({ payee: stage.peer, microcredits: due[index] })),
   };
   for (const [name, value] of Object.entries(expected)) {
     ensure(same(voucher[name], value), `its ${name} does not follow from the receipts and the prices`);
@@ -933,52 +1312,158 @@ async function checkVoucher(bundle, closes) {
   return voucher;
 }
 
+// Each layer was signed for at each position that the answer rests on. Only the end of an
+// answer that was cut short may lack it.
+function checkCoverage(bundle, found) {
+  const last = bundle.terms.promptTokens + bundle.tokenIds.length - 1;
+  const layers = bundle.terms.stages.at(-1).end;
+  const spans = [];
+  for (const [number, epoch] of bundle.epochs.entries()) {
+    for (const [index, stage] of epoch.terms.stages.entries()) {
+      const reach = reachOf(epoch, found[number], index);
+      if (reach === null) continue;
+      const begin = epoch.terms.epoch === 1 ? 0 : epoch.terms.resumePosition;
+      // What was replayed when the stage entered is in each of its receipts.
+      spans.push({ stage, positions: [[0, stage.replayed], [begin, reach]] });
+    }
+  }
+  const borders = new Set([0, ...spans.flatMap(({ stage }) => [stage.start, stage.end])]);
+  const end = found.at(-1);
+  const whole = end.closes.length > 0 ? end.ends.get(end.closes.at(-1).traversal) : bundle.epochs.at(-1).terms.resumePosition;
+  let short = "";
+  for (const layer of [...borders].sort((a, b) => a - b)) {
+    if (layer >= layers) break;
+    const hosts = spans.filter(({ stage }) => stage.start <= layer && layer < stage.end);
+    const gap = gapIn(hosts.flatMap(({ positions }) => positions), last);
+    if (gap === null) continue;
+    const what = `nobody signed for layer ${layer} at positions ${gap[0]} to ${gap[1]}`;
+    ensure(end.cut !== null && gap[0] >= whole, what);
+    short ||= `${what}: the answer was cut short there`;
+  }
+  if (short) throw new Absent(short);
+  return true;
+}
+
+// The position up to which a stage signed receipts in an epoch; null if it signed none.
+function reachOf(epoch, found, index) {
+  if (found.cut !== null && (epoch.cut.receipts[index] ?? null) !== null) return found.ends.get(epoch.cut.traversal);
+  return found.closes.length > 0 ? found.ends.get(found.closes.at(-1).traversal) : null;
+}
+
+function gapIn(intervals, last) {
+  let reached = 0;
+  for (const [start, end] of intervals.sort((a, b) => a[0] - b[0] || a[1] - b[1])) {
+    if (start > reached) return [reached, start];
+    reached = Math.max(reached, end);
+  }
+  return reached < last ? [reached, last] : null;
+}
+
 // ---------------------------------------------------------------- credit
 
-const RESERVE = 2, SETTLE = 3, VOID = 4;
+const RESERVE = 2, SETTLE = 3, VOID = 4, LIMIT = 5;
+const COMMITTEE_GRANT_TYPE = "application/vnd.plait.committee-grant.v1";
 
 function routeBytes(terms) {
   const stages = terms.stages.map((stage) => ({
     peer_id: stage.peer, start_layer: stage.start, end_layer: stage.end,
     offer_digest: stage.offerDigest, priced_layers: stage.pricedLayers, prices: stage.prices,
+    entered_epoch: stage.enteredEpoch, base: stage.base, carried_microcredits: stage.carried,
+    replayed_tokens: stage.replayed, rebuilt: stage.rebuilt,
   }));
   return encode(ROUTE_PLAN, { model_digest: terms.modelDigest, stages });
 }
 
-function capsOf(reservation, terms) {
-  const payees = reservation.caps.map((cap) => cap.payee);
-  ensure(same(payees, terms.stages.map((stage) => stage.peer)), "the caps are not one for each stage, in order");
-  return reservation.caps.map((cap) => cap.microcredits);
+function enteredStages(terms) {
+  return terms.stages.filter((stage) => stage.enteredEpoch === terms.epoch);
 }
 
-async function checkReservation(bundle, network, openedMs) {
-  const { terms } = bundle;
-  const authority = network.authorities.find((one) => equalBytes(one.ledgerKey, bundle.grant.signer));
-  ensure(authority, "the grant is not signed by an authority of the network file");
-  const reservation = await openEnvelope(bundle.reservation, RESERVATION, terms.clientLedgerKey);
+// The caps of the stages that enter, in their order.
+function capsOf(reservation, terms) {
+  const entered = enteredStages(terms);
+  const payees = reservation.caps.map((cap) => cap.payee);
+  ensure(same(payees, entered.map((stage) => stage.peer)), "the caps are not one for each stage that enters, in order");
+  return entered.map((stage, index) => ({ stage, cap: reservation.caps[index].microcredits }));
+}
+
+function grantsIn(envelope) {
+  if (envelope.payload_type !== COMMITTEE_GRANT_TYPE) return [envelope];
+  ensure(envelope.signer.length === 0 && envelope.signature.length === 0, "a committee's grant is signed inside only");
+  return decode(COMMITTEE_GRANT, envelope.payload).grants;
+}
+
+// The authorities that granted a reservation: of 3f + 1 at least 2f + 1, in the file's order.
+async function grantersOf(grant, reservation, network) {
+  const grants = grantsIn(grant);
+  const order = grants.map((one) => network.authorities.findLastIndex((known) => equalBytes(known.ledgerKey, one.signer)));
+  ensure(!order.includes(-1), "the grant is not signed by an authority of the network file");
+  ensure(order.every((place, index) => index === 0 || order[index - 1] < place), "an authority granted twice, or they are not in order");
+  const quorum = network.authorities.length - Math.floor((network.authorities.length - 1) / 3);
+  ensure(order.length >= quorum, `${order.length} authorities granted, ${quorum} are needed`);
+  for (const one of grants) {
+    const { reservation_digest: of } = await openEnvelope(one, GRANT);
+    ensure(equalBytes(of, await sha256(reservation.payload)), "the grant is for another reservation");
+  }
+  return order.map((place) => network.authorities[place]);
+}
+
+async function checkGrants(epoch, network, openedMs) {
+  const { terms } = epoch;
+  await grantersOf(epoch.grant, epoch.reservation, network);
+  const reservation = await openEnvelope(epoch.reservation, RESERVATION, terms.clientLedgerKey);
   const ours = reservation.network_id === terms.networkId && reservation.account === terms.client
     && equalBytes(reservation.session_id, terms.sessionId) && reservation.epoch === terms.epoch;
   ensure(ours, "the reservation is for another network, account, session or epoch");
   ensure(equalBytes(reservation.route_digest, await sha256(routeBytes(terms))), "the reservation is for another route");
-  ensure(sum(capsOf(reservation, terms)) <= reservation.amount, "the caps sum to more than the amount reserved");
-  const grant = await openEnvelope(bundle.grant, GRANT);
-  ensure(equalBytes(grant.reservation_digest, await sha256(bundle.reservation.payload)), "the grant is for another reservation");
-  const granted = grant.network_id === reservation.network_id && grant.account === reservation.account
-    && equalBytes(grant.session_id, reservation.session_id) && grant.amount === reservation.amount;
-  ensure(granted, "it grants something else than was reserved");
-  ensure(openedMs < grant.expires_ms, "the grant has expired");
-  return { authority, reservation };
+  ensure(sum(capsOf(reservation, terms).map(({ cap }) => cap)) <= reservation.amount, "the caps sum to more than the amount reserved");
+  for (const one of grantsIn(epoch.grant)) {
+    const grant = await openEnvelope(one, GRANT);
+    const granted = grant.network_id === reservation.network_id && grant.account === reservation.account
+      && equalBytes(grant.session_id, reservation.session_id) && grant.amount === reservation.amount;
+    ensure(granted, "it grants something else than was reserved");
+    ensure(openedMs < grant.expires_ms, "the grant has expired");
+  }
 }
 
-function checkCaps(terms, voucher, reservation) {
-  capsOf(reservation, terms).forEach((cap, index) => {
-    ensure(voucher.amounts[index].microcredits <= cap, `stage ${index} is promised more than its cap`);
-  });
+// Returns the authority that granted; of a committee, the one whose log the checkpoint is of.
+async function checkReservations(bundle, network, openedMs) {
+  const [first] = bundle.epochs;
+  ensure(first.grant !== null && first.reservation !== null, "the first epoch has no reservation or no grant");
+  const granting = await grantersOf(first.grant, first.reservation, network);
+  for (const [index, epoch] of bundle.epochs.entries()) {
+    const what = `epoch ${epoch.terms.epoch}`;
+    if (enteredStages(epoch.terms).length === 0) {
+      ensure(epoch.reservation === null && epoch.grant === null, `${what} reserves, but no stage enters`);
+      continue;
+    }
+    ensure(epoch.reservation !== null, `${what} has no reservation`);
+    if (epoch.grant === null) throw new Absent(`the grant of ${what} is not here`);
+    await checkGrants(epoch, network, openedMs[index]);
+  }
+  const [origin] = (bundle.checkpoint ?? "").split("\n");
+  return granting.find((authority) => authority.logOrigin === origin) ?? granting[0];
+}
+
+// No stage is promised more than was reserved for it in its stint.
+function checkCaps(bundle) {
+  const limits = new Map();
+  const stint = (stage) => `${stage.enteredEpoch} ${stage.peer}`;
+  for (const epoch of bundle.epochs) {
+    if (epoch.reservation !== null) {
+      const reservation = decode(RESERVATION, epoch.reservation.payload);
+      for (const { stage, cap } of capsOf(reservation, epoch.terms)) limits.set(stint(stage), stage.carried + cap);
+    }
+    const promised = promisedIn(epoch);
+    epoch.terms.stages.forEach((stage, index) => {
+      const within = (promised.get(stage.peer) ?? 0n) <= (limits.get(stint(stage)) ?? 0n);
+      ensure(within, `stage ${index} is promised more than its cap`);
+    });
+  }
 }
 
 function readEntry(bundle, payload, number) {
   const entry = decode(ENTRY, payload);
-  ensure(entry.kind >= 1 && entry.kind <= VOID, `entry ${number} has an unknown kind`);
+  ensure(entry.kind >= 1 && entry.kind <= LIMIT, `entry ${number} has an unknown kind`);
   const ours = entry.network_id === bundle.networkId && equalBytes(entry.session_id, bundle.terms.sessionId);
   ensure(ours, `entry ${number} is of another network or session`);
   ensure(entry.lines.every((line) => (line.debit === 0n) !== (line.credit === 0n)),
@@ -988,61 +1473,116 @@ function readEntry(bundle, payload, number) {
   return entry;
 }
 
-async function checkJournal(bundle, voucher, reservation) {
+async function checkJournal(bundle) {
   if (bundle.entries.length === 0) throw new Absent("the bundle has no journal entries");
   const entries = bundle.entries.map((payload, number) => readEntry(bundle, payload, number));
   entries.forEach((entry, number) => {
     ensure(number === 0 || entries[number - 1].index < entry.index, "the entries are not in the order of the journal");
   });
-  const [first] = entries;
-  const reserves = entries.filter((entry) => entry.kind === RESERVE);
-  ensure(first.kind === RESERVE && reserves.length === 1, "the entries do not start with the one reservation");
-  const cause = await sha256(bundle.reservation.payload);
-  ensure(equalBytes(first.cause_digest, cause), "the reserve entry was caused by another reservation");
-  ensure(sum(first.lines.map((line) => line.credit)) === reservation.amount, "the reserve entry is of another amount");
-  const { held, paid } = replay(bundle, entries);
-  ensure(held === 0n || entries.at(-1).kind !== VOID, "credit is left in a hold that was voided");
-  await checkPaid(bundle, entries, voucher, paid);
+  await checkReserveEntries(bundle, entries);
+  await checkPaid(bundle, entries, replay(bundle, entries));
 }
 
+function holdOf(epoch) {
+  return `hold:${toHex(epoch.terms.sessionId)}:${epoch.terms.epoch}`;
+}
+
+// The hold of the session that a reserve entry fills, and by how much.
+function filledHold(bundle, entry) {
+  const credits = entry.lines.filter((line) => line.credit > 0n);
+  const fills = credits.length === 1 && credits[0].account.startsWith(`hold:${toHex(bundle.terms.sessionId)}:`);
+  ensure(fills, "a reserve entry does not fill one hold of the session");
+  return credits[0];
+}
+
+// Each reservation was booked once. An epoch that was reserved for and never begun is not in
+// the bundle; its hold is in the journal all the same.
+async function checkReserveEntries(bundle, entries) {
+  ensure(entries[0].kind === RESERVE, "the entries do not start with a reservation");
+  const epochs = new Map(bundle.epochs.map((epoch) => [holdOf(epoch), epoch]));
+  const booked = new Set();
+  for (const entry of entries.filter((one) => one.kind === RESERVE)) {
+    const { account, credit } = filledHold(bundle, entry);
+    ensure(!booked.has(account), "an epoch was reserved for twice");
+    booked.add(account);
+    if (!epochs.has(account)) continue;
+    const { reservation } = epochs.get(account);
+    const caused = reservation !== null && equalBytes(entry.cause_digest, await sha256(reservation.payload));
+    ensure(caused, "a reserve entry was caused by another reservation");
+    ensure(credit === decode(RESERVATION, reservation.payload).amount, "a reserve entry is of another amount");
+  }
+  for (const [hold, epoch] of epochs) {
+    ensure(epoch.grant === null || booked.has(hold), "a reservation was granted, but not booked");
+  }
+}
+
+function sides(entry) {
+  const debited = new Map(), credited = new Map();
+  for (const { account, debit, credit } of entry.lines) {
+    if (debit) debited.set(account, (debited.get(account) ?? 0n) + debit);
+    if (credit) credited.set(account, (credited.get(account) ?? 0n) + credit);
+  }
+  return { debited, credited };
+}
+
+// Apply the entries to the session's holds; returns what each payee was paid.
 function replay(bundle, entries) {
-  const { client, sessionId, epoch } = bundle.terms;
-  const hold = `hold:${toHex(sessionId)}:${epoch}`;
+  const { client } = bundle.terms;
+  const reserves = entries.filter((entry) => entry.kind === RESERVE);
+  const held = new Map(reserves.map((entry) => [filledHold(bundle, entry).account, 0n]));
   const paid = new Map();
-  let held = 0n;
+  const voided = new Set();
+  const allHeld = (accounts) => [...accounts.keys()].every((account) => held.has(account));
+  const onlyClient = (accounts) => accounts.size === 1 && accounts.has(client);
   for (const entry of entries) {
-    const isReserve = entry.kind === RESERVE;
-    const source = isReserve ? client : hold;
-    ensure(entry.kind >= RESERVE, `entry ${entry.index} issues credit`);
-    ensure(entry.lines.every((line) => line.debit === 0n || line.account === source),
-      `entry ${entry.index} takes credit from elsewhere`);
-    const credits = entry.lines.filter((line) => line.credit > 0n);
-    ensure(credits.every((line) => line.account !== source), `entry ${entry.index} moves credit in a circle`);
+    const { debited, credited } = sides(entry);
+    ensure([RESERVE, SETTLE, VOID].includes(entry.kind), `entry ${entry.index} issues credit`);
+    let right = entry.kind === RESERVE ? onlyClient(debited) && allHeld(credited) : allHeld(debited);
     if (entry.kind === SETTLE) {
-      for (const line of credits) paid.set(line.account, (paid.get(line.account) ?? 0n) + line.credit);
-    } else {
-      const target = isReserve ? hold : client;
-      ensure(credits.length > 0 && credits.every((line) => line.account === target),
-        `entry ${entry.index} moves credit to elsewhere`);
+      right &&= [...credited.keys()].every((account) => account !== client && !held.has(account));
+      for (const [account, amount] of credited) paid.set(account, (paid.get(account) ?? 0n) + amount);
+    } else if (entry.kind === VOID) {
+      right &&= onlyClient(credited);
+      for (const account of debited.keys()) voided.add(account);
     }
-    const total = sum(entry.lines.map((line) => line.debit));
-    held += isReserve ? total : -total;
-    ensure(held >= 0n, `entry ${entry.index} takes more than was reserved`);
+    ensure(right, `entry ${entry.index} takes credit from elsewhere, or moves it there`);
+    for (const account of held.keys()) {
+      const now = held.get(account) + (credited.get(account) ?? 0n) - (debited.get(account) ?? 0n);
+      ensure(now >= 0n, `entry ${entry.index} takes more than was reserved`);
+      held.set(account, now);
+    }
   }
-  return { held, paid };
+  ensure([...voided].every((account) => held.get(account) === 0n), "credit is left in a hold that was voided");
+  return paid;
 }
 
-async function checkPaid(bundle, entries, voucher, paid) {
-  const promised = new Map(voucher.amounts.map((item) => [item.payee, item.microcredits]));
-  for (const [payee, amount] of paid) {
-    ensure(amount <= (promised.get(payee) ?? 0n), `${payee} was paid more than promised`);
+// Nobody was paid more than promised; less only if the voucher was never presented.
+async function checkPaid(bundle, entries, paid) {
+  const best = new Map();
+  for (const epoch of bundle.epochs) {
+    for (const [payee, amount] of promisedIn(epoch)) {
+      if (amount >= (best.get(payee)?.amount ?? 0n)) best.set(payee, { amount, voucher: epoch.voucher });
+    }
   }
-  const owed = [...promised].some(([payee, amount]) => (paid.get(payee) ?? 0n) < amount);
-  if (!owed) return;
-  const final = await sha256(bundle.voucher.payload);
-  const done = entries.some((entry) => entry.kind === VOID || equalBytes(entry.cause_digest, final));
-  ensure(!done, "a payee was paid less than promised");
-  throw new Absent("no entry settles the voucher yet");
+  for (const [payee, amount] of paid) ensure(amount <= (best.get(payee)?.amount ?? 0n), `${payee} was paid more than promised`);
+  const causes = new Set(entries.map((entry) => toHex(entry.cause_digest)));
+  const voids = entries.filter((entry) => entry.kind === VOID);
+  const voided = new Set(voids.flatMap((entry) => entry.lines.filter((line) => line.debit > 0n).map((line) => line.account)));
+  let waiting = "";
+  for (const [payee, { amount, voucher }] of best) {
+    if ((paid.get(payee) ?? 0n) === amount) continue;
+    const presented = causes.has(toHex(await sha256(voucher.payload)));
+    const over = holdsOf(bundle, payee).every((hold) => voided.has(hold));
+    ensure(!presented && !over, `${payee} was paid less than promised`);
+    waiting ||= `${payee} was paid less than promised: no entry settles that voucher yet`;
+  }
+  if (waiting) throw new Absent(waiting);
+}
+
+function holdsOf(bundle, payee) {
+  const reserved = bundle.epochs.filter(({ reservation }) =>
+    reservation !== null && decode(RESERVATION, reservation.payload).caps.some((cap) => cap.payee === payee));
+  return reserved.map(holdOf);
 }
 
 // ---------------------------------------------------------------- the log and its witnesses
@@ -1119,7 +1659,7 @@ async function checkLog(bundle, authority) {
   for (const [number, payload] of bundle.entries.entries()) {
     const entry = decode(ENTRY, payload);
     const { index, hashes } = bundle.proofs[number];
-    ensure(entry.kind >= 1 && entry.kind <= VOID, `entry ${number} has an unknown kind`);
+    ensure(entry.kind >= 1 && entry.kind <= LIMIT, `entry ${number} has an unknown kind`);
     ensure(entry.index === index, `entry ${number}: its index is not that of its proof`);
     await verifyInclusion(payload, index, checkpoint, hashes);
   }
@@ -1203,78 +1743,113 @@ async function verifyBundle(bytes, network) {
   return findings.report();
 }
 
+// How a claim about one epoch is named: with its number if there are several.
+function named(bundle, epoch, claim) {
+  return bundle.epochs.length === 1 ? claim : `epoch ${epoch.terms.epoch}: ${claim}`;
+}
+
 async function checkParts(findings, bundle, network) {
   await findings.claim("seal", () => checkSeal(bundle), () => `by the client ${bundle.terms.client}`);
   await findings.claim("network", () => checkNetwork(bundle, network), () => network.id);
   const openedMs = await checkSession(findings, bundle);
-  const closes = await findings.claim("frames", () => checkFrames(bundle),
-    (value) => `${bundle.frames.length} frames cover every position once, in ${value.length} chunks`);
-  let voucher = null;
-  if (closes === null) findings.blocked("receipts, hand-offs, ring and voucher", "the frames");
+  const found = await findings.claim("frames", () => checkFrames(bundle), (value) => {
+    const frames = bundle.epochs.reduce((count, epoch) => count + epoch.frames.length, 0);
+    const chunks = value.reduce((count, one) => count + allCloses(one).length, 0);
+    return `${frames} frames cover every position in order, in ${chunks} chunks`;
+  });
+  let paidFor = found !== null;
+  if (found === null) findings.blocked("receipts, hand-offs, ring and voucher", "the frames");
   else {
-    await checkReceipts(findings, bundle, closes);
-    voucher = await findings.claim("voucher", () => checkVoucher(bundle, closes),
-      (value) => `${sum(value.amounts.map((item) => item.microcredits))} microcredits for ${value.prompt_tokens} ` +
-        `prompt and ${value.output_tokens} output tokens, as offered`);
+    const promised = new Map();
+    for (const [index, epoch] of bundle.epochs.entries()) {
+      await checkReceipts(findings, bundle, epoch, found[index]);
+      const voucher = await findings.claim(named(bundle, epoch, "voucher"),
+        () => checkVoucher(epoch, found[index], promised), voucherShown);
+      if (voucher === null) paidFor = false;
+      else for (const [payee, amount] of promisedIn(epoch)) promised.set(payee, amount);
+    }
+    await findings.claim("coverage", () => checkCoverage(bundle, found),
+      () => "each layer is signed for at each position that the answer rests on");
   }
-  await checkCredit(findings, bundle, network, openedMs, voucher);
+  await checkCredit(findings, bundle, network, openedMs, paidFor);
+}
+
+function voucherShown(voucher) {
+  if (voucher === null) return "none, and none is due";
+  return `${sum(voucher.amounts.map((item) => item.microcredits))} microcredits for ${voucher.prompt_tokens} ` +
+    `prompt and ${voucher.output_tokens} output tokens, as offered`;
 }
 
 async function checkSession(findings, bundle) {
-  const { terms } = bundle;
-  const stages = terms.stages.length;
-  const opening = await findings.claim("session terms", () => checkTerms(bundle),
-    () => `session ${toHex(terms.sessionId)}, signed by the client`);
-  const openedMs = opening === null ? bundle.sealedMs : opening.openedMs;
+  const { terms, epochs } = bundle;
+  const openings = [];
+  for (const epoch of epochs) {
+    openings.push(await findings.claim(named(bundle, epoch, "session terms"), () => checkTerms(epoch),
+      () => `session ${toHex(terms.sessionId)}, signed by the client`));
+  }
+  const known = openings.filter((opening) => opening !== null);
+  if (known.length < openings.length) findings.blocked("succession", "the session terms");
+  else {
+    await findings.claim("succession", () => checkSuccession(bundle, known), () => epochs.length === 1
+      ? "one epoch, from the beginning to the end"
+      : `${epochs.length} epochs, each going on where the one before was cut`);
+  }
+  const openedMs = openings.map((opening) => (opening === null ? bundle.sealedMs : opening.openedMs));
   await findings.claim("client certificate",
-    () => checkKeyCert(bundle.clientCert, bundle.networkId, openedMs, terms.client, terms.clientLedgerKey),
+    () => checkKeyCert(bundle.clientCert, bundle.networkId, openedMs[0], terms.client, terms.clientLedgerKey),
     () => "the client delegated to its ledger key");
-  await findings.claim("stage certificates", () => checkStageCerts(bundle, openedMs),
-    () => `${stages} stages delegated to their ledger keys`);
-  await findings.claim("offers", () => checkOffers(bundle, openedMs),
-    () => `${stages} signed offers: span, prices and numeric class as in the route`);
   const manifest = await findings.claim("manifest", () => checkManifest(bundle),
     (value) => `${value.name}, ${value.layers} layers`);
-  await findings.claim("route", () => checkRoute(bundle, manifest),
-    () => `layers ${terms.stages.map((stage) => `${stage.start}:${stage.end}`).join(" → ")}`);
-  await findings.claim("answer", () => checkAnswer(bundle, opening, manifest),
+  const openedByEpoch = new Map(epochs.map((epoch, index) => [epoch.terms.epoch, openedMs[index]]));
+  for (const [index, epoch] of epochs.entries()) {
+    const { stages } = epoch.terms;
+    await findings.claim(named(bundle, epoch, "stage certificates"), () => checkStageCerts(epoch, openedMs[index]),
+      () => `${stages.length} stages delegated to their ledger keys`);
+    await findings.claim(named(bundle, epoch, "offers"), () => checkOffers(epoch, openedByEpoch),
+      () => `${stages.length} signed offers: span, prices and numeric class as in the route`);
+    await findings.claim(named(bundle, epoch, "route"), () => checkRoute(epoch, manifest),
+      () => `layers ${stages.map((stage) => `${stage.start}:${stage.end}`).join(" → ")}`);
+  }
+  await findings.claim("answer", () => checkAnswer(bundle, known[0] ?? null, manifest),
     () => `${bundle.tokenIds.length} ids drawn, ended by ${bundle.finishReason}`);
   return openedMs;
 }
 
-async function checkReceipts(findings, bundle, closes) {
-  const complete = await findings.claim("receipts complete", () => checkReceiptsComplete(bundle, closes),
+async function checkReceipts(findings, bundle, epoch, found) {
+  const claim = (name, check, detail) => findings.claim(named(bundle, epoch, name), check, detail);
+  const complete = await claim("receipts complete", () => checkReceiptsComplete(epoch, found),
     (count) => `${count}: one per stage and chunk`);
   if (complete === null) {
     findings.blocked("receipts, hand-offs and ring", "missing receipts");
     return;
   }
   const byStage = [];
-  for (const [index, stage] of bundle.terms.stages.entries()) {
-    byStage.push(await findings.claim(`receipts of stage ${index}`, () => checkStageReceipts(bundle, index, closes),
-      (value) => `${value.length} chunks by ${stage.peer}, layers ${stage.start}:${stage.end}`));
+  for (const [index, stage] of epoch.terms.stages.entries()) {
+    byStage.push(await claim(`receipts of stage ${index}`, () => checkStageReceipts(epoch, index, found),
+      (value) => `${value.filter((receipt) => receipt !== null).length} chunks by ${stage.peer}, layers ${stage.start}:${stage.end}`));
   }
   if (byStage.includes(null)) {
     findings.blocked("hand-offs and ring", "a receipt");
     return;
   }
-  await findings.claim("hand-offs", () => checkHandoffs(byStage, closes),
+  await claim("hand-offs", () => checkHandoffs(byStage, allCloses(found).length),
     () => "each stage received what the one before it sent");
-  await findings.claim("ring", () => checkRing(bundle, byStage, closes),
+  await claim("ring", () => checkRing(bundle, epoch, found, byStage),
     () => "what was fed to stage 0 is the prompt and what the last stage drew");
+  if (epoch.cut === null) return;
+  await claim("draws of the cut", () => checkDraws(bundle, epoch, found), (how) => `the last stage signed for them ${how}`);
 }
 
-async function checkCredit(findings, bundle, network, openedMs, voucher) {
-  const granted = await findings.claim("reservation and grant", () => checkReservation(bundle, network, openedMs),
-    (value) => `granted by the ledger authority ${value.authority.peer}`);
+async function checkCredit(findings, bundle, network, openedMs, paidFor) {
+  const authority = await findings.claim("reservation and grant", () => checkReservations(bundle, network, openedMs),
+    (value) => `granted by the ledger authority ${value.peer}`);
   const quorum = network.witnessQuorum;
-  if (voucher === null || granted === null) {
+  if (!paidFor || authority === null) {
     findings.blocked(quorum ? "caps, journal, log and witnesses" : "caps, journal and log", "the voucher or the grant");
     return;
   }
-  const { authority, reservation } = granted;
-  await findings.claim("caps", () => checkCaps(bundle.terms, voucher, reservation), () => "no stage is above its cap");
-  await findings.claim("journal", () => checkJournal(bundle, voucher, reservation),
+  await findings.claim("caps", () => checkCaps(bundle), () => "no stage is above its cap");
+  await findings.claim("journal", () => checkJournal(bundle),
     () => "entries balance, and each payee was paid what the voucher says");
   await findings.claim("log", () => checkLog(bundle, authority),
     (value) => `${bundle.entries.length} entries in ${authority.logOrigin} at size ${value.size}`);

@@ -69,6 +69,8 @@ PURE = (
     "node/replay.py",
     "node/retained.py",
     "node/scheduler.py",
+    "compute/drafts.py",
+    "compute/pages.py",
     "node/sessions.py",
     "node/stage.py",
     "node/wire.py",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from plait.compute.port import Done, Work
-from plait.errors import BadProof, CapacityError, VerificationError
+from plait.errors import BadProof, CapacityError, PlaitError, VerificationError
 from plait.ledger.audit_request import lots_of
 from plait.ledger.audit_rules import Finding, Tolerance, judge, tolerance_of
 from plait.ledger.audit_wire import Challenge, read_challenge
@@ -104,7 +104,9 @@ class Cheat(FakeStage):
     bias = 0
 
     def step(self, batch: list[Work]) -> list[Done]:  # type: ignore[override]
-        return [self._changed(work, done) for work, done in zip(batch, super().step(batch))]
+        return [
+            self._changed(work, done) for work, done in zip(batch, super().step(batch), strict=True)
+        ]
 
     def _changed(self, work: Work, done: Done) -> Done:
         if work.first_position < self.position or done.hidden is None:
@@ -217,9 +219,8 @@ def test_each_part_of_the_anchor_counts(field: str) -> None:
         message.anchor.voucher.signature = bytes(64)
     else:
         message.anchor.ClearField(field)
-    with pytest.raises((VerificationError, Exception)) as caught:
+    with pytest.raises(PlaitError):
         read_challenge(message, audit_network())
-    assert type(caught.value).__module__ == "plait.errors"
 
 
 def test_the_receipts_must_be_of_the_stage_that_the_route_names() -> None:

@@ -123,7 +123,8 @@ def test_an_answer_follows_its_grammar(tokenizer: Tokenizer, vocabulary: Vocabul
         assert DrawState(sampling, [5, 6], 2, vocabulary).draw(rows(seed, 1)[0], 2).logprob < 0
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2**32), st.integers(0, 40), st.integers(0, 40))
 def test_a_stage_that_takes_over_or_goes_back_draws_the_same(
     tokenizer: Tokenizer, vocabulary: Vocabulary, seed: int, cut: int, back: int

@@ -23,7 +23,7 @@ def test_pages_come_in_runs_where_they_can() -> None:
     table.release(c)
     assert table.allocate(3) == (4, 5, 6)
     assert table.allocate(3) == (0, 1, 7)
-    with pytest.raises(CapacityError, match="1 KV pages were asked for, 0 are free"):
+    with pytest.raises(CapacityError, match="16 tokens of KV cache were asked for, 0 are free"):
         table.allocate(1)
 
 

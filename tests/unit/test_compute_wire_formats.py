@@ -24,9 +24,10 @@ def rows_of(limit: float) -> st.SearchStrategy[Hidden]:
 
 
 def there_and_back(hidden: Hidden, dtype: WireDtype) -> Hidden:
+    rows, width = hidden.shape
     payload = encode(hidden, dtype)
-    assert len(payload) == wire_bytes(*hidden.shape, dtype)
-    found = decode(payload, *hidden.shape, dtype)
+    assert len(payload) == wire_bytes(rows, width, dtype)
+    found = decode(payload, rows, width, dtype)
     assert found.dtype == np.float32
     assert found.shape == hidden.shape
     return found

@@ -658,6 +658,11 @@ async def test_the_description_covers_every_route() -> None:
             assert reply.status != 405, path
     references = json.dumps(document).split('"$ref": "#/components/schemas/')[1:]
     names = {reference.partition('"')[0] for reference in references}
+    assert document["components"]["schemas"]["ChatRequest"]["properties"]["model"]["enum"] == [
+        MODEL
+    ]
+    routes = {"/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenizer_info", "/metrics"}
+    assert routes <= document["paths"].keys()
     assert names <= document["components"]["schemas"].keys()
 
 

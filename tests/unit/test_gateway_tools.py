@@ -1,6 +1,7 @@
 """Tools: told, forced, and read again however the answer is cut."""
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.compute.grammar import check_grammar
-from plait.gateway.tools import CallReader, Tool, Tools, chosen, introduced
+from plait.gateway.tools import CallReader, Tool, ToolCall, Tools, chosen, introduced
 
 WEATHER = Tool("weather", "Tell the weather.", {"type": "object", "properties": {"city": {}}})
 CLOCK = Tool("clock", "Tell the time.", {"type": "object", "properties": {}})
@@ -17,7 +18,7 @@ CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 
 
 def read(reader: CallReader, pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
-    out, calls = "", []
+    out, calls = "", list[ToolCall]()
     for piece in pieces:
         text, found = reader.push(piece)
         out, calls = out + text, calls + found
@@ -47,7 +48,7 @@ def test_calls_are_taken_out_wherever_the_answer_is_cut(
     answer: str, text: str, names: list[str], cuts: list[int]
 ) -> None:
     ends = sorted({min(cut, len(answer)) for cut in cuts} | {0, len(answer)})
-    pieces = [answer[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    pieces = [answer[a:b] for a, b in pairwise(ends)]
     out, calls = read(CallReader(OFFERED), pieces)
     assert (out, [name for name, _ in calls]) == (text, names)
 
@@ -95,7 +96,7 @@ def test_a_choice_that_cannot_be() -> None:
 
 
 def test_a_template_without_tools_is_told_in_words() -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Weather?"},
         {

@@ -1,30 +1,23 @@
 """Sessions that lose stages on their way: what is paid, what is proven, and every lie."""
 
-import json
-import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.envelope import open_envelope, pae
+from plait.envelope import open_envelope
 from plait.errors import Overspend, RemoteProtocolError
-from plait.ledger.bundle import BundleParts, EpochParts, build_bundle
-from plait.ledger.canonical import encode_canonical
+from plait.ledger.bundle import BundleParts, build_bundle
 from plait.ledger.progress import FrameCounts
 from plait.ledger.report import Report
 from plait.ledger.stage_books import StageBooks
 from plait.ledger.verify import verify_bundle
-from plait.testing.accounting import END_ID, NOW_MS, Plot, key_of, paper_network
+from plait.testing.accounting import END_ID, Plot, key_of, paper_network
 from plait.testing.course import Cut, PaperCourse, PaperEpoch
-from plait.testing.lies import COURSE, COURSE_LIES, resigned_terms
-from plait.types import Microcredits, Prices, Span, TokenCounts
-from plait.v1.identity_pb2 import SignedEnvelope
-from plait.v1.ledger_pb2 import SessionVoucher, StageReceipt
+from plait.types import Microcredits, PeerId, Prices, Span, TokenCounts
+from plait.v1.ledger_pb2 import JournalEntry, SessionVoucher
 
 NETWORK = paper_network()
 CLIENT = key_of("client")
@@ -40,9 +33,7 @@ class Schedule:
     cached: int
 
     def play(self, **options: Any) -> PaperCourse:
-        course = PaperCourse(
-            self.plot, self.cuts, self.wrong_every, cached=self.cached, **options
-        )
+        course = PaperCourse(self.plot, self.cuts, self.wrong_every, cached=self.cached, **options)
         return course.play()
 
 
@@ -170,9 +161,11 @@ def test_everybody_is_promised_its_work_and_nobody_more(schedule: Schedule) -> N
 @settings(max_examples=60, deadline=None)
 @given(schedules())
 def test_a_stage_that_stays_earns_as_if_nothing_had_happened(schedule: Schedule) -> None:
-    plain = replace(schedule, wrong_every=0, cuts=tuple(
-        replace(cut, lost=cut.lost - {0}) for cut in schedule.cuts
-    ))
+    plain = replace(
+        schedule,
+        wrong_every=0,
+        cuts=tuple(replace(cut, lost=cut.lost - {0}) for cut in schedule.cuts),
+    )
     undisturbed = replace(plain, cuts=()).play()
     disturbed = plain.play()
     stayer = disturbed.epoch.terms.stages[0].peer
@@ -199,7 +192,7 @@ def test_money_is_conserved(schedule: Schedule) -> None:
     assert -moved[course.epoch.terms.client] == held + paid
 
 
-def payees(course: PaperCourse) -> set[str]:
+def payees(course: PaperCourse) -> set[PeerId]:
     return {stage.peer for epoch in course.epochs for stage in epoch.terms.stages}
 
 
@@ -242,7 +235,7 @@ def test_without_a_grant_a_stage_works_one_chunk_beyond_its_base() -> None:
     books, start = entering(None), COURSE_START
     assert not books.granted
     books.admit(draws(start, 4))
-    with pytest.raises(Overspend, match="unpaid|grant"):
+    with pytest.raises(Overspend, match="unpaid"):
         books.admit(draws(start, 5))
     books.grant(Microcredits(10**6))
     assert books.granted
@@ -251,7 +244,8 @@ def test_without_a_grant_a_stage_works_one_chunk_beyond_its_base() -> None:
 
 
 def test_a_paid_chunk_does_not_widen_the_window_without_a_grant() -> None:
-    course = PaperCourse(Plot(), [Cut(5, frozenset({2}))], ungranted=True)
+    plot = Plot(drawn_ids=tuple(range(40, 60)))
+    course = PaperCourse(plot, [Cut(5, frozenset({2}))], ungranted=True)
     with pytest.raises(Overspend, match="without a grant"):
         course.play()
     paid = course.epoch.books[2]
@@ -260,8 +254,11 @@ def test_a_paid_chunk_does_not_widen_the_window_without_a_grant() -> None:
 
 def test_a_cap_bounds_the_stint_not_the_session() -> None:
     start = COURSE_START
-    price = PaperCourse(Plot(), [Cut(5, frozenset({2}))]).play().epochs[1].terms.price(
-        2, draws(start, 2).counts
+    price = (
+        PaperCourse(Plot(), [Cut(5, frozenset({2}))])
+        .play()
+        .epochs[1]
+        .terms.price(2, draws(start, 2).counts)
     )
     entering(price).admit(draws(start, 2))
     with pytest.raises(Overspend, match="the cap is"):
@@ -279,22 +276,3 @@ def test_a_stage_signs_nothing_before_it_was_replayed_to() -> None:
     books.received(0, 0, position - 1, b"x")
     with pytest.raises(RemoteProtocolError, match=f"{position - 1} positions were replayed"):
         books.received(position, position, 1, b"x")
-
-
-# Every lie alone, in a bundle of three epochs.
-
-
-def test_the_honest_course_is_verified() -> None:
-    report = check(COURSE.bundle_parts())
-    assert report.outcome == "verified", report.lines()
-    assert "3 epochs" in "\n".join(report.lines())
-    assert [epoch.terms.epoch for epoch in COURSE.epochs] == [1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("name", "lie"), COURSE_LIES, ids=[f"{i}-{n}" for i, (n, _) in enumerate(COURSE_LIES)]
-)
-def test_each_lie_is_false_and_named(name: str, lie: Callable[[], BundleParts]) -> None:
-    report = check(lie())
-    assert report.outcome == "false"
-    assert name in failures(report), report.lines()

@@ -405,7 +405,36 @@ def test_a_peer_has_a_bounded_number_of_links() -> None:
     links = [callers.attach(CLIENT) for _ in range(LINKS_PER_PEER_MAX)]
     with pytest.raises(CapacityError):
         callers.attach(CLIENT)
-    assert callers.detach(CLIENT, links[0])
+    assert callers.detach(CLIENT, links[0]) == (True, None)
     callers.attach(CLIENT)
     assert len(callers) == LINKS_PER_PEER_MAX
     assert CLIENT_LEDGER.peer_id != CLIENT
+
+
+def test_a_link_for_one_session_carries_and_ends_that_session_alone() -> None:
+    callers, one, other = CallerLinks(), SessionId(b"1" * 16), SessionId(b"2" * 16)
+    link, others_link = callers.attach(CLIENT, one), callers.attach(CLIENT, other)
+    result = stage_pb2.LinkResponse(result=stage_pb2.TokenResult(session_id=one))
+    callers.send(CLIENT, result)
+    assert link.queued_bytes and not others_link.queued_bytes
+    fault = stage_pb2.LinkResponse(fault=stage_pb2.SessionFault(session_id=other))
+    callers.send(CLIENT, fault)
+    assert others_link.queued_bytes
+    assert callers.detach(CLIENT, link) == (False, one)
+    with pytest.raises(NetworkError):
+        callers.send(CLIENT, result)
+    callers.attach(CLIENT)
+    callers.send(CLIENT, result)
+    assert callers.detach(CLIENT, others_link) == (True, other)
+
+
+def test_the_end_of_a_session_s_link_is_no_news_of_the_client_s_others() -> None:
+    swarm = PaperSwarm(2)
+    client = PaperClient(swarm, (1, 2, 3), 8)
+    client.begin()
+    stage = swarm.nodes[swarm.route[0]].stage
+    (session,) = stage.sessions
+    stage.on_link_lost(CLIENT, object(), others_left=False, only=SessionId(b"2" * 16))
+    assert session.phase == "live"
+    stage.on_link_lost(CLIENT, object(), others_left=False, only=session.id)
+    assert session.phase == "suspended" and session.orphaned

@@ -185,7 +185,6 @@ class Pipeline:
                 await self._dialer.greet(offer)
                 response = await self._stub(peer).Open(request, timeout=timeout_s)
         except (grpc.aio.AioRpcError, NetworkError, TimeoutError) as error:
-            self._dialer.forget(peer)
             self._failed(epoch, peer, "open", error)
             return
         if response.HasField("refusal"):
@@ -254,7 +253,8 @@ class Pipeline:
         """Return once our stream to a stage is up; raises ``PeerUnreachable``."""
         link = self._links.get(peer)
         if link is None or link.outbox.closed:
-            link = OutgoingLink(peer, self._dialer.link_channel(self._offers[peer]))
+            channel = self._dialer.link_channel(self._offers[peer])
+            link = OutgoingLink(peer, channel, session=self.session_id)
             self._links[peer] = link
             self._spawn(self._pump(link), f"link to {peer}")
         await link.wait_open()
@@ -294,6 +294,7 @@ class Pipeline:
         call: Call,
         error: grpc.aio.AioRpcError | PlaitError | TimeoutError,
     ) -> None:
+        self._dialer.forget(peer)
         code, reason = "peer-unreachable", str(error) or "no answer in time"
         if isinstance(error, grpc.aio.AioRpcError):
             reason = f"{error.code().name}: {error.details()}"

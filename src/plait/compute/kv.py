@@ -87,23 +87,12 @@ class SessionKv:
 
     def save(self, spill: Spill, session: SessionId) -> None:
         """Write what is valid to disk. Raises ``CapacityError``."""
-        if self._cache.on_cpu or not self.length:
-            spill.write(session, self._strips())
-        else:
-            spill.write(session, [torch.cat(self._parts(self._of_span(), self.length), 3).cpu()])
+        spill.write(session, self._strips())
 
     def load(self, spill: Spill, session: SessionId, length: int) -> None:
         """Read back what ``save`` wrote, into pages that nobody shares."""
         self.length = length
-        if self._cache.on_cpu or not length:
-            spill.read(session, self._strips())
-            return
-        parts = self._parts(self._of_span(), length)
-        whole = torch.empty(*parts[0].shape[:3], length, parts[0].shape[4], pin_memory=True)
-        spill.read(session, [whole])
-        taken = whole.split([part.shape[3] for part in parts], 3)
-        for part, values in zip(parts, taken, strict=True):
-            part.copy_(values)
+        spill.read(session, self._strips())
 
     def _strips(self) -> list[torch.Tensor]:
         """What is valid, in pieces that lie in one place of memory each."""
@@ -145,14 +134,7 @@ class KvCache:
     pages of what is computed from being given away meanwhile.
     """
 
-    def __init__(
-        self,
-        layout: KvLayout,
-        tokens_max: int,
-        *,
-        device: str = "cpu",
-        spill: Spill | None = None,
-    ) -> None:
+    def __init__(self, layout: KvLayout, tokens_max: int, *, spill: Spill | None = None) -> None:
         pages = tokens_max // PAGE_TOKENS
         self.layout = layout
         self.data = torch.empty(
@@ -161,7 +143,6 @@ class KvCache:
             layout.heads,
             pages * PAGE_TOKENS,
             layout.head_size,
-            device=device,
         )
         self._table = PageTable(pages)
         self._sessions: dict[SessionId, SessionKv] = {}
@@ -171,11 +152,6 @@ class KvCache:
         self._late: list[SessionKv] = []
         self._secret = token_bytes(32)
         self._lock = threading.RLock()
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the cache is in the memory of the process."""
-        return self.data.device.type == "cpu"
 
     @property
     def tokens_total(self) -> int:

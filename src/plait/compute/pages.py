@@ -90,7 +90,8 @@ class PageTable:
         Raises ``CapacityError`` when fewer are available.
         """
         if count > self.available:
-            raise CapacityError(f"{count} KV pages were asked for, {self.available} are free")
+            asked, free = count * PAGE_TOKENS, self.available * PAGE_TOKENS
+            raise CapacityError(f"{asked} tokens of KV cache were asked for, {free} are free")
         self._evict(count - len(self._free))
         pages = self._run(count)
         for page in pages:

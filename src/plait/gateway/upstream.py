@@ -126,7 +126,8 @@ class _ClientStream:
     def _around(self) -> Surroundings:
         client = self._client
         watch, tasks, dialer = client._watch, client._tasks, client._dialer
-        if watch is None or tasks is None or dialer is None:
+        notices = client._notices
+        if watch is None or tasks is None or dialer is None or notices is None:
             raise LocalProtocolError("the client is not entered")
         return Surroundings(
             account=client.account,
@@ -137,6 +138,7 @@ class _ClientStream:
             view=watch.view,
             envelopes=watch.envelopes,
             changed=watch.changed,
+            revoked=lambda: notices.revoked,
             clock_ms=lambda: time.time_ns() // 1_000_000,
             monotonic_s=time.monotonic,
         )

@@ -140,16 +140,17 @@ class StageBooks:
         stage that is to be rebuilt before all was replayed to it: each of its receipts will
         say that it was.
         """
+        replay = self._is_replay(traversal)
+        due = self._terms.resume_position if self._terms.stages[self._stage_index].rebuilt else 0
+        if not replay and self._replayed != due:
+            raise RemoteProtocolError(f"{self._replayed} positions were replayed, not {due}")
         hashed = Digest(hashlib.sha256(payload).digest())
         self._input.add_digest(traversal, first_position, rows, hashed)
         if self._frames is not None:
             self._frames.received(traversal, first_position, rows, payload, hashed)
-        if self._is_replay(traversal):
+        if replay:
             self._replayed += rows
             return
-        due = self._terms.resume_position if self._terms.stages[self._stage_index].rebuilt else 0
-        if self._replayed != due:
-            raise RemoteProtocolError(f"{self._replayed} positions were replayed, not {due}")
         if self._terms.epoch == 1 and not self._fed and self._paid_close is None:
             self._next = self._cached = first_position
         self._rejected += max(self._next - first_position, 0)
@@ -375,10 +376,10 @@ class StageBooks:
         amount = amount_for(voucher, self._terms.stages[self._stage_index].peer)
         if amount > self._limit:
             raise Overspend(f"the voucher pays {amount} microcredits, the cap is {self._limit}")
+        if voucher.epoch_close and amount == self.earned:
+            return amount  # the others are paid for the cut; our receipt came too late, or never
         index = voucher.sequence - self._sequence - 1
         if index >= len(self._unpaid):
-            if voucher.epoch_close and not self._unpaid and amount == self.earned:
-                return amount  # the others are paid for the cut, we signed nothing for it
             raise RemoteProtocolError(
                 f"a voucher for {voucher.sequence} chunks, but {self.receipts_signed} are receipted"
             )

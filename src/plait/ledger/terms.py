@@ -158,13 +158,19 @@ class SessionTerms:
         Rejected drafts that are not free come on top; a client that drafts avoids them.
         """
         start = self.start
-        most = TokenCounts(
-            prompt=self.prompt_tokens - start.cached_prompt,
-            output=self.max_tokens,
-            cached_prompt=start.cached_prompt,
-            rejected_draft=start.rejected_draft,
+        # How much is taken from caches shows in epoch 1, and may cost less or more.
+        caches = {start.cached_prompt, self.prompt_tokens - 1 if self.epoch == 1 else 0}
+        most = (
+            TokenCounts(
+                prompt=self.prompt_tokens - cached,
+                output=self.max_tokens,
+                cached_prompt=cached,
+                rejected_draft=start.rejected_draft,
+            )
+            for cached in caches
+            if cached >= start.cached_prompt
         )
-        return self.price(stage_index, most)
+        return max(self.price(stage_index, counts) for counts in most)
 
     def price(self, stage_index: int, counts: TokenCounts) -> Microcredits:
         """What the peer has earned in the session at these cumulative counts.

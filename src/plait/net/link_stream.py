@@ -29,6 +29,8 @@ QUEUED_BYTES_MAX = 64 * 1024 * 1024
 CONGESTED_BYTES = 2 * 1024 * 1024
 """With so much queued, a link is not given what can wait."""
 CONNECT_TIMEOUT_S = 3.0
+SESSION_METADATA = "plait-session-bin"
+"""Names the one session that a link is for: what concerns others need not come up on it."""
 
 
 def _ignore_room() -> None:
@@ -80,15 +82,20 @@ class Outbox(Generic[MessageT]):
 
 
 class OutgoingLink:
-    """Our stream to a neighbour downstream, over a channel that it owns and closes."""
+    """Our stream to a neighbour downstream, over a channel that it owns and closes.
+
+    ``session`` is the id of the only one it is for, empty if it carries many.
+    """
 
     def __init__(
         self,
         peer: PeerId,
         channel: grpc.aio.Channel,
         on_room: Callable[[], None] = _ignore_room,
+        session: bytes = b"",
     ) -> None:
         self.peer = peer
+        self._metadata = ((SESSION_METADATA, session),) if session else ()
         self.outbox: Outbox[stage_pb2.LinkRequest] = Outbox(on_room)
         self._channel = channel
         self._opened = asyncio.Event()
@@ -96,7 +103,7 @@ class OutgoingLink:
 
     async def run(self, on_response: Callable[[PeerId, stage_pb2.LinkResponse], None]) -> str:
         """Pump both directions until the stream ends; return why it ended."""
-        call = stage_pb2_grpc.StageServiceStub(self._channel).Link()
+        call = stage_pb2_grpc.StageServiceStub(self._channel).Link(metadata=self._metadata)
         self._reason = "the peer closed the link"
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):

@@ -8,13 +8,16 @@ import grpc
 
 from plait.errors import CapacityError, PlaitError
 from plait.logs import get_logger
+from plait.net.link_stream import SESSION_METADATA
 from plait.net.tls import caller_certificate
 from plait.node.stage_shell import ResponseOutbox, StageShell
-from plait.types import PeerId
+from plait.types import PeerId, SessionId
 from plait.v1 import session_pb2, stage_pb2, stage_pb2_grpc
 from plait.v1.identity_pb2 import SignedEnvelope
 
 log = get_logger(__name__)
+
+SESSION_BYTES = 16
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -89,7 +92,7 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         """Carry frames down and results back until either side ends."""
         caller = await self._caller(context)
         try:
-            outbox = self._stage.attach(caller)
+            outbox = self._stage.attach(caller, _session_of(context))
         except CapacityError as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
             raise AssertionError("abort raises") from error
@@ -123,6 +126,14 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "say Hello first")
             raise AssertionError("abort raises")
         return peer
+
+
+def _session_of(context: Context) -> SessionId | None:
+    """The one session that a link is for, if it says so."""
+    for key, value in context.invocation_metadata() or ():
+        if key == SESSION_METADATA and isinstance(value, bytes) and len(value) == SESSION_BYTES:
+            return SessionId(value)
+    return None
 
 
 async def _write(context: Context, outbox: ResponseOutbox) -> None:

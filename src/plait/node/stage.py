@@ -36,7 +36,7 @@ from plait.node.admission import (
     refusal,
 )
 from plait.node.faults import CLIENT_GONE, DRAINING, fault_of, tell
-from plait.node.overload import Limits, Load, too_much
+from plait.node.overload import CostLine, Limits, Load, too_much
 from plait.node.ports import Job, Links, Settlement, Worker
 from plait.node.replay import replay_while_room
 from plait.node.retained import Key, Retained
@@ -116,6 +116,7 @@ class Stage:
         self._limits = limits
         self.tape = tape
         self._queued_bytes: Counter[PeerId] = Counter()
+        self._token = CostLine.guess(speeds_us()[0])
         self._draining = False
 
     # Load ---------------------------------------------------------------------------
@@ -133,16 +134,21 @@ class Stage:
         return self._queued_bytes.total()
 
     def _load(self, client: PeerId) -> Load:
-        decode_us, _ = self._speeds_us()
         left = [s.tokens_max - s.positions for s in self.sessions]
+        token_us = self._token.cost_us(self._sessions_served() + 1)
         return Load(
             kv_tokens_total=self._compute.kv_tokens_total,
             kv_tokens_free=self._compute.kv_tokens_free,
             wait_ms=self.wait_us // 1000,
             sessions=len(self.sessions),
             sessions_of_client=self.sessions.count_of(client),
-            soonest_free_ms=min(left, default=0) * decode_us // 1000,
+            soonest_free_ms=round(min(left, default=0) * token_us) // 1000,
+            token_us=token_us,
+            token_alone_us=self._token.one_us,
         )
+
+    def _sessions_served(self) -> int:
+        return sum(session.phase != "suspended" for session in self.sessions)
 
     # Opening and closing ------------------------------------------------------------
 
@@ -184,7 +190,10 @@ class Stage:
 
     def _hold(self, session: StageSession, context_ids: Sequence[int]) -> None:
         load = self._load(session.terms.client)
-        refused = too_much(load, self._limits, session.terms.qos, session.tokens_max)
+        resumes = session.terms.epoch > 1
+        refused = too_much(
+            load, self._limits, session.terms.qos, session.tokens_max, resumes=resumes
+        )
         if refused is not None:
             raise Refused("capacity", refused.reason, refused.retry_after_ms)
         self.sessions.hold(session)
@@ -431,6 +440,8 @@ class Stage:
             session.deferred.append(lambda: self._push_on(job, done))
             return
         residence_us = max(0, self._monotonic_us() - job.received_us)
+        if frame.sample and frame.first_position >= session.terms.prompt_tokens:
+            self._token.note(self._sessions_served(), residence_us)
         if session.is_last:
             if not frame.replay:
                 self._answer(job, done.drawn, residence_us)
@@ -494,13 +505,18 @@ class Stage:
 
     # Links and faults ---------------------------------------------------------------
 
-    def on_link_lost(self, peer: PeerId, link: object, others_left: bool) -> None:
-        """A peer's link to us ended; ``others_left`` says whether it has more of them.
+    def on_link_lost(
+        self, peer: PeerId, link: object, others_left: bool, only: SessionId | None = None
+    ) -> None:
+        """A peer's link to us ended; ``others_left`` says whether it has more that will do.
 
-        A stage upstream is lost; a client has a short time to come back.
+        A stage upstream is lost; a client has a short time to come back. Of a link that was
+        for one session ``only``, the client's others know nothing.
         """
         for session in self.sessions.touching(peer):
             if session.phase != "live" or (others_left and session.link is not link):
+                continue
+            if only is not None and session.id != only:
                 continue
             if peer != session.terms.client:
                 self._lose(session, peer, "peer-unreachable", "the link upstream ended")

@@ -23,7 +23,7 @@ from plait.node.settlement import Settler
 from plait.node.stage import Confirming, Stage
 from plait.node.tape import Tape
 from plait.router.view import View
-from plait.types import PeerId
+from plait.types import PeerId, SessionId
 from plait.v1 import session_pb2, stage_pb2
 
 ResponseOutbox = Outbox[stage_pb2.LinkResponse]
@@ -34,16 +34,21 @@ _CONFIRM_LINK_TIMEOUT_S = 3.0
 
 
 class CallerLinks:
-    """The links that peers opened to us: what goes back up."""
+    """The links that peers opened to us: what goes back up.
+
+    A link that is for one session is given that session's messages alone: a client with
+    many sessions would else be sent each message once for every one of them.
+    """
 
     def __init__(self) -> None:
         self._outboxes: dict[PeerId, list[ResponseOutbox]] = {}
+        self._session_of: dict[ResponseOutbox, SessionId] = {}
 
     def __len__(self) -> int:
         return sum(len(links) for links in self._outboxes.values())
 
-    def attach(self, caller: PeerId) -> ResponseOutbox:
-        """Add a link; a client may have several, one per process that uses its identity.
+    def attach(self, caller: PeerId, session: SessionId | None = None) -> ResponseOutbox:
+        """Add a link; a client may have several, for each of its processes and sessions.
 
         Raises ``CapacityError`` when there are too many.
         """
@@ -51,26 +56,47 @@ class CallerLinks:
         if len(links) >= LINKS_PER_PEER_MAX or len(self) >= LINKS_MAX:
             raise CapacityError("too many links are open")
         outbox: ResponseOutbox = Outbox()
+        if session is not None:
+            self._session_of[outbox] = session
         self._outboxes[caller] = [*links, outbox]
         return outbox
 
-    def detach(self, caller: PeerId, outbox: ResponseOutbox) -> bool:
-        """Remove a link; returns whether the caller has others."""
+    def detach(self, caller: PeerId, outbox: ResponseOutbox) -> tuple[bool, SessionId | None]:
+        """Remove a link; returns whether others can take its place, and which session it was for.
+
+        The links of other sessions cannot.
+        """
         outbox.close()
+        session = self._session_of.pop(outbox, None)
         links = [link for link in self._outboxes.get(caller, []) if link is not outbox]
         if links:
             self._outboxes[caller] = links
         else:
             self._outboxes.pop(caller, None)
-        return bool(links)
+        if session is None:
+            return bool(links), None
+        return any(self._session_of.get(link, session) == session for link in links), session
 
     def send(self, peer: PeerId, message: stage_pb2.LinkResponse) -> None:
-        """Queue a message on every link of the peer; raises ``NetworkError``."""
-        links = self._outboxes.get(peer)
+        """Queue a message on every link of the peer that may be for its session.
+
+        Raises ``NetworkError`` when there is none.
+        """
+        session = _session_of(message)
+        links = [
+            outbox
+            for outbox in self._outboxes.get(peer, ())
+            if self._session_of.get(outbox, session) == session
+        ]
         if not links:
             raise NetworkError(f"no link from {peer}")
         for outbox in links:
             outbox.put(message)
+
+
+def _session_of(message: stage_pb2.LinkResponse) -> SessionId:
+    kind = message.fault if message.HasField("fault") else message.result
+    return SessionId(kind.session_id)
 
 
 class _Links:
@@ -184,14 +210,14 @@ class StageShell:
         settled = session is not None and await self._settler.settle(session)
         return session_pb2.CloseResponse(settled=settled)
 
-    def attach(self, caller: PeerId) -> ResponseOutbox:
+    def attach(self, caller: PeerId, session: SessionId | None = None) -> ResponseOutbox:
         """A peer opened a link to us; what is put in the outbox goes back on it.
 
         Raises ``CapacityError``.
         """
-        return self.callers.attach(caller)
+        return self.callers.attach(caller, session)
 
     def detach(self, caller: PeerId, outbox: ResponseOutbox) -> None:
         """A peer's link to us ended."""
-        others_left = self.callers.detach(caller, outbox)
-        self.core.on_link_lost(caller, outbox, others_left)
+        others_left, session = self.callers.detach(caller, outbox)
+        self.core.on_link_lost(caller, outbox, others_left, session)

@@ -62,7 +62,8 @@ def instance(schema: dict[str, Any], asked: str, root: dict[str, Any] | None = N
     root = schema if root is None else root
     if "$ref" in schema:
         name = str(schema["$ref"]).rpartition("/")[2]
-        return instance((root.get("$defs") or root.get("definitions"))[name], asked, root)
+        known = root.get("$defs") or root.get("definitions") or {}
+        return instance(known[name], asked, root)
     if "const" in schema:
         return schema["const"]
     if "enum" in schema:

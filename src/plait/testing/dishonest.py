@@ -1,0 +1,201 @@
+"""Stages that lie, for tests and benchmarks of audits. Nothing of this is in a real node.
+
+Each wraps an honest torch stage of the fp32 class and claims its numeric class. To start a
+node that lies:
+
+    python -m plait.testing.dishonest CHEAT node run …
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from plait.compute.load import load_stage
+from plait.compute.port import Done, Work
+from plait.compute.stage import TorchStage
+from plait.model.local import LocalModel
+from plait.types import Sampling, SessionId, Span
+
+CHUNK_TOKENS = 32
+
+
+class Dishonest:
+    """A stage that is honest but for what a subclass changes."""
+
+    def __init__(self, honest: TorchStage) -> None:
+        self.honest = honest
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.honest, name)
+
+    def step(self, batch: Sequence[Work]) -> list[Done]:
+        """Compute, more or less."""
+        return self.honest.step(batch)
+
+
+class OtherWeights(Dishonest):
+    """Claims the class of one stage and computes with another."""
+
+    def __init__(self, honest: TorchStage, used: TorchStage) -> None:
+        super().__init__(used)
+        self._claimed = honest.numeric_class()
+
+    def numeric_class(self) -> str:
+        """The class of the honest stage."""
+        return self._claimed
+
+
+class CopiesInput(Dishonest):
+    """Sends on what it received, as if its layers did nothing."""
+
+    def step(self, batch: Sequence[Work]) -> list[Done]:
+        """Compute for the cache's sake, and send the neighbour's output."""
+        done = self.honest.step(batch)
+        return [
+            Done(hidden=work.hidden) if one.hidden is not None else one
+            for work, one in zip(batch, done, strict=True)
+        ]
+
+
+class OtherSeed(Dishonest):
+    """Draws with another seed than the client asked for."""
+
+    def reserve(
+        self,
+        session: SessionId,
+        tokens: int,
+        sampling: Sampling,
+        span: Span | None = None,
+        context_ids: Sequence[int] = (),
+        prompt_tokens: int = 0,
+    ) -> None:
+        """Hold pages, and forget the seed."""
+        other = replace(sampling, seed=sampling.seed ^ 1)
+        self.honest.reserve(session, tokens, other, span, context_ids, prompt_tokens)
+
+
+class OtherPrompt(Dishonest):
+    """Feeds other ids than it was given at the start: another template, another system prompt."""
+
+    def step(self, batch: Sequence[Work]) -> list[Done]:
+        """Compute from changed ids."""
+        return self.honest.step([self._changed(work) for work in batch])
+
+    def _changed(self, work: Work) -> Work:
+        if work.ids is None or work.first_position > 0:
+            return work
+        return replace(
+            work, ids=tuple(token ^ 1 if i < 3 else token for i, token in enumerate(work.ids))
+        )
+
+
+class Sometimes(Dishonest):
+    """Lies in one chunk of ``period``, and is honest in the others."""
+
+    def __init__(self, honest: TorchStage, lying: TorchStage, period: int = 10) -> None:
+        super().__init__(honest)
+        self._lying, self._period = lying, period
+
+    def reserve(self, *arguments: Any) -> None:
+        """Hold pages in both."""
+        self.honest.reserve(*arguments)
+        self._lying.reserve(*arguments)
+
+    def free(self, session: SessionId) -> None:
+        """Free both."""
+        self.honest.free(session)
+        self._lying.free(session)
+
+    def step(self, batch: Sequence[Work]) -> list[Done]:
+        """Both caches go on; which answer counts depends on the position."""
+        honest, lying = self.honest.step(batch), self._lying.step(batch)
+        return [
+            b if work.first_position // CHUNK_TOKENS % self._period == 1 else a
+            for work, a, b in zip(batch, honest, lying, strict=True)
+        ]
+
+
+class _Skipped(torch.nn.Module):
+    """A layer that does nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def skips_layer(honest: TorchStage) -> TorchStage:
+    """The same stage without the layer in its middle."""
+    model = copy.copy(honest._model)
+    layers = _layers(model)
+    layers[len(layers) // 2] = _Skipped()
+    return _sharing(honest, model, layers)
+
+
+def changes_matrix(honest: TorchStage) -> TorchStage:
+    """The same stage with one matrix 1 % off."""
+    model = copy.copy(honest._model)
+    layers = _layers(model)
+    layer = copy.deepcopy(layers[len(layers) // 2])
+    weight = layer.mlp.down_proj.weight
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    weight.data += 0.01 * weight.data.square().mean().sqrt() * noise
+    layers[len(layers) // 2] = layer
+    return _sharing(honest, model, layers)
+
+
+def _layers(model: Any) -> list[torch.nn.Module]:
+    return list(model.base.layers)
+
+
+def _sharing(honest: TorchStage, model: Any, layers: list[torch.nn.Module]) -> TorchStage:
+    """A stage with its own cache over changed layers; all other weights are shared."""
+    model.base = copy.copy(model.base)
+    model.base._modules = dict(model.base._modules)
+    model.base.layers = torch.nn.ModuleList(layers)
+    model._parts = {}
+    return TorchStage(
+        model,
+        honest.shape,
+        kv_tokens_max=honest.kv_tokens_total,
+        threads=honest._threads,
+        vocabulary=honest._vocabulary,
+    )
+
+
+def _int8(honest: TorchStage, local: LocalModel) -> Dishonest:
+    threads = honest._threads
+    return OtherWeights(honest, load_stage(local, honest.span, "int8", threads))
+
+
+CHEATS: dict[str, Callable[[TorchStage, LocalModel], Any]] = {
+    "int8": _int8,
+    "skipped-layer": lambda honest, _: skips_layer(honest),
+    "matrix": lambda honest, _: changes_matrix(honest),
+    "copied-output": lambda honest, _: CopiesInput(honest),
+    "seed": lambda honest, _: OtherSeed(honest),
+    "prompt": lambda honest, _: OtherPrompt(honest),
+    "sometimes": lambda honest, _: Sometimes(honest, skips_layer(honest)),
+}
+
+
+def main() -> None:
+    """Run a plait command whose stages cheat."""
+    import plait.compute.load
+    import plait.node.stage_node
+    from plait.cli import main as command
+
+    cheat = CHEATS[sys.argv.pop(1)]
+
+    def lying_stage(local: LocalModel, *arguments: Any, **options: Any) -> Any:
+        return cheat(load_stage(local, *arguments, **options), local)
+
+    plait.compute.load.load_stage = lying_stage
+    plait.node.stage_node.load_stage = lying_stage  # type: ignore[attr-defined]
+    command()
+
+
+if __name__ == "__main__":
+    main()
