@@ -80,11 +80,11 @@ def test_a_lost_node_changes_no_token(
             wanted = await client.generate(net.model, PROMPT, asked())
             for _ in range(ATTEMPTS):
                 answer, hit = await disturbed(net, client, positions, blow)
-                if blow == signal.SIGSTOP:
-                    for name in hit:
-                        os.kill(net.nodes()[name]["pid"], signal.SIGKILL)
                 for name in hit:
-                    net.control("restart", name)
+                    if blow == signal.SIGSTOP:
+                        os.kill(net.nodes()[name]["pid"], signal.SIGCONT)
+                    else:
+                        net.control("restart", name)
                 await until_usable(client, 6)
                 assert answer.token_ids == wanted.token_ids
                 assert answer.text == wanted.text

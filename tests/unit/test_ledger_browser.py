@@ -30,6 +30,7 @@ PAGE_SCRIPT = TESTS / "vectors" / "page.cjs"
 NODE = shutil.which("node")
 NODE_MAJOR_MIN = 20
 PARTS = PaperSession(Plot()).play().bundle_parts()
+EPOCH = PARTS.epochs[0]
 DATA = build_bundle(PARTS, key_of("client"))
 
 
@@ -108,7 +109,6 @@ def test_two_hundred_flipped_bits() -> None:
 
 SIGNERS = {
     "session_open": ["client ledger"],
-    "client_cert": ["client"],
     "stage_certs": ["stage 0", "stage 1", "stage 2"],
     "offers": ["stage 0", "stage 1", "stage 2"],
     "reservation": ["client ledger"],
@@ -122,7 +122,7 @@ def damaged_payloads(rng: random.Random, count: int) -> Iterator[bytes]:
     """Bundles with one signed payload damaged, then signed and sealed again by its signer."""
     for _ in range(count):
         name = rng.choice(list(SIGNERS))
-        value = getattr(PARTS, name)
+        value = getattr(EPOCH, name)
         envelopes = [value] if isinstance(value, SignedEnvelope) else list(value)
         at = rng.randrange(len(envelopes))
         old, key = envelopes[at], key_of(SIGNERS[name][at])
@@ -143,7 +143,7 @@ def damaged_payloads(rng: random.Random, count: int) -> Iterator[bytes]:
         )
         new: Any = envelopes[0] if isinstance(value, SignedEnvelope) else tuple(envelopes)
         changes: dict[str, Any] = {name: new}
-        yield build_bundle(replace(PARTS, **changes), key_of("client"))
+        yield build_bundle(replace(PARTS, epochs=(replace(EPOCH, **changes),)), key_of("client"))
 
 
 def test_damage_that_was_signed() -> None:
@@ -151,14 +151,43 @@ def test_damage_that_was_signed() -> None:
     assert outcomes.count("false") > 100
 
 
-def test_every_lie_that_python_knows() -> None:
-    path = Path(__file__).with_name("test_ledger_verify.py")
-    spec = importlib.util.spec_from_file_location("lies", path)
+def loaded(name: str) -> Any:
+    """Another test module, for the lies that it knows."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_every_lie_that_python_knows() -> None:
+    module = loaded("test_ledger_verify")
     bundles = [build_bundle(lie(), key_of("client")) for _, lie in module.LIES]
     assert len(bundles) > 100
+    assert set(agree(module.NETWORK, bundles)) == {"false"}
+
+
+def test_every_lie_about_epochs() -> None:
+    module = loaded("test_ledger_epoch_lies")
+    assert agree(module.NETWORK, [module.DATA]) == ["verified"]
+    bundles = [lie() for _, lie in module.LIES]
+    assert len(bundles) > 90
+    assert set(agree(module.NETWORK, bundles)) == {"false"}
+
+
+@pytest.mark.parametrize("damage", ["mutated", "signed_damage"])
+def test_damage_to_several_epochs(damage: str) -> None:
+    module, rng = loaded("test_ledger_epoch_lies"), random.Random(9)
+    agree(module.NETWORK, [getattr(module, damage)(rng) for _ in range(150)])
+
+
+def test_two_hundred_flipped_bits_of_several_epochs() -> None:
+    module, rng = loaded("test_ledger_epoch_lies"), random.Random(10)
+    bundles = []
+    for _ in range(200):
+        damaged = bytearray(module.DATA)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        bundles.append(bytes(damaged))
     assert set(agree(module.NETWORK, bundles)) == {"false"}
 
 
@@ -180,7 +209,7 @@ def test_witnesses() -> None:
 
 def test_an_allowlist_and_a_large_number() -> None:
     closed = paper_network(admission="allowlist")
-    peers = frozenset({PARTS.terms.client, *(stage.peer for stage in PARTS.terms.stages)})
+    peers = frozenset({PARTS.terms.client, *(stage.peer for stage in EPOCH.terms.stages)})
     assert agree(closed, [DATA]) == ["false"]
     assert agree(replace(closed, allowed_peers=peers), [DATA]) == ["verified"]
     late = replace(PARTS, sealed_ms=2**60)

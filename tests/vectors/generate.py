@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from plait.envelope import digest, pae, seal
 from plait.identity import peer_id_of
-from plait.ledger.bundle import build_bundle
+from plait.ledger.bundle import BundleParts, EpochParts, build_bundle
 from plait.ledger.checkpoint import sign_checkpoint
 from plait.ledger.cosignature import cosign
 from plait.ledger.fork import ForkProof, LogFork, ReservationFork, write_fork_proof
@@ -23,6 +23,7 @@ from plait.ledger.terms import SessionTerms
 from plait.ledger.voucher import Transcript
 from plait.network_file import Witness
 from plait.testing.accounting import (
+    END_ID,
     NETWORK_ID,
     NOW_MS,
     PaperSession,
@@ -31,6 +32,8 @@ from plait.testing.accounting import (
     key_of,
     paper_network,
 )
+from plait.testing.course import Cut, PaperCourse
+from plait.types import Prices
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import BudgetReservation, SessionVoucher, StageReceipt
 
@@ -38,6 +41,18 @@ FOLDER = Path(__file__).parent
 GROUP_ORDER = 2**252 + 27742317777372353535851937790883648493
 SESSION = PaperSession(Plot()).play()
 PARTS = SESSION.bundle_parts()
+EPOCH = PARTS.epochs[0]
+COURSE = PaperCourse(
+    Plot(
+        drawn_ids=(*range(40, 58), END_ID),
+        max_tokens=30,
+        chunk_tokens=6,
+        prices=Prices(prompt=500_000, output=2_000_000, replayed=100_000),
+    ),
+    (Cut(4, frozenset({1}), beyond=True), Cut(2, frozenset({0, 2}))),
+    wrong_every=3,
+).play()
+"""Three epochs with drafts: the middle stage is lost, then the first and the last."""
 
 Json = dict[str, Any]
 
@@ -150,7 +165,7 @@ def handoffs() -> Json:
         chain = HandoffChain(SESSION.terms, boundary)
         steps: list[Json] = [{"commit": chain.commit.hex()}]
         draws = 0
-        for traversal, first_position, rows, sample, _ in PARTS.frames:
+        for traversal, first_position, rows, _, sample, _, _ in EPOCH.frames:
             fed = sequence[first_position : first_position + rows]
             ids = fed if boundary == 0 else PARTS.token_ids[draws : draws + sample]
             draws += sample
@@ -178,7 +193,7 @@ def handoffs() -> Json:
 
 def receipts() -> Json:
     """The receipts of one stage, and the second of them with one lie each."""
-    own = PARTS.receipts[1::3]
+    own = EPOCH.receipts[1::3]
     lies = {
         "network_id": "other",
         "session_id": bytes(16),
@@ -210,7 +225,7 @@ def receipts() -> Json:
         ]
         + [
             {"field": "signer", **again(own[1], StageReceipt, "stage 1"), "error": "bad-signature"},
-            {"field": "type", **written(PARTS.voucher), "error": "bad-signature"},
+            {"field": "type", **written(EPOCH.voucher), "error": "bad-signature"},
         ],
     }
 
@@ -221,7 +236,7 @@ def vouchers() -> Json:
     start = transcript.value.hex()
     rows = []
     for number, voucher in enumerate(SESSION.vouchers):
-        covered = PARTS.receipts[3 * number : 3 * number + 3]
+        covered = EPOCH.receipts[3 * number : 3 * number + 3]
         transcript.add(covered)
         message = SessionVoucher.FromString(voucher.payload)
         rows.append(
@@ -236,7 +251,7 @@ def vouchers() -> Json:
     def lie(name: str, change: Callable[[Any], None], error: str) -> Json:
         return {
             "name": name,
-            **again(PARTS.voucher, SessionVoucher, "client ledger", change),
+            **again(EPOCH.voucher, SessionVoucher, "client ledger", change),
             "error": error,
         }
 
@@ -257,7 +272,7 @@ def vouchers() -> Json:
             lie("unpaid", lambda m: m.ClearField("amounts"), "protocol-remote"),
             {
                 "name": "signer",
-                **again(PARTS.voucher, SessionVoucher, "client"),
+                **again(EPOCH.voucher, SessionVoucher, "client"),
                 "error": "bad-signature",
             },
         ],
@@ -270,6 +285,7 @@ def bundles() -> Json:
     bare = replace(PARTS, entries=(), proofs=(), checkpoint=None)
     false_ring = replace(PARTS, prompt_ids=(4, *PARTS.prompt_ids[1:]))
     honest = build_bundle(PARTS, client).decode()
+    course = COURSE.bundle_parts()
     return {
         "about": "Bundles, byte for byte, with outcome and the names of the false claims.",
         "network_toml": paper_network().to_toml(),
@@ -279,8 +295,55 @@ def bundles() -> Json:
             case("other prompt", build_bundle(false_ring, client).decode(), "false", "ring"),
             case("edited text", honest.replace("Hi “", "Ho “"), "false", "seal"),
             case("new line at the end", honest + "\n", "false", "encoding"),
+            case("three epochs", build_bundle(course, client).decode(), "verified"),
+            *(
+                case(name, build_bundle(lie, client).decode(), outcome, *false_claims)
+                for name, lie, outcome, *false_claims in epoch_lies(course)
+            ),
         ],
     }
+
+
+def epoch_lies(course: BundleParts) -> list[tuple[Any, ...]]:
+    """Bundles of three epochs with one lie, or one thing missing."""
+    first, second, third = course.epochs
+    assert first.cut is not None and second.cut is not None
+
+    def epochs(*chosen: EpochParts) -> BundleParts:
+        return replace(course, epochs=chosen)
+
+    def receipt_of(index: int, name: str, **changes: int) -> EpochParts:
+        message = StageReceipt.FromString(second.receipts[index].payload)
+        for field, value in changes.items():
+            setattr(message, field, value)
+        receipts = list(second.receipts)
+        receipts[index] = seal(key_of(f"{name} ledger"), message)
+        return replace(second, receipts=tuple(receipts))
+
+    unreplayed = receipt_of(1, "stage 1 of epoch 2", replayed_tokens=0)
+    unsigned = replace(second, cut=replace(second.cut, draws=None))
+    uncut = replace(first, cut=None)
+    unheld = replace(second, reservation=None)
+    replayless = replace(third, frames=third.frames[1:])
+    return [
+        ("an epoch left out", epochs(first, third), "false", "succession", "frames"),
+        ("a cut left out", epochs(uncut, second, third), "false", "frames"),
+        ("a replay left out", epochs(first, second, replayless), "false", "frames"),
+        (
+            "a receipt without its replay",
+            epochs(first, unreplayed, third),
+            "false",
+            "epoch 2: receipts of stage 1",
+            "epoch 2: voucher",
+        ),
+        (
+            "no reservation for a new stage",
+            epochs(first, unheld, third),
+            "false",
+            "reservation and grant",
+        ),
+        ("draws of a cut not signed", epochs(first, unsigned, third), "incomplete"),
+    ]
 
 
 def witnesses() -> Json:
@@ -327,7 +390,7 @@ def forks() -> Json:
     origin, key = paper_network().authorities[0].log_origin, key_of("authority log")
     notes = [sign_checkpoint(key, origin, 7, bytes([root]) * 32) for root in (1, 2)]
     larger = sign_checkpoint(key, origin, 8, bytes([2]) * 32)
-    first = PARTS.reservation
+    first = EPOCH.reservation
     message = BudgetReservation.FromString(first.payload)
     message.amount += 1
     second = seal(key_of("client ledger"), message)

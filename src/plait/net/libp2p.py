@@ -351,6 +351,9 @@ class _HostProgram:
                 stream, failures = None, failures + 1
                 if failures == 2:
                     break
+                # The connection under it may have been replaced, as after a hang of ours:
+                # gossip would go on writing to the old one, so it must begin anew too.
+                self._pubsub._handle_dead_peer(peer)
         await self._drop(peer)
 
     async def _drop(self, peer: ID) -> None:
