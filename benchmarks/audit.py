@@ -102,7 +102,7 @@ class Pipeline:
             for number, (one, work, outcome) in enumerate(zip(sessions, works, done, strict=True)):
                 if outcome.error is not None:
                     raise outcome.error
-                received = ids_payload(work.ids) if work.ids is not None else work.hidden.tobytes()
+                received = payload_of(work)
                 last = index == len(self.stages) - 1
                 sent = ids_payload(outcome.drawn.ids) if last else outcome.hidden.tobytes()
                 rows = 1 if last else work.rows
@@ -115,6 +115,13 @@ class Pipeline:
                     works[number] = Work(
                         one.id, work.first_position, None, outcome.hidden, sample=True
                     )
+
+
+def payload_of(work: Work) -> bytes:
+    """What a hand-off chain would hash."""
+    if work.hidden is not None:
+        return work.hidden.tobytes()
+    return ids_payload(work.ids or ())
 
 
 def audit(stage: Any, one: Session, index: int) -> dict[int, list[Finding]]:
@@ -136,7 +143,7 @@ def audit_merged(stage: Any, one: Session, index: int) -> list[float]:
     else:
         data = b"".join(step.received for step in one.steps[index])
         hidden = np.frombuffer(data, "<f4").reshape(-1, stage.width)
-    rows = len(ids) if ids is not None else len(hidden)
+    rows = sum(step.rows for step in one.steps[index])
     session = SessionId(bytes(reversed(one.id)))
     stage.reserve(session, rows, one.sampling, stage.span)
     [done] = stage.step([Work(session, 0, ids, hidden)])
@@ -165,12 +172,12 @@ def shown(values: Sequence[float]) -> dict[str, float]:
     if not values:
         return {"count": 0}
     ordered = sorted(values)
-    at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731
+    p50, p99 = (ordered[int(share * len(ordered))] for share in (0.5, 0.99))
     return {
         "count": len(values),
         "zero": sum(value == 0.0 for value in values),
-        "p50": at(0.5),
-        "p99": at(0.99),
+        "p50": p50,
+        "p99": p99,
         "max": ordered[-1],
     }
 
@@ -332,7 +339,7 @@ def parts(arguments: argparse.Namespace, local: Any) -> Iterator[tuple[str, Any]
             yield "honest_fp32", honest_part(local, arguments.seconds, "fp32", 4, arguments.seed)
             yield "other_threads_fp32", other_threads(local, "fp32")
         case "cheats":
-            yield "cheats_fp32", cheats_part(local)
+            yield "cheats_fp32", cheats_part(local, count=arguments.count)
         case "lower":
             yield "lower", lower_part(local, arguments.seconds)
         case "tiny":
@@ -349,6 +356,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=4, help="sessions of each cheat")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     local = catalog.load("tiny-random" if arguments.part == "tiny" else arguments.model)

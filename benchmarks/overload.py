@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from plait.client import AsyncClient, Options
-from plait.client import pipeline as client_pipeline
 from plait.errors import PlaitError
 from plait.testnet.load import PROMPTS
+from plait.v1 import stage_pb2_grpc
 
 WARM_UP_S = 2.0
 """Of each run: not counted."""
@@ -89,8 +89,7 @@ class Timed:
 
     def __init__(self) -> None:
         self.into = Load()
-        stubs = client_pipeline.stage_pb2_grpc
-        plain = stubs.StageServiceStub
+        plain: Callable[[Any], Any] = stage_pb2_grpc.StageServiceStub
 
         def stub(channel: Any) -> Any:
             made = plain(channel)
@@ -108,7 +107,7 @@ class Timed:
             made.Open = timed_open
             return made
 
-        client_pipeline.stage_pb2_grpc.StageServiceStub = stub  # type: ignore[assignment,misc]
+        stage_pb2_grpc.StageServiceStub = stub  # type: ignore[assignment,misc]
 
 
 class Bench:

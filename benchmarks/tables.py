@@ -49,7 +49,8 @@ def tables() -> str:
     """All tables of which there are results."""
     parts = []
     for name, title, rows_of in (
-        ("compute", "One stage with all layers", decode_rows),
+        ("compute_llama_cpp", "One stage with all layers, and llama.cpp", decode_rows),
+        ("compute", "All number formats, another run, both cores busy", decode_rows),
         ("quality", "Divergence from fp32, in nats", lambda report: report["figures"]),
         ("draft", "n-gram drafts, one stage", lambda report: report["tasks"]),
         ("batch", "Sessions at once through a pipeline", lambda report: report["batches"]),

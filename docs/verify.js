@@ -1278,6 +1278,8 @@ function priceOf(stage, counts) {
 // nothing is payable. `promised` is what earlier epochs promised.
 async function checkVoucher(epoch, found, promised) {
   const { terms, cut } = epoch;
+  const told = cut === null || cut.receipts.length === terms.stages.length;
+  ensure(told, "the cut does not say for each stage whether it signed");
   const signed = cut === null ? [] : cut.receipts.filter((receipt) => receipt !== null);
   if (found.closes.length === 0 && signed.length === 0) {
     ensure(epoch.voucher === null, "it pays for work that nobody signed for");

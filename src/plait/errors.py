@@ -142,14 +142,25 @@ class LedgerError(PlaitError):
 
 
 class SessionLost(PlaitError):
-    """A session ended early; ``resumable_from`` counts the tokens already delivered."""
+    """A session ended early; ``resumable_from`` counts the tokens already delivered.
+
+    ``cost_microcredits`` is what its vouchers promise for them.
+    """
 
     code = "session-lost"
     exit_code = 10
 
-    def __init__(self, message: str, *, resumable_from: int = 0, remedy: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        resumable_from: int = 0,
+        cost_microcredits: int = 0,
+        remedy: str = "",
+    ) -> None:
         super().__init__(message, remedy=remedy)
         self.resumable_from = resumable_from
+        self.cost_microcredits = cost_microcredits
 
 
 class VerificationError(PlaitError):

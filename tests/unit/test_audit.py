@@ -11,6 +11,7 @@ from plait.ledger.audit_wire import Challenge, read_challenge
 from plait.ledger.lottery import Lot
 from plait.node.auditing import open_tape, sign_verdict, steps_of, verdict_on
 from plait.node.replaying import distance, replay
+from plait.node.tape import Tape
 from plait.testing.accounting import NOW_MS, key_of
 from plait.testing.audits import Docket, audit_network, sign_offers
 from plait.testing.compute import FakeStage
@@ -155,6 +156,12 @@ def test_what_is_opened_must_be_what_was_committed_to() -> None:
             _verdict(challenge, openings)
 
 
+def _tape(swarm: PaperSwarm, peer: PeerId) -> Tape:
+    tape = swarm.nodes[peer].tape
+    assert tape is not None
+    return tape
+
+
 def _flip(part: AuditOpening) -> None:
     data = bytearray(part.sent[-1].payload)
     data[0] ^= 1
@@ -204,7 +211,7 @@ def test_only_what_the_lottery_drew_is_opened_and_only_for_its_client() -> None:
     challenge = read_challenge(docket.challenge(Lot(1, 0, 1)), audit_network())
     with pytest.raises(BadProof, match="another stage"):
         list(open_tape(swarm.nodes[peers[0]].tape, challenge, peers[0]))
-    swarm.nodes[peers[1]].tape._sessions[docket.client.terms.session_id].commitment = bytes(32)
+    _tape(swarm, peers[1])._sessions[docket.client.terms.session_id].commitment = bytes(32)
     with pytest.raises(BadProof, match="commitment"):
         list(open_tape(swarm.nodes[peers[1]].tape, challenge, peers[1]))
 
@@ -247,7 +254,7 @@ def test_the_tape_is_forgotten_after_the_window_and_not_before() -> None:
     swarm.pass_time(1)
     with pytest.raises(CapacityError):
         audit(swarm, docket, lot)
-    assert swarm.nodes[peers[0]].tape.bytes_kept == 0
+    assert _tape(swarm, peers[0]).bytes_kept == 0
 
 
 def test_the_judgement_is_by_the_worst_and_nan_is_no_excuse() -> None:

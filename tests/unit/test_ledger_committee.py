@@ -347,7 +347,7 @@ async def test_a_session_is_granted_and_settled_with_one_bad_authority(
                 # Back again, it is brought all that it missed.
                 await committee.start(2)
                 await until(lambda: committee.balances(2) == (920, 0, 80))
-                assert not list((tmp_path / "missed" / "2").iterdir())
+                await until(lambda: not list((tmp_path / "missed" / "2").iterdir()))
 
 
 @pytest.mark.parametrize("bad", [{}, {2: Liar(2)}])

@@ -7,7 +7,13 @@ from collections.abc import Callable
 import pytest
 
 from plait.envelope import seal
-from plait.errors import BadSignature, CapacityError, PeerUnreachable, RemoteProtocolError
+from plait.errors import (
+    BadSignature,
+    CapacityError,
+    NetworkError,
+    PeerUnreachable,
+    RemoteProtocolError,
+)
 from plait.ledger.terms import SessionTerms
 from plait.node.admission import StageIdentity
 from plait.node.overload import Limits
@@ -27,7 +33,7 @@ from plait.testing.stages import (
     PaperSwarm,
     Rejected,
 )
-from plait.types import Digest, PeerId, Prices, Qos, Span
+from plait.types import Digest, PeerId, Prices, Qos, SessionId, Span
 from plait.v1 import session_pb2, stage_pb2
 from plait.v1.ledger_pb2 import SessionVoucher
 
@@ -429,12 +435,11 @@ def test_a_link_for_one_session_carries_and_ends_that_session_alone() -> None:
 
 
 def test_the_end_of_a_session_s_link_is_no_news_of_the_client_s_others() -> None:
-    swarm = PaperSwarm(2)
-    client = PaperClient(swarm, (1, 2, 3), 8)
-    client.begin()
-    stage = swarm.nodes[swarm.route[0]].stage
+    swarm, peers, _ = opened(SPLITS[1])
+    stage = swarm.nodes[peers[0]].stage
     (session,) = stage.sessions
     stage.on_link_lost(CLIENT, object(), others_left=False, only=SessionId(b"2" * 16))
     assert session.phase == "live"
     stage.on_link_lost(CLIENT, object(), others_left=False, only=session.id)
-    assert session.phase == "suspended" and session.orphaned
+    assert [one.phase for one in stage.sessions] == ["suspended"]
+    assert session.orphaned

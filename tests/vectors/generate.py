@@ -326,7 +326,14 @@ def epoch_lies(course: BundleParts) -> list[tuple[Any, ...]]:
     unheld = replace(second, reservation=None)
     replayless = replace(third, frames=third.frames[1:])
     return [
-        ("an epoch left out", epochs(first, third), "false", "succession", "frames"),
+        (
+            "an epoch left out",
+            epochs(first, third),
+            "false",
+            "succession",
+            "epoch 3: offers",
+            "frames",
+        ),
         ("a cut left out", epochs(uncut, second, third), "false", "frames"),
         ("a replay left out", epochs(first, second, replayless), "false", "frames"),
         (

@@ -36,6 +36,7 @@ COMMANDS = {
     "bench": Command("plait.cli.bench", "app", "What this machine computes, measured."),
     "sim": Command("plait.cli.sim", "app", "The network under faults, from seeds."),
     "verify": Command("plait.cli.verify", "verify", "Check a bundle offline."),
+    "audit": Command("plait.cli.audit", "app", "Have chunks replayed by other hosts; evidence."),
 }
 
 _EXIT_CODES = "0 done, 1 false or failed, 2 incomplete (verify), 3 wrong usage or configuration"

@@ -178,13 +178,16 @@ async def _together(network: Path, model: str, sessions: int, tokens: int) -> tu
     """(tokens/s of all sessions while they decode, tokens/s with prefill)."""
     async with AsyncClient(network) as client:
         started = time.perf_counter()
-        async with asyncio.TaskGroup() as tasks:
-            running = [
-                tasks.create_task(
-                    client.generate(model, f"{PROMPT} ({index})", Options(max_tokens=tokens))
-                )
-                for index in range(sessions)
-            ]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [
+                    tasks.create_task(
+                        client.generate(model, f"{PROMPT} ({index})", Options(max_tokens=tokens))
+                    )
+                    for index in range(sessions)
+                ]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
         elapsed_s = time.perf_counter() - started
     answers = [task.result() for task in running]
     total = sum(answer.completion_tokens for answer in answers)

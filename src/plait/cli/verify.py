@@ -1,11 +1,20 @@
 """``plait verify``: check a bundle offline, naming every claim and what was not checked."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.errors import ConfigError
+from plait.errors import ConfigError, ModelError
+from plait.types import Span
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from plait.ledger.bundle import BundleParts
+    from plait.ledger.verify import Replay
+    from plait.ledger.verify_frames import EpochFrames
+    from plait.types import Sampling
 
 
 def verify(
@@ -19,6 +28,13 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            "--replay", help="Compute the answer again, from the prompt. Needs the weights."
+        ),
+    ] = False,
+    threads: Annotated[int, typer.Option(help="Compute threads of --replay.")] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a bundle offline. Exit code 0: verified, 1: false, 2: incomplete."""
@@ -27,9 +43,38 @@ def verify(
     from plait.network_file import load_network_file
 
     trusted = load_network_file(network_path(network))
-    report = verify_bundle(_read(bundle), trusted)
+    report = verify_bundle(_read(bundle), trusted, _replay_with(threads) if replay else None)
     typer.echo(report.to_json() if json else "\n".join(report.lines()))
     raise typer.Exit(report.exit_code)
+
+
+def _replay_with(threads: int) -> "Replay":
+    """Replays on the weights of this machine: without them, evidence is missing."""
+
+    def replayed(
+        parts: "BundleParts", frames: "Sequence[EpochFrames]", sampling: "Sampling"
+    ) -> str:
+        from plait.compute.bundle_replay import dtype_of, replay_bundle
+        from plait.compute.load import load_stage
+        from plait.ledger.report import Absent
+        from plait.ledger.verify_session import check_manifest
+        from plait.model import catalog
+
+        try:
+            local = catalog.load(check_manifest(parts).name)
+        except ModelError as error:
+            raise Absent(f"{error}: {error.remedy}") from error
+        dtype = dtype_of(parts)
+        whole = Span(0, local.manifest.layers)
+        found = replay_bundle(parts, frames, sampling, load_stage(local, whole, dtype, threads))
+        return (
+            f"{found.exact} of {found.ids} ids are exactly those drawn here in {dtype}, "
+            f"the others within {found.margin:.2g} logits"
+            if found.exact < found.ids
+            else f"all {found.ids} ids are exactly those drawn here in {dtype}"
+        )
+
+    return replayed
 
 
 def _read(path: Path) -> bytes:

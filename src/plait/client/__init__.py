@@ -1,7 +1,20 @@
 """The client library: ``Client`` and ``AsyncClient``, their options and answers."""
 
-from plait.client.answer import Answer, RouteStep, TextDelta
-from plait.client.blocking import Client
+from plait.client.answer import Answer, Embedding, RouteStep, TextDelta
+from plait.client.blocking import BlockingStream, Client
 from plait.client.client import AsyncClient, Options
+from plait.client.driver import Top
+from plait.client.streaming import TextStream
 
-__all__ = ["Answer", "AsyncClient", "Client", "Options", "RouteStep", "TextDelta"]
+__all__ = [
+    "Answer",
+    "AsyncClient",
+    "BlockingStream",
+    "Client",
+    "Embedding",
+    "Options",
+    "RouteStep",
+    "TextDelta",
+    "TextStream",
+    "Top",
+]

@@ -7,7 +7,7 @@ belongs to; a late report of an earlier epoch is dropped by the core.
 from dataclasses import dataclass
 from typing import Literal
 
-from plait.client.driver import Deliver, FinishReason, SendFrame
+from plait.client.driver import NO_EXTRAS, Deliver, Embedded, Extras, FinishReason, SendFrame
 from plait.errors import PlaitError
 from plait.ledger.terms import SessionTerms
 from plait.router.view import Offer, View
@@ -120,6 +120,7 @@ class Resulted:
     receipts: tuple[SignedEnvelope, ...]
     statement: SignedEnvelope | None
     stage_us: tuple[int, ...] = ()
+    extras: Extras = NO_EXTRAS
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +330,7 @@ Action = (
     | CloseStages
     | SetTimer
     | Deliver
+    | Embedded
     | Note
     | Finished
     | Failed

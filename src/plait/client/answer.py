@@ -4,6 +4,7 @@ import html
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from plait.client.driver import Top
 from plait.router.cost import Prediction
 from plait.types import Microcredits, PeerId, Span
 
@@ -18,10 +19,30 @@ class RouteStep:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """A piece of the answer as it streams: text that is complete UTF-8, and its tokens."""
+    """A token of the answer as it streams, and the text that it makes complete.
+
+    The text of a token that only begins a character is empty; the last delta may hold text
+    that no further token completed. ``logprobs`` has one for each token, as the model gave it
+    before any temperature; so has ``top_logprobs``, if the sampling asks for them: (id,
+    log-probability) of the likeliest tokens, most likely first.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[Top, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A text as a vector: the model's final hidden state at its last token, of length 1.
+
+    ``answer`` has route, cost and evidence: it is the session's one token, which is drawn
+    (and paid for) so that the receipts cover the computation.
+    """
+
+    values: tuple[float, ...]
+    answer: "Answer"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,15 @@
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from plait.client.answer import Answer, TextDelta
+from plait.client.answer import Answer, Embedding, TextDelta
 from plait.client.client import AsyncClient, Options
 from plait.client.prompt import Prompt
+from plait.client.streaming import TextStream
 from plait.errors import LocalProtocolError
 from plait.router.plan import Plan
 from plait.router.view import View
@@ -19,6 +20,35 @@ from plait.types import PeerId
 ResultT = TypeVar("ResultT")
 
 CANCEL_TIMEOUT_S = 8.0
+
+
+class BlockingStream:
+    """``TextStream`` without async; an iterator. Closing it cancels the session."""
+
+    def __init__(self, client: "Client", source: TextStream) -> None:
+        self._client, self._source = client, source
+        self._items = self._run()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> TextDelta | Answer:
+        return next(self._items)
+
+    def finish(self) -> None:
+        """No more tokens are wanted: those that are due still come, then the ``Answer``."""
+        self._client._call(_finish(self._source))
+
+    def close(self) -> None:
+        """Cancel what still runs."""
+        self._items.close()
+
+    def _run(self) -> Generator[TextDelta | Answer, None, None]:
+        try:
+            while (item := self._client._call(_next(self._source))) is not None:
+                yield item
+        finally:
+            self._client._call(self._source.aclose())
 
 
 class Client:
@@ -87,16 +117,15 @@ class Client:
         """Answer a prompt. Ctrl-C cancels the session."""
         return self._call(self._client.generate(model, prompt, options))
 
-    def stream(
-        self, model: str, prompt: Prompt, options: Options | None = None
-    ) -> Iterator[TextDelta | Answer]:
-        """Yield text as it comes, then the ``Answer``."""
-        source = self._client.stream(model, prompt, options)
-        try:
-            while (item := self._call(_next(source))) is not None:
-                yield item
-        finally:
-            self._call(source.aclose())
+    def stream(self, model: str, prompt: Prompt, options: Options | None = None) -> BlockingStream:
+        """Yield each token as it comes, then the ``Answer``."""
+        return BlockingStream(self, self._client.stream(model, prompt, options))
+
+    def embed(
+        self, model: str, text: str | Sequence[int], options: Options | None = None
+    ) -> Embedding:
+        """The embedding of a text; see ``AsyncClient.embed``."""
+        return self._call(self._client.embed(model, text, options))
 
     def _call(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
         if self._loop is None:
@@ -146,5 +175,9 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def _next(source: AsyncGenerator[TextDelta | Answer, None]) -> TextDelta | Answer | None:
+async def _next(source: TextStream) -> TextDelta | Answer | None:
     return await anext(source, None)
+
+
+async def _finish(source: TextStream) -> None:
+    source.finish()

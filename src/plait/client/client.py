@@ -2,24 +2,27 @@
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from plait.client.account import Account, open_account
-from plait.client.answer import Answer, TextDelta
+from plait.client.answer import Answer, Embedding
+from plait.client.auditing import Audited, audit_bundle
 from plait.client.dialer import Dialer
-from plait.client.drafting import Drafting
+from plait.client.driver import Deliver
 from plait.client.epoch import Order
 from plait.client.generation import Generation, Surroundings
-from plait.client.prompt import Prompt, check_lengths, prompt_ids
-from plait.compute.drafts import NgramDrafter
-from plait.errors import ConfigError, LocalProtocolError, NoRoute, PeerUnreachable, PlaitError
+from plait.client.prompt import Prompt, check_ids, check_lengths, prompt_ids
+from plait.client.streaming import Begun, TextStream, Tokens
+from plait.compute.drafts import AdaptiveDrafter
+from plait.errors import ConfigError, LocalProtocolError, NoRoute, PeerUnreachable
 from plait.ledger.notices import NoticeBoard
 from plait.ledger.service.committee import Ledger, connect
 from plait.ledger.service.notices import NoticeExchange, NoticeFile, Post, posts_of
@@ -44,7 +47,9 @@ _NOT_ENTERED = "use the client as a context manager: async with AsyncClient(…)
 class Options:
     """How to generate and how to route. ``seed`` None draws a fresh one.
 
-    ``max_price`` is microcredits for the whole request; ``pin`` keeps layers on a peer.
+    ``sampling`` gives every setting of the sampler and replaces temperature, top_p, top_k
+    and seed; without end ids it ends where the model ends. ``max_price`` is microcredits for
+    the whole request; ``pin`` keeps layers on a peer.
     """
 
     max_tokens: int = 256
@@ -52,6 +57,7 @@ class Options:
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
+    sampling: Sampling | None = None
     raw: bool = False
     sort: Sort = "latency"
     max_price: int | None = None
@@ -86,8 +92,10 @@ class Options:
         except ValueError as error:
             raise ConfigError(f"bad routing option: {error}") from error
 
-    def sampling(self, end_ids: Sequence[int]) -> Sampling:
+    def drawing(self, end_ids: Sequence[int]) -> Sampling:
         """The last stage's part; raises ``ConfigError`` for a value out of range."""
+        if self.sampling is not None:
+            return replace(self.sampling, end_ids=self.sampling.end_ids or tuple(end_ids))
         try:
             return Sampling(
                 temperature_micros=round(self.temperature * MILLION),
@@ -98,16 +106,6 @@ class Options:
             )
         except (ValueError, OverflowError) as error:
             raise ConfigError(f"bad sampling: {error}") from error
-
-
-@dataclass(slots=True)
-class _Stream:
-    """Tokens of one generation on their way to an async iterator; ``max_tokens`` bounds them."""
-
-    queue: "asyncio.Queue[tuple[int, float] | None]" = field(default_factory=asyncio.Queue)
-
-    def emit(self, token_id: int, logprob: float) -> None:
-        self.queue.put_nowait((token_id, logprob))
 
 
 class AsyncClient:
@@ -232,64 +230,75 @@ class AsyncClient:
 
     async def generate(self, model: str, prompt: Prompt, options: Options | None = None) -> Answer:
         """Answer a prompt. Raises ``PlaitError`` subclasses, ``NoRoute`` among them."""
-        return await self._generation(model, prompt, options or Options(), _discard)
+        begun = await self._begin(model, prompt, options or Options(), _discard)
+        return await begun.generation.run(begun.tokenizer.decode)
 
-    async def stream(
-        self, model: str, prompt: Prompt, options: Options | None = None
-    ) -> AsyncGenerator[TextDelta | Answer, None]:
-        """Yield text as it comes, then the ``Answer``. Closing the iterator cancels the session."""
-        _, tokenizer = self._load(model)
-        stream, decoder = _Stream(), tokenizer.stream()
-        work = _entered(self._tasks).create_task(
-            self._streamed(model, prompt, options or Options(), stream), name="generation"
+    def stream(self, model: str, prompt: Prompt, options: Options | None = None) -> TextStream:
+        """Yield each token as it comes, then the ``Answer``.
+
+        Closing the stream cancels the session; ``finish`` ends it in good order. Iterating
+        raises what ``generate`` raises.
+        """
+
+        async def begin(tokens: Tokens) -> Begun:
+            return await self._begin(model, prompt, options or Options(), tokens.emit)
+
+        return TextStream(begin)
+
+    async def embed(
+        self, model: str, text: str | Sequence[int], options: Options | None = None
+    ) -> Embedding:
+        """The embedding of a text, without chat template, or of token ids.
+
+        It is the model's final hidden state at the last token, which has seen them all,
+        scaled to length 1. Costs the prompt and one token. Raises what ``generate`` raises.
+        """
+        asked = replace(options or Options(), max_tokens=1, raw=True, drafts=False)
+        begun = await self._begin(model, text, asked, _discard, embed=True)
+        answer = await begun.generation.run(begun.tokenizer.decode)
+        return Embedding(_unit(begun.generation.embedding), answer)
+
+    async def audit(self, bundle: bytes, only: Collection[PeerId] = ()) -> list[Audited]:
+        """Have what the lottery drew of a bundle audited; see ``client.auditing``."""
+        await _entered(self._watch).settled()
+        return await audit_bundle(
+            bundle, self.network, self.account, _entered(self._dialer), self.view(), only
         )
-        try:
-            while (item := await stream.queue.get()) is not None:
-                if text := decoder.push(item[0]):
-                    yield TextDelta(text, (item[0],))
-            if text := decoder.flush():
-                yield TextDelta(text, ())
-            outcome = await work
-            if isinstance(outcome, PlaitError):
-                raise outcome
-            yield outcome
-        finally:
-            work.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await work
 
-    async def _streamed(
-        self, model: str, prompt: Prompt, options: Options, stream: _Stream
-    ) -> Answer | PlaitError:
-        # An error is returned, not raised: the task group must outlive one failed answer.
-        try:
-            return await self._generation(model, prompt, options, stream.emit)
-        except PlaitError as error:
-            return error
-        finally:
-            await stream.queue.put(None)
-
-    async def _generation(
-        self, model: str, prompt: Prompt, options: Options, emit: Callable[[int, float], None]
-    ) -> Answer:
+    async def _begin(
+        self,
+        model: str,
+        prompt: Prompt,
+        options: Options,
+        emit: Callable[[Deliver], None],
+        *,
+        embed: bool = False,
+    ) -> Begun:
         local, tokenizer = self._load(model)
         ids = prompt_ids(tokenizer, prompt, raw=options.raw)
+        check_ids(ids, local.manifest.vocabulary_size)
         check_lengths(len(ids), options.max_tokens, local.manifest.context_length)
         order = Order(
             model=local.manifest.shape,
             prompt_ids=ids,
-            sampling=options.sampling(tokenizer.end_ids),
+            sampling=options.drawing(tokenizer.end_ids),
             route=options.route_request(len(ids)),
             vocabulary_size=local.manifest.vocabulary_size,
             manifest=local.manifest.payload,
             want_bundle=options.bundle,
+            embed=embed,
             qos=options.qos,
             replica_wait_ms=round(options.replica_wait_s * 1000),
         )
         watch = _entered(self._watch)
         await watch.settled()
         watch.check_reachable()
-        around = Surroundings(
+        drafter = AdaptiveDrafter(ids) if options.drafts else None
+        generation = Generation(order, self._surroundings(watch), emit, drafter)
+        return Begun(generation, tokenizer, _entered(self._tasks))
+
+    def _surroundings(self, watch: NetworkWatch) -> Surroundings:
+        return Surroundings(
             account=self.account,
             network=self.network,
             dialer=_entered(self._dialer),
@@ -302,8 +311,6 @@ class AsyncClient:
             clock_ms=_clock_ms,
             monotonic_s=time.monotonic,
         )
-        drafter = Drafting(NgramDrafter(ids)) if options.drafts else None
-        return await Generation(order, around, emit, drafter).run(tokenizer.decode)
 
     def _load(self, model: str) -> tuple[LocalModel, Tokenizer]:
         if model not in self._models:
@@ -312,8 +319,14 @@ class AsyncClient:
         return self._models[model]
 
 
-def _discard(token_id: int, logprob: float) -> None:
+def _discard(token: Deliver) -> None:
     """Nobody listens."""
+
+
+def _unit(values: Sequence[float]) -> tuple[float, ...]:
+    """The vector of length 1 in the same direction."""
+    length = math.hypot(*values) or 1.0
+    return tuple(value / length for value in values)
 
 
 def _clock_ms() -> int:

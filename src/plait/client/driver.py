@@ -18,6 +18,9 @@ from plait.ledger.terms import DRAFTS_MAX
 FinishReason = Literal["stop", "length", "ended"]
 """An end token, the limit of tokens, or the client's own wish."""
 
+Top = tuple[tuple[int, float], ...]
+"""(id, log-probability) of the likeliest tokens at a position, most likely first."""
+
 REPLAY_ROWS_MAX = 256
 
 
@@ -42,7 +45,7 @@ class SendFrame:
     """Send these ids to the first stage; no ids closes the last chunk without computing.
 
     The last ``drafts`` of the ids are guesses. A ``replay`` frame rebuilds the first stage
-    and is not answered.
+    and is not answered. ``embedding`` asks for the last row's final hidden state, too.
     """
 
     traversal: int
@@ -52,6 +55,7 @@ class SendFrame:
     close_chunk: bool
     drafts: int = 0
     replay: bool = False
+    embedding: bool = False
 
     @property
     def rows(self) -> int:
@@ -66,10 +70,18 @@ class SendFrame:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Hand a token to the user."""
+    """Hand a token to the user; ``top`` is empty unless the sampling asks for it."""
 
     token_id: int
     logprob: float
+    top: Top = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Hand the prompt's final hidden state to the user."""
+
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +91,18 @@ class Finish:
     reason: FinishReason
 
 
-Action = SendFrame | Deliver | Finish
+Action = SendFrame | Deliver | Embedded | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a result may hold besides ids: see ``Deliver`` and ``Embedded``."""
+
+    tops: tuple[Top, ...] = ()
+    embedding: tuple[float, ...] = ()
+
+
+NO_EXTRAS = Extras()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +118,7 @@ class Driver:
 
     ``prompt_ids`` must not be empty; ``max_tokens`` is at least 1. Call ``start`` once,
     ``on_result`` for each result and ``resume`` after each reroute; perform the actions in
-    order.
+    order. With ``embed`` the prompt's final hidden state comes with the first token.
     """
 
     def __init__(
@@ -106,6 +129,8 @@ class Driver:
         accounting: Accounting,
         vocabulary_size: int,
         drafter: Drafter | None = None,
+        *,
+        embed: bool = False,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.drawn: list[int] = []
@@ -122,6 +147,7 @@ class Driver:
         self._accounting = accounting
         self._vocabulary_size = vocabulary_size
         self._drafter = drafter
+        self._embed = embed
         self._traversal = 0
         self._prefilled = 0
         self._draws_in_chunk = 0
@@ -176,7 +202,13 @@ class Driver:
         """End the answer after the result that is due, with its last chunk closed."""
         self._stopping = True
 
-    def is_due(self, traversal: int, ids: Sequence[int], logprobs: Sequence[float]) -> bool:
+    def is_due(
+        self,
+        traversal: int,
+        ids: Sequence[int],
+        logprobs: Sequence[float],
+        extras: Extras = NO_EXTRAS,
+    ) -> bool:
         """Whether this answers the frame in flight; a duplicate of an earlier one does not.
 
         Raises ``RemoteProtocolError`` if it fits no frame.
@@ -187,6 +219,7 @@ class Driver:
         if traversal > sent.traversal:
             raise RemoteProtocolError("the last stage answered a frame that was not sent")
         self._check_draws(sent, ids, logprobs)
+        self._check_extras(sent, ids, extras)
         return True
 
     def on_result(
@@ -195,13 +228,14 @@ class Driver:
         ids: Sequence[int],
         logprobs: Sequence[float],
         elapsed_ms: float | None = None,
+        extras: Extras = NO_EXTRAS,
     ) -> list[Action]:
         """Take the last stage's answer to the frame in flight, and how long that took.
 
         Raises ``RemoteProtocolError`` if it does not fit that frame. A result of an
         earlier traversal is a duplicate and gives no action.
         """
-        if not self.is_due(traversal, ids, logprobs):
+        if not self.is_due(traversal, ids, logprobs, extras):
             return []
         sent = self.in_flight
         self.answered = traversal
@@ -214,7 +248,7 @@ class Driver:
             self._drafter.extend(ids)
             if sent.first_position >= len(self.prompt_ids):
                 self._drafter.observe(sent.drafts, len(ids) - 1, elapsed_ms)
-        return self._on_draws(sent, ids, logprobs)
+        return self._on_draws(sent, ids, logprobs, extras)
 
     def _check_draws(self, sent: SendFrame, ids: Sequence[int], logprobs: Sequence[float]) -> None:
         fewest, most = int(sent.sample), int(sent.sample) * (1 + sent.drafts)
@@ -229,14 +263,27 @@ class Driver:
         if not all(math.isfinite(logprob) and logprob <= 0 for logprob in logprobs):
             raise RemoteProtocolError("the last stage gave an impossible log-probability")
 
+    def _check_extras(self, sent: SendFrame, ids: Sequence[int], extras: Extras) -> None:
+        if extras.tops and len(extras.tops) != len(ids):
+            raise RemoteProtocolError("the last stage gave likeliest tokens for other draws")
+        for token_id, logprob in (pair for top in extras.tops for pair in top):
+            if token_id >= self._vocabulary_size or not (math.isfinite(logprob) and logprob <= 0):
+                raise RemoteProtocolError("the last stage gave an impossible likeliest token")
+        if bool(extras.embedding) != sent.embedding:
+            raise RemoteProtocolError("the last stage gave no embedding, or one that was not asked")
+        if not all(map(math.isfinite, extras.embedding)):
+            raise RemoteProtocolError("the last stage gave an impossible embedding")
+
     def _on_draws(
-        self, sent: SendFrame, ids: Sequence[int], logprobs: Sequence[float]
+        self, sent: SendFrame, ids: Sequence[int], logprobs: Sequence[float], extras: Extras
     ) -> list[Action]:
         self.drawn += ids
         self._draws_in_chunk = 0 if sent.close_chunk else self._draws_in_chunk + len(ids)
-        actions: list[Action] = [
-            Deliver(token_id, logprob)
-            for token_id, logprob in zip(ids, logprobs, strict=True)
+        tops = extras.tops or ((),) * len(ids)
+        actions: list[Action] = [Embedded(extras.embedding)] if extras.embedding else []
+        actions += [
+            Deliver(token_id, logprob, top)
+            for token_id, logprob, top in zip(ids, logprobs, tops, strict=True)
             if token_id not in self._end_ids
         ]
         self.finish = self._finish_reason()
@@ -262,7 +309,10 @@ class Driver:
         start = self._prefilled
         ids = self.prompt_ids[start : start + self._accounting.prefill_chunk_tokens]
         last = start + len(ids) == len(self.prompt_ids)
-        return SendFrame(self._traversal, start, ids, sample=last, close_chunk=True)
+        embedding = last and self._embed
+        return SendFrame(
+            self._traversal, start, ids, sample=last, close_chunk=True, embedding=embedding
+        )
 
     def _replay_frames(self) -> list[SendFrame]:
         known = (*self.prompt_ids, *self.drawn)[: self.position]

@@ -38,7 +38,7 @@ class Order:
     """What is asked: token ids in, at most ``route.max_tokens`` out.
 
     If a stage is lost and nobody can take its place, the session waits ``replica_wait_ms``
-    for one before it gives up.
+    for one before it gives up. ``embed`` asks for the prompt's final hidden state, too.
     """
 
     model: ModelShape
@@ -48,6 +48,7 @@ class Order:
     vocabulary_size: int
     manifest: bytes
     want_bundle: bool
+    embed: bool = False
     qos: Qos = "standard"
     replica_wait_ms: int = 20_000
     accounting: Accounting = field(default_factory=Accounting)

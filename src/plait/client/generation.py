@@ -35,7 +35,7 @@ from plait.client.actions import (
 )
 from plait.client.answer import Answer, RouteStep
 from plait.client.dialer import Dialer
-from plait.client.driver import Deliver, Drafter, FinishReason, SendFrame
+from plait.client.driver import Deliver, Drafter, Embedded, FinishReason, SendFrame
 from plait.client.epoch import Epoch, Order, Party
 from plait.client.pipeline import Pipeline
 from plait.client.reserving import Reserving
@@ -81,18 +81,22 @@ class Surroundings:
 
 
 class Generation:
-    """Runs one order; ``emit`` gets each token as it is delivered."""
+    """Runs one order; ``emit`` gets each token as it is delivered.
+
+    ``embedding`` is the prompt's final hidden state, once it is known, if it was ordered.
+    """
 
     def __init__(
         self,
         order: Order,
         around: Surroundings,
-        emit: Callable[[int, float], None],
+        emit: Callable[[Deliver], None],
         drafter: Drafter | None = None,
     ) -> None:
         self._order = order
         self._around = around
         self._emit = emit
+        self.embedding: tuple[float, ...] = ()
         self._events: asyncio.Queue[Event] = asyncio.Queue(EVENTS_MAX)
         self._core = SessionCore(
             order,
@@ -178,7 +182,9 @@ class Generation:
             case Deliver():
                 self._token_times.append(self._around.monotonic_s())
                 self._logprobs.append(action.logprob)
-                self._emit(action.token_id, action.logprob)
+                self._emit(action)
+            case Embedded():
+                self.embedding = action.values
             case SetTimer():
                 self._set_timer(action)
             case AskView():

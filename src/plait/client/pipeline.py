@@ -5,6 +5,8 @@ lives as long as its session and is shared by its epochs.
 """
 
 import asyncio
+import math
+import struct
 from collections.abc import Callable, Coroutine, Sequence
 
 import grpc
@@ -29,6 +31,7 @@ from plait.client.actions import (
     StageOpened,
 )
 from plait.client.dialer import Dialer
+from plait.client.driver import Extras
 from plait.errors import NetworkError, PlaitError
 from plait.logs import get_logger
 from plait.net.link_stream import OutgoingLink
@@ -42,6 +45,7 @@ log = get_logger(__name__)
 
 CONFIRM_TIMEOUT_S = 6.0
 CLOSE_TIMEOUT_S = 6.0
+_FLOAT_BYTES = 4
 
 
 class Pipeline:
@@ -139,6 +143,7 @@ class Pipeline:
             traceparent=self._traceparent,
             replay=frame.replay,
             draft_ids=frame.draft_ids,
+            embedding=frame.embedding,
         )
         if frame.ids:
             message.token_ids.ids.extend(frame.ids)
@@ -323,4 +328,16 @@ def _result(message: stage_pb2.TokenResult) -> Resulted:
         receipts=tuple(message.receipts),
         statement=message.draws if message.HasField("draws") else None,
         stage_us=tuple(message.stage_us),
+        extras=_extras(message),
+    )
+
+
+def _extras(message: stage_pb2.TokenResult) -> Extras:
+    data = message.embedding
+    if len(data) % _FLOAT_BYTES:
+        # Not a number of floats: to the core it is an embedding that cannot be.
+        return Extras(embedding=(math.nan,))
+    return Extras(
+        tops=tuple(tuple(zip(top.ids, top.logprobs, strict=False)) for top in message.top_logprobs),
+        embedding=struct.unpack(f"<{len(data) // _FLOAT_BYTES}f", data),
     )

@@ -1,18 +1,18 @@
-"""Prompts: messages or text to token ids, and the checks before anything is sent."""
+"""Prompts: messages, text or ids to token ids, and the checks before anything is sent."""
 
 from collections.abc import Mapping, Sequence
 
 from plait.errors import ConfigError
 from plait.model.tokenizer import Tokenizer
 
-Prompt = str | Sequence[Mapping[str, str]]
-"""A user's words, or chat messages with ``role`` and ``content``."""
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+"""A user's words, chat messages with ``role`` and ``content``, or token ids as they are."""
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, *, raw: bool) -> tuple[int, ...]:
     """Token ids of a prompt through the chat template, or of raw text without it.
 
-    Raises ``ConfigError`` for an empty prompt.
+    Ids are taken as they are. Raises ``ConfigError`` for an empty prompt.
     """
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -20,12 +20,24 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, *, raw: bool) -> tuple[int,
         if raw:
             return tuple(tokenizer.encode(prompt))
         return tuple(tokenizer.chat([{"role": "user", "content": prompt}]))
-    messages = [dict(message) for message in prompt]
+    ids = tuple(part for part in prompt if isinstance(part, int))
+    messages = [dict(part) for part in prompt if not isinstance(part, int)]
+    if ids and not messages:
+        return ids
+    if ids:
+        raise ConfigError("the prompt mixes messages and token ids")
     if raw:
         raise ConfigError("raw takes text, not messages")
     if not any(message.get("content", "").strip() for message in messages):
         raise ConfigError("the prompt is empty")
     return tuple(tokenizer.chat(messages))
+
+
+def check_ids(ids: Sequence[int], vocabulary_size: int) -> None:
+    """Raise ``ConfigError`` for an id that the model does not have."""
+    unknown = next((one for one in ids if not 0 <= one < vocabulary_size), None)
+    if unknown is not None:
+        raise ConfigError(f"the model has no token {unknown}: ids are below {vocabulary_size}")
 
 
 def check_lengths(prompt_tokens: int, max_tokens: int, context_length: int) -> None:

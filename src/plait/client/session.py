@@ -54,6 +54,7 @@ from plait.client.driver import (
     Deliver,
     Drafter,
     Driver,
+    Embedded,
     Finish,
     FinishReason,
     SendFrame,
@@ -76,6 +77,7 @@ from plait.errors import (
 from plait.ledger.certs import check_key_cert
 from plait.ledger.client_books import ClientBooks
 from plait.ledger.committee import check_grants
+from plait.ledger.lottery import nonce_commitment, session_nonce
 from plait.ledger.opening import opening_to_message
 from plait.ledger.terms import SessionTerms
 from plait.router.plan import Plan
@@ -128,6 +130,7 @@ class SessionCore:
             order.accounting,
             order.vocabulary_size,
             drafter,
+            embed=order.embed,
         )
         self._party = party
         self._entropy = entropy
@@ -289,8 +292,12 @@ class SessionCore:
         self, terms: SessionTerms, chosen: Plan, offers: tuple[Offer, ...], timeout_ms: int
     ) -> None:
         expires_ms = self._now_ms + session_ms_max(chosen)
-        message = opening_to_message(terms, self.order.sampling, self._now_ms, expires_ms)
-        opening = seal(self._party.ledger_key, message)
+        key = self._party.ledger_key
+        commit = nonce_commitment(session_nonce(key, terms.session_id))
+        message = opening_to_message(
+            terms, self.order.sampling, self._now_ms, expires_ms, audit_commit=commit
+        )
+        opening = seal(key, message)
         self._newest = Epoch(terms, opening, offers, chosen)
         self._phase = _Phase.OPENING
         self._await("open", self._newest.peers)
@@ -378,7 +385,8 @@ class SessionCore:
     def _try_another_route(self, calls: Calls) -> None:
         """Nothing was delivered yet: let go of everybody and begin anew."""
         epoch, first = self.epoch, calls.first_failure
-        held = tuple(peer for peer in epoch.peers if peer not in calls.failed)
+        # Who refused holds nothing; who did not answer may.
+        held = tuple(peer for peer in epoch.peers if calls.kinds.get(peer) != "refused")
         self._out += [CloseStages(epoch.number, held, None, "not opened"), SetTimer(None)]
         for peer, kind in calls.kinds.items():
             self._recovery.exclude(epoch, peer, kind, self._now_ms)
@@ -388,6 +396,8 @@ class SessionCore:
         self._may_soon_agree = first.code == "neighbour"
         self._attempts += 1
         self._books = None
+        if calls.name == "open":
+            self._newest = None  # nothing was granted, and who holds is let go of above
         self.epochs.clear()
         if self._attempts < ATTEMPTS_MAX:
             self._phase = _Phase.PLANNING
@@ -428,12 +438,12 @@ class SessionCore:
         if held is not None:
             self._send(held)
 
-    def _perform(self, actions: Iterable[SendFrame | Deliver | Finish]) -> None:
+    def _perform(self, actions: Iterable[SendFrame | Deliver | Embedded | Finish]) -> None:
         for action in actions:
             match action:
                 case SendFrame():
                     self._send(action)
-                case Deliver():
+                case Deliver() | Embedded():
                     self._out.append(action)
                 case Finish():
                     self._finish(action.reason)
@@ -467,7 +477,7 @@ class SessionCore:
             return
         driver, sent = self.driver, self.driver.in_flight
         try:
-            if not driver.is_due(event.traversal, event.ids, event.logprobs):
+            if not driver.is_due(event.traversal, event.ids, event.logprobs, event.extras):
                 return
             self.books.drawn(sent.traversal, sent.first_position, event.ids, event.statement)
         except (RemoteProtocolError, VerificationError) as error:
@@ -475,10 +485,12 @@ class SessionCore:
             return
         self._recovery.progressed()
         elapsed_ms = self._elapsed_ms(sent)
-        actions = driver.on_result(event.traversal, event.ids, event.logprobs, elapsed_ms)
+        actions = driver.on_result(
+            event.traversal, event.ids, event.logprobs, elapsed_ms, event.extras
+        )
         liar = self._take_receipts(sent, event)
         if liar is not None:
-            self._perform(action for action in actions if isinstance(action, Deliver))
+            self._perform(one for one in actions if isinstance(one, Deliver | Embedded))
             self._trouble({liar: "gone"}, f"a receipt of {liar} does not hold")
             return
         self._perform(actions)
@@ -643,6 +655,7 @@ class SessionCore:
                 f"{recovery.reason}; nobody took the place: {error} "
                 f"({delivered} tokens were delivered)",
                 resumable_from=delivered,
+                cost_microcredits=self.books.cost,
                 remedy="run it again once the layers have a host: plait route MODEL --explain",
             )
         )

@@ -30,6 +30,8 @@ class Work:
     ``claimed`` is for audits: ids that are said to have been drawn by this work. They are
     taken for drawn, whatever the logits say, and ``Drawn.margins`` tells how far off each is.
     There may be one more of them than drafts, whose ids do not matter then.
+
+    ``embedding`` makes a last stage that draws give the final hidden state of the last row.
     """
 
     session: SessionId
@@ -39,6 +41,7 @@ class Work:
     sample: bool = False
     drafts: tuple[int, ...] = ()
     claimed: tuple[int, ...] = ()
+    embedding: bool = False
 
     @property
     def rows(self) -> int:
@@ -59,6 +62,8 @@ class Drawn:
     tops: tuple[tuple[tuple[int, float], ...], ...] = ()
     margins: tuple[float, ...] = ()
     """Of claimed ids: see ``judging.draw_margin``; 0 is the right one."""
+    embedding: tuple[float, ...] = ()
+    """The last row after the model's last norm, if the work asks for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Protocol
 
@@ -260,9 +260,12 @@ class TorchStage:
         done = Done()
         if logits is not None:
             try:
-                done = Done(drawn=self._drawn(one.work, kv.sampling, logits.numpy()))
+                drawn = self._drawn(one.work, kv.sampling, logits.numpy())
             except PlaitError as error:
                 return Done(error=error)
+            if one.work.embedding:
+                drawn = replace(drawn, embedding=tuple(output[-1].float().tolist()))
+            done = Done(drawn=drawn)
         elif kv.span.end != self._shape.layers:
             done = Done(hidden=output.contiguous().numpy())
         kv.length = end

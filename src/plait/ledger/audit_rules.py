@@ -40,9 +40,9 @@ class Tolerance:
 
 TOLERANCES = {
     "fp32": Tolerance(1e-4, 1e-3),
-    "bf16": Tolerance(1e-1, 2.0),
+    "bf16": Tolerance(3e-2, 0.5),
+    "int4": Tolerance(3e-2, 0.5),
     "int8": Tolerance(1e-1, 2.0),
-    "int4": Tolerance(1e-1, 2.0),
 }
 
 

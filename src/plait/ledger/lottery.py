@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import inf, log
 
 from plait.errors import BadProof
+from plait.identity import SigningKey
 from plait.ledger.checkpoint import Checkpoint
 from plait.ledger.merkle import leaf_hash, node_hash, verify_consistency, verify_inclusion
 from plait.types import Digest, PeerId, SessionId
@@ -43,6 +44,15 @@ class Anchor:
 
     size: int
     root: Digest
+
+
+def session_nonce(key: SigningKey, session: SessionId) -> bytes:
+    """A client's nonce for a session: it follows from its ledger key, so nothing is stored.
+
+    Ed25519 signatures are deterministic (RFC 8032), and nobody else can make this one; what
+    is signed here is no envelope's encoding, so it can be taken for nothing else.
+    """
+    return hashlib.sha256(key.sign(_NONCE + session)).digest()
 
 
 def nonce_commitment(nonce: bytes) -> Digest:

@@ -5,7 +5,7 @@ network file (its authorities' keys) and from peer ids, which are keys. Claims t
 depend on a false one are still examined, so that a report names every fault.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from plait.ledger.bundle import BundleParts, EpochParts, SealedBundle, read_bundle
@@ -41,16 +41,20 @@ from plait.ledger.verify_session import (
     promised_in,
 )
 from plait.network_file import NetworkFile
-from plait.types import PeerId
+from plait.types import PeerId, Sampling
 from plait.v1.bundle_pb2 import ModelManifest
 from plait.v1.ledger_pb2 import SessionVoucher, StageReceipt
 
 __all__ = ["Claim", "Outcome", "Report", "verify_bundle"]
 
-_NEVER_CHECKED = (
+_REPLAY = "replay"
+_NOT_REPLAYED = (
     "the computation: that each stage ran its layers on what it received (an audit replays it)",
-    "the text: that it is what the model's tokenizer makes of the ids",
     "the draw: that the ids follow from the logits, seed and temperature",
+)
+_NOT_LOCATED = ("the stages one by one: the ids are right, whatever each stage sent on the way",)
+_NEVER_CHECKED = (
+    "the text: that it is what the model's tokenizer makes of the ids",
     "the people: who operates these peers, and whether client and stages all collude",
     "the clocks: every date is the signer's own",
     "the publisher: the manifest is the model's by digest; who made the model is not proven",
@@ -64,8 +68,15 @@ _WITNESSED = (
 )
 
 
-def verify_bundle(data: bytes, network: NetworkFile) -> Report:
-    """Check every claim that a bundle makes against the keys of a network file."""
+Replay = Callable[[BundleParts, Sequence[EpochFrames], Sampling], str]
+"""Computes the answer again; returns what it found, and raises if the answer is another."""
+
+
+def verify_bundle(data: bytes, network: NetworkFile, replay: Replay | None = None) -> Report:
+    """Check every claim that a bundle makes against the keys of a network file.
+
+    With ``replay``, the computation and the draws are claims too.
+    """
     findings = Findings()
     bundle = findings.claim(
         "encoding", lambda: read_bundle(data), lambda _: f"canonical JSON, {len(data)} bytes"
@@ -74,6 +85,10 @@ def verify_bundle(data: bytes, network: NetworkFile) -> Report:
         findings.blocked("everything else", "the encoding")
     else:
         _check_parts(findings, bundle, network)
+        if replay is not None:
+            _check_replay(findings, bundle.parts, replay)
+    replayed = any(claim.name == _REPLAY and claim.ok for claim in findings.claims)
+    findings.unchecked.extend(_NOT_LOCATED if replayed else _NOT_REPLAYED)
     findings.unchecked.extend(_NEVER_CHECKED)
     findings.unchecked.append(_WITNESSED if network.witness_quorum else _NOT_WITNESSED)
     return findings.report()
@@ -108,6 +123,14 @@ def _check_parts(findings: Findings, bundle: SealedBundle, network: NetworkFile)
         lambda _: "each layer is signed for at each position that the answer rests on",
     )
     _check_credit(findings, parts, network, opened_ms, paid_for=paid_for)
+
+
+def _check_replay(findings: Findings, parts: BundleParts, replay: Replay) -> None:
+    def replayed() -> str:
+        sampling, _ = check_terms(parts.epochs[0])
+        return replay(parts, check_frames(parts), sampling)
+
+    findings.claim(_REPLAY, replayed, lambda shown: shown)
 
 
 def _check_session(findings: Findings, parts: BundleParts) -> list[int]:

@@ -107,6 +107,8 @@ def check_voucher(
     ``promised`` is what earlier epochs promised; None if nothing of this one is payable.
     """
     terms, cut = epoch.terms, epoch.cut
+    if cut is not None and len(cut.receipts) != len(terms.stages):
+        raise BadProof("the cut does not say for each stage whether it signed")
     signed = [one for one in cut.receipts if one is not None] if cut is not None else []
     if not frames.closes and not signed:
         if epoch.voucher is not None:

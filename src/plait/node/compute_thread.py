@@ -157,4 +157,6 @@ def _work_of_part(work: Work, part: Part[JobT]) -> Work:
         None if work.hidden is None else work.hidden[rows],
         sample=work.sample and part.last,
         drafts=work.drafts if part.last else (),
+        claimed=work.claimed if part.last else (),
+        embedding=work.embedding and part.last,
     )

@@ -60,6 +60,7 @@ class Job:
             hidden=self.frame.hidden,
             sample=self.frame.sample,
             drafts=self.frame.drafts,
+            embedding=self.frame.embedding,
         )
 
 

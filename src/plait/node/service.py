@@ -10,6 +10,7 @@ from plait.errors import CapacityError, PlaitError
 from plait.logs import get_logger
 from plait.net.link_stream import SESSION_METADATA
 from plait.net.tls import caller_certificate
+from plait.node.audit_shell import Auditing
 from plait.node.stage_shell import ResponseOutbox, StageShell
 from plait.types import PeerId, SessionId
 from plait.v1 import session_pb2, stage_pb2, stage_pb2_grpc
@@ -36,7 +37,9 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         stage: StageShell,
         peer_of: Callable[[bytes], PeerId | None],
         learn: Callable[[SignedEnvelope], None],
+        auditing: Auditing,
     ) -> None:
+        self._auditing = auditing
         self._stage = stage
         self._peer_of = peer_of
         self._learn = learn
@@ -81,6 +84,24 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         caller = await self._caller(context)
         try:
             return await self._stage.close(request, caller)
+        except PlaitError as error:
+            await _abort(context, error)
+
+    async def Audit(self, request: stage_pb2.AuditChallenge, context: Context) -> None:
+        """Open what a chunk's receipts commit to."""
+        await self._caller(context)
+        try:
+            for part in self._auditing.open(request):
+                await context.write(part)
+        except PlaitError as error:
+            await _abort(context, error)
+
+    async def Examine(self, request: stage_pb2.AuditChallenge, context: Context) -> None:
+        """Audit another stage."""
+        await self._caller(context)
+        try:
+            async for response in self._auditing.examine(request):
+                await context.write(response)
         except PlaitError as error:
             await _abort(context, error)
 

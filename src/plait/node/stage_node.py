@@ -50,6 +50,7 @@ from plait.net.tls import (
 from plait.net.watch import targets_of
 from plait.network_file import NetworkFile
 from plait.node.admission import StageIdentity
+from plait.node.audit_shell import Auditing
 from plait.node.config import NodeConfig
 from plait.node.first_look import look_around
 from plait.node.neighbours import Neighbours
@@ -343,7 +344,9 @@ class StageNode:
         )
         offer_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, ports.public)
         self._serve_notices(ports.public)
-        servicer = StageServicer(self._stage, self._trusted.peer_of, self._learn)
+        servicer = StageServicer(
+            self._stage, self._trusted.peer_of, self._learn, self._make_auditing()
+        )
         stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, ports.peer)
         for server in (ports.public, ports.peer):
             await server.start()
@@ -358,6 +361,21 @@ class StageNode:
         stack.callback(self._spill.close)
         stack.callback(self._tape_files.close)
         stack.push_async_callback(self._leave)
+
+    def _make_auditing(self) -> Auditing:
+        async def connect(peer: PeerId) -> grpc.aio.Channel:
+            return self._dial(peer)
+
+        return Auditing(
+            network=self._me.network,
+            me=self._me.peer,
+            key=lambda: self._settler.key,
+            tape=self._stage.core.tape,
+            compute=self._compute,
+            submit=self._stage.submit_audit,
+            connect=connect,
+            clock_ms=self._me.clock_ms,
+        )
 
     def drain(self) -> None:
         """Offer nothing, take nothing new, and tell every session's client to move."""

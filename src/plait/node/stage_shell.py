@@ -13,6 +13,7 @@ from plait.errors import CapacityError, NetworkError
 from plait.net.link_stream import Outbox
 from plait.network_file import Authority, NetworkFile
 from plait.node.admission import StageIdentity
+from plait.node.audit_shell import AuditJob
 from plait.node.compute_thread import ComputeThread
 from plait.node.neighbours import Neighbours
 from plait.node.overload import Limits
@@ -135,7 +136,7 @@ class StageShell:
         self.callers = CallerLinks()
         self._settler = settler
         self._neighbours = neighbours
-        self._thread: ComputeThread[Job] = ComputeThread(
+        self._thread: ComputeThread[Job | AuditJob] = ComputeThread(
             compute.step,
             Scheduler(
                 key=lambda job: job.key,
@@ -144,7 +145,7 @@ class StageShell:
                 priority=lambda job: job.priority,
                 piece_rows=PIECE_ROWS,
             ),
-            Job.work,
+            lambda job: job.work(),
             self._finish,
             on_step,
         )
@@ -183,8 +184,15 @@ class StageShell:
         """Compute what is queued until cancelled."""
         await self._thread.run()
 
-    def _finish(self, job: Job, done: Done) -> None:
-        self.core.finish(job, done)
+    def _finish(self, job: Job | AuditJob, done: Done) -> None:
+        if isinstance(job, AuditJob):
+            job.finish(done)
+        else:
+            self.core.finish(job, done)
+
+    def submit_audit(self, job: AuditJob) -> None:
+        """Queue a frame of an audit behind the sessions'; raises ``CapacityError``."""
+        self._thread.submit(job)
 
     async def confirm(
         self, request: session_pb2.ConfirmRequest, caller: PeerId

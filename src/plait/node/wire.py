@@ -48,6 +48,8 @@ class StageFrame:
     """How long each stage passed took, in microseconds."""
     deadline_ms: int
     traceparent: str
+    embedding: bool = False
+    """The last stage also answers with the final hidden state of the last row."""
 
     @property
     def rows(self) -> int:
@@ -103,9 +105,12 @@ def decode_frame(
         stage_us=tuple(message.stage_us),
         deadline_ms=message.deadline_ms,
         traceparent=message.traceparent,
+        embedding=message.embedding,
     )
     _check_replay(frame)
     _check_drafts(frame, vocabulary)
+    if frame.embedding and (not frame.sample or frame.drafts):
+        raise RemoteProtocolError("an embedding comes with a draw, without drafts")
     return frame
 
 
@@ -187,6 +192,7 @@ def onward_frame(
         stage_us=(*frame.stage_us, residence_us),
         deadline_ms=frame.deadline_ms,
         traceparent=frame.traceparent,
+        embedding=frame.embedding,
     )
     if hidden is not None:
         rows, width = hidden.shape
@@ -237,6 +243,7 @@ def result_message(
         draws=draws,
         stage_us=(*frame.stage_us, residence_us),
         top_logprobs=top_logprobs_messages(drawn),
+        embedding=np.array(drawn.embedding, dtype="<f4").tobytes() if drawn is not None else b"",
     )
     return stage_pb2.LinkResponse(result=result)
 

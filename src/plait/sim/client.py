@@ -36,7 +36,7 @@ from plait.client.actions import (
     Ticked,
     Viewed,
 )
-from plait.client.driver import Deliver
+from plait.client.driver import Deliver, Embedded
 from plait.client.epoch import Order, Party
 from plait.client.session import SessionCore
 from plait.envelope import digest, seal
@@ -248,6 +248,8 @@ class _Session:
 
     def _perform(self, action: Action) -> None:
         match action:
+            case Embedded():
+                pass
             case Deliver():
                 self._deliver(action.token_id)
             case SetTimer():

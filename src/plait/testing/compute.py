@@ -193,7 +193,8 @@ class FakeStage:
             wrong = zip(work.claimed, right, strict=True)
             return Drawn(work.claimed, (), margins=tuple(float(a != b) for a, b in wrong))
         draw_with_drafts(work.drafts, sampling.end_ids, draw)
-        return Drawn(tuple(ids), (-1.0,) * len(ids))
+        embedding = tuple(_hidden(rows[-1:])[0].tolist()) if work.embedding else ()
+        return Drawn(tuple(ids), (-1.0,) * len(ids), embedding=embedding)
 
 
 def _rows(work: Work) -> list[bytes]:

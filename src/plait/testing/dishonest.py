@@ -146,11 +146,11 @@ def changes_matrix(honest: TorchStage) -> TorchStage:
     return _sharing(honest, model, layers)
 
 
-def _layers(model: Any) -> list[torch.nn.Module]:
+def _layers(model: Any) -> list[Any]:
     return list(model.base.layers)
 
 
-def _sharing(honest: TorchStage, model: Any, layers: list[torch.nn.Module]) -> TorchStage:
+def _sharing(honest: TorchStage, model: Any, layers: list[Any]) -> TorchStage:
     """A stage with its own cache over changed layers; all other weights are shared."""
     model.base = copy.copy(model.base)
     model.base._modules = dict(model.base._modules)

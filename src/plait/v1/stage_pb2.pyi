@@ -39,7 +39,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("session_id", "epoch", "traversal", "first_position", "token_ids", "activations", "sample", "close_chunk", "voucher", "receipts", "deadline_ms", "traceparent", "replay", "draft_ids", "stage_us")
+    __slots__ = ("session_id", "epoch", "traversal", "first_position", "token_ids", "activations", "sample", "close_chunk", "voucher", "receipts", "deadline_ms", "traceparent", "replay", "draft_ids", "stage_us", "embedding")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRAVERSAL_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,7 @@ class Frame(_message.Message):
     REPLAY_FIELD_NUMBER: _ClassVar[int]
     DRAFT_IDS_FIELD_NUMBER: _ClassVar[int]
     STAGE_US_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     traversal: int
@@ -70,7 +71,8 @@ class Frame(_message.Message):
     replay: bool
     draft_ids: _containers.RepeatedScalarFieldContainer[int]
     stage_us: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., activations: _Optional[_Union[Activations, _Mapping]] = ..., sample: _Optional[bool] = ..., close_chunk: _Optional[bool] = ..., voucher: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., replay: _Optional[bool] = ..., draft_ids: _Optional[_Iterable[int]] = ..., stage_us: _Optional[_Iterable[int]] = ...) -> None: ...
+    embedding: bool
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., activations: _Optional[_Union[Activations, _Mapping]] = ..., sample: _Optional[bool] = ..., close_chunk: _Optional[bool] = ..., voucher: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., replay: _Optional[bool] = ..., draft_ids: _Optional[_Iterable[int]] = ..., stage_us: _Optional[_Iterable[int]] = ..., embedding: _Optional[bool] = ...) -> None: ...
 
 class SessionFault(_message.Message):
     __slots__ = ("session_id", "epoch", "peer_id", "code", "reason")
@@ -87,7 +89,7 @@ class SessionFault(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., peer_id: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class TokenResult(_message.Message):
-    __slots__ = ("session_id", "epoch", "traversal", "ids", "logprobs", "receipts", "draws", "stage_us", "top_logprobs")
+    __slots__ = ("session_id", "epoch", "traversal", "ids", "logprobs", "receipts", "draws", "stage_us", "top_logprobs", "embedding")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRAVERSAL_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +99,7 @@ class TokenResult(_message.Message):
     DRAWS_FIELD_NUMBER: _ClassVar[int]
     STAGE_US_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     traversal: int
@@ -106,7 +109,8 @@ class TokenResult(_message.Message):
     draws: _identity_pb2.SignedEnvelope
     stage_us: _containers.RepeatedScalarFieldContainer[int]
     top_logprobs: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ..., draws: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., stage_us: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ...) -> None: ...
+    embedding: bytes
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ..., draws: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., stage_us: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., embedding: _Optional[bytes] = ...) -> None: ...
 
 class TopLogprobs(_message.Message):
     __slots__ = ("ids", "logprobs")

@@ -1,0 +1,152 @@
+"""``plait audit``: have the chunks of a bundle replayed, and judge evidence again."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from plait.errors import BadProof, ConfigError
+
+if TYPE_CHECKING:
+    from plait.client.auditing import Audited
+
+app = typer.Typer(no_args_is_help=True, help="Have chunks replayed by other hosts; evidence.")
+
+Network = Annotated[
+    Path | None, typer.Option(help="Network file; by default that of the last testnet.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def request(
+    bundle: Annotated[Path, typer.Argument(help="A bundle of your own session.")],
+    network: Network = None,
+    evidence: Annotated[
+        Path | None, typer.Option(help="Folder for what was opened, one file for each verdict.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this peer may be the auditor; repeatable.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Have what the lottery drew of a session replayed by other hosts of the same layers.
+
+    An auditor sees what crossed the stage: of a session that you pinned, restrict the
+    auditors too. Exit code 1 if a stage is exposed.
+    """
+    import asyncio
+
+    from plait.client.client import AsyncClient
+    from plait.types import PeerId
+
+    async def audited() -> "list[Audited]":
+        async with AsyncClient(network) as client:
+            peers = frozenset(PeerId(one) for one in only or ())
+            return await client.audit(_read(bundle), peers)
+
+    found = asyncio.run(audited())
+    files = [_kept(evidence, one) for one in found]
+    figures = [_figures(one, path) for one, path in zip(found, files, strict=True)]
+    if json_output:
+        typer.echo(json.dumps({"lots": figures}))
+    else:
+        for one in figures:
+            if one["outcome"] != "undrawn":
+                typer.echo(_line(one))
+        undrawn = sum(one["outcome"] == "undrawn" for one in figures)
+        typer.echo(f"{len(figures) - undrawn} of {len(figures)} chunks of stages were drawn.")
+    raise typer.Exit(int(any(one.outcome == "exposed" for one in found)))
+
+
+@app.command()
+def check(
+    evidence: Annotated[Path, typer.Argument(help="A file that plait audit request kept.")],
+    network: Network = None,
+    threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
+    model: Annotated[str, typer.Option(help="The model, by its name here.")] = "smollm2-135m",
+    json_output: Json = False,
+) -> None:
+    """Judge the evidence of an audit again, by computing the stage here.
+
+    Needs the weights, and trusts neither the auditor nor the stage. Exit code 0: consistent,
+    1: exposed, 2: what was opened proves nothing.
+    """
+    from google.protobuf.message import DecodeError
+
+    from plait.compute.load import load_stage
+    from plait.ledger.audit_wire import read_challenge
+    from plait.locate import network_path
+    from plait.model import catalog
+    from plait.network_file import load_network_file
+    from plait.node.auditing import steps_of, verdict_on
+    from plait.node.replaying import replay
+    from plait.types import SessionId
+    from plait.v1.stage_pb2 import AuditEvidence
+
+    try:
+        message = AuditEvidence.FromString(_read(evidence))
+    except DecodeError as error:
+        raise ConfigError(f"{evidence} is no evidence of an audit") from error
+    challenge = read_challenge(message.challenge, load_network_file(network_path(network)))
+    local = catalog.load(model)
+    if local.manifest.digest != challenge.terms.model_digest:
+        raise ConfigError(f"{model} is not the model of this session", remedy="--model NAME")
+    try:
+        steps = steps_of(challenge, message.openings)
+    except BadProof as error:
+        typer.echo(json.dumps({"outcome": "unresponsive", "reason": str(error)}))
+        raise typer.Exit(2) from error
+    dtype = challenge.numeric_class.split("/")[1]
+    stage = load_stage(local, challenge.stage.span, dtype, threads)
+    session = SessionId(b"plait/rejudging!")
+    findings = replay(stage, session, steps, challenge.stage.span, challenge.sampling)
+    verdict, worst, reason = verdict_on(challenge, findings)
+    figures = {
+        "outcome": verdict,
+        "peer": challenge.stage.peer,
+        "numeric_class": challenge.numeric_class,
+        "same_class": stage.numeric_class() == challenge.numeric_class,
+        "distance": worst.distance,
+        "margin_logits": worst.margin,
+        "reason": reason,
+    }
+    typer.echo(json.dumps(figures) if json_output else _line(figures))
+    raise typer.Exit(int(verdict == "exposed"))
+
+
+def _figures(one: "Audited", path: Path | None) -> dict[str, Any]:
+    return {
+        "epoch": one.lot.epoch,
+        "chunk": one.lot.chunk,
+        "stage": one.lot.stage_index,
+        "peer": one.peer,
+        "outcome": one.outcome,
+        "auditor": one.auditor,
+        "reason": one.reason,
+        "evidence": None if path is None else str(path),
+    }
+
+
+def _line(figures: dict[str, Any]) -> str:
+    place = f"stage {figures['stage']} chunk {figures['chunk']}: " if "stage" in figures else ""
+    reason = f" ({figures['reason']})" if figures["reason"] else ""
+    return f"{place}{figures['outcome']}  {figures['peer']}{reason}"
+
+
+def _kept(folder: Path | None, one: "Audited") -> Path | None:
+    if folder is None or one.evidence is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    lot = one.lot
+    path = folder / f"epoch{lot.epoch}-stage{lot.stage_index}-chunk{lot.chunk}.audit"
+    path.write_bytes(one.evidence.SerializeToString(deterministic=True))
+    return path
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,168 @@
+"""Asking for audits: the lots of a bundle that were drawn, each by the auditor it falls to.
+
+The client reveals its nonce with each challenge. It takes no verdict on trust: it opens the
+auditor's signature, and keeps what the stage opened, so that anybody can judge again.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from plait.client.account import Account
+from plait.client.dialer import Dialer
+from plait.envelope import open_envelope
+from plait.errors import BadProof, PeerUnreachable, PlaitError, RemoteProtocolError
+from plait.ledger.audit_request import audited_peer, challenge_for, lots_of, paying_entry
+from plait.ledger.audit_wire import check_anchor
+from plait.ledger.balances import entry_from_payload
+from plait.ledger.bundle import BundleParts, read_bundle
+from plait.ledger.lottery import Lot, audit_seed, auditor_of, is_drawn, session_nonce
+from plait.ledger.service.proving import fetch_anchor
+from plait.network_file import NetworkFile
+from plait.router.view import Offer, View
+from plait.types import Digest, PeerId
+from plait.v1 import stage_pb2, stage_pb2_grpc
+from plait.v1.identity_pb2 import SignedEnvelope
+
+EXAMINE_TIMEOUT_S = 600.0
+
+_OUTCOMES = {
+    stage_pb2.AUDIT_OUTCOME_CONSISTENT: "consistent",
+    stage_pb2.AUDIT_OUTCOME_EXPOSED: "exposed",
+    stage_pb2.AUDIT_OUTCOME_UNRESPONSIVE: "unresponsive",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """What became of one lot.
+
+    ``outcome`` is a verdict, ``undrawn``, or ``unaudited`` with the reason: nobody could
+    look. ``evidence`` is there with a verdict.
+    """
+
+    lot: Lot
+    peer: PeerId
+    outcome: str
+    auditor: PeerId | None = None
+    reason: str = ""
+    evidence: stage_pb2.AuditEvidence | None = None
+
+
+async def audit_bundle(
+    bundle: bytes,
+    network: NetworkFile,
+    account: Account,
+    dialer: Dialer,
+    view: View,
+    only: Collection[PeerId] = (),
+) -> list[Audited]:
+    """Audit every lot of a bundle that was drawn; ``only`` restricts who may be the auditor.
+
+    Raises ``BadProof`` for a bundle that is not ours, ``ValueError`` for one that is none.
+    """
+    parts = read_bundle(bundle).parts
+    if parts.terms.client != account.peer:
+        raise BadProof("only the client of a session can have it audited")
+    nonce = session_nonce(account.ledger_key, parts.terms.session_id)
+    anchors: dict[bytes, stage_pb2.AuditAnchor] = {}
+    audited = []
+    for lot in lots_of(parts):
+        peer = audited_peer(parts, lot)
+        try:
+            anchor = await _anchor(parts, lot, network, anchors)
+            seed = _seed(parts, lot, network, anchor, nonce)
+            if not is_drawn(seed, lot, network.audit_rate_percent):
+                audited.append(Audited(lot, peer, "undrawn"))
+                continue
+            challenge = challenge_for(parts, lot, nonce, anchor)
+            audited.append(await _audit(parts, lot, challenge, seed, dialer, view, only))
+        except PlaitError as error:
+            audited.append(Audited(lot, peer, "unaudited", reason=str(error)))
+    return audited
+
+
+async def _anchor(
+    parts: BundleParts,
+    lot: Lot,
+    network: NetworkFile,
+    known: dict[bytes, stage_pb2.AuditAnchor],
+) -> stage_pb2.AuditAnchor:
+    number, voucher = paying_entry(parts, lot)
+    entry = parts.entries[number]
+    if entry not in known:
+        proof = await fetch_anchor(network.authorities[0], entry_from_payload(entry).index)
+        known[entry] = stage_pb2.AuditAnchor(
+            entry=entry,
+            voucher=voucher,
+            path=proof.path,
+            growth=proof.growth,
+            checkpoint=proof.checkpoint,
+        )
+    return known[entry]
+
+
+def _seed(
+    parts: BundleParts, lot: Lot, network: NetworkFile, anchor: stage_pb2.AuditAnchor, nonce: bytes
+) -> Digest:
+    terms = next(epoch.terms for epoch in parts.epochs if epoch.terms.epoch == lot.epoch)
+    head = check_anchor(anchor, network, lot, terms, audited_peer(parts, lot))
+    return audit_seed(head, terms.session_id, nonce)
+
+
+async def _audit(
+    parts: BundleParts,
+    lot: Lot,
+    challenge: stage_pb2.AuditChallenge,
+    seed: Digest,
+    dialer: Dialer,
+    view: View,
+    only: Collection[PeerId],
+) -> Audited:
+    peer = audited_peer(parts, lot)
+    eligible = eligible_auditors(parts, lot, view)
+    auditor = auditor_of(seed, lot, [one for one in eligible if not only or one in only])
+    if auditor is None:
+        return Audited(lot, peer, "unaudited", reason="no other host of these layers is known")
+    openings, verdict = await _examined(dialer, view.offers[auditor], challenge)
+    evidence = stage_pb2.AuditEvidence(challenge=challenge, openings=openings, verdict=verdict)
+    said = open_envelope(verdict, stage_pb2.AuditVerdict)
+    stated = (said.session_id, said.epoch, said.chunk, said.stage_index, said.auditor_peer_id)
+    asked = (parts.terms.session_id, lot.epoch, lot.chunk, lot.stage_index, auditor)
+    if stated != asked or said.outcome not in _OUTCOMES:
+        raise RemoteProtocolError("the verdict is of something else")
+    return Audited(lot, peer, _OUTCOMES[said.outcome], auditor, said.reason, evidence)
+
+
+def eligible_auditors(parts: BundleParts, lot: Lot, view: View) -> tuple[PeerId, ...]:
+    """Other hosts of the stage's layers in its numeric class, that took no part."""
+    epoch = next(epoch for epoch in parts.epochs if epoch.terms.epoch == lot.epoch)
+    stage = epoch.terms.stages[lot.stage_index]
+    took_part = {one.peer for epoch in parts.epochs for one in epoch.terms.stages}
+    return tuple(
+        sorted(
+            offer.peer
+            for offer in view.offers.values()
+            if offer.model_digest == parts.terms.model_digest
+            and offer.numeric_class == stage.numeric_class
+            and offer.span.contains(stage.span)
+            and offer.peer not in took_part
+        )
+    )
+
+
+async def _examined(
+    dialer: Dialer, offer: Offer, challenge: stage_pb2.AuditChallenge
+) -> tuple[Sequence[stage_pb2.AuditOpening], SignedEnvelope]:
+    await dialer.greet(offer)
+    stub = stage_pb2_grpc.StageServiceStub(dialer.peer_channel(offer))
+    openings: list[stage_pb2.AuditOpening] = []
+    try:
+        async for response in stub.Examine(challenge, timeout=EXAMINE_TIMEOUT_S):
+            if response.WhichOneof("kind") == "verdict":
+                return openings, response.verdict
+            openings.append(response.opening)
+    except grpc.aio.AioRpcError as error:
+        raise PeerUnreachable(f"the auditor {offer.peer}: {error.details()}") from error
+    raise RemoteProtocolError("the auditor gave no verdict")
