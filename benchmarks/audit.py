@@ -304,11 +304,15 @@ PLACES = {
 }
 
 
-def cheats_part(local: Any, dtype: str = "fp32", count: int = 4) -> dict[str, Any]:
-    """Each cheat at each stage where it can be."""
+def cheats_part(
+    local: Any, dtype: str = "fp32", count: int = 4, cheats: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Each cheat (or those named) at each stage where it can be."""
     honest = load(local, dtype)
     found = {}
     for cheat, places in PLACES.items():
+        if cheats and cheat not in cheats:
+            continue
         for index in places:
             if dtype != "fp32" and cheat not in ("copied-output", "seed", "prompt", "int8"):
                 continue  # they need the modules of the fp32 class
@@ -339,7 +343,7 @@ def parts(arguments: argparse.Namespace, local: Any) -> Iterator[tuple[str, Any]
             yield "honest_fp32", honest_part(local, arguments.seconds, "fp32", 4, arguments.seed)
             yield "other_threads_fp32", other_threads(local, "fp32")
         case "cheats":
-            yield "cheats_fp32", cheats_part(local, count=arguments.count)
+            yield "cheats_fp32", cheats_part(local, "fp32", arguments.count, arguments.cheat)
         case "lower":
             yield "lower", lower_part(local, arguments.seconds)
         case "tiny":
@@ -357,6 +361,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=4, help="sessions of each cheat")
+    parser.add_argument("--cheat", nargs="*", default=(), choices=tuple(PLACES))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     local = catalog.load("tiny-random" if arguments.part == "tiny" else arguments.model)
@@ -365,7 +370,8 @@ def main() -> None:
         known = json.loads(arguments.json.read_text())
     for name, figures in parts(arguments, local):
         print(name, json.dumps(figures), flush=True)
-        known[name] = figures
+        earlier = known.get(name) if arguments.cheat else None
+        known[name] = {**(earlier or {}), **figures}
     known["model"] = arguments.model
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

@@ -15,11 +15,19 @@ from typing import Any
 
 import pytest
 
-from plait.client import AsyncClient
+from plait.client import Answer, AsyncClient, Client, Options, TextDelta
+from plait.types import Sampling
 
 MODEL = "tiny-random"
 MESSAGES = [{"role": "user", "content": "Tell me about the sea."}]
 START_LINES_MAX = 50
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 9}, "sea": {"type": "boolean"}},
+    "required": ["name", "sea"],
+    "additionalProperties": False,
+}
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
@@ -137,6 +145,84 @@ def test_a_stop_sequence_ends_the_answer_early(served: Served) -> None:
     body = json.loads(served.chat(max_tokens=24, stop=[stop])[1])
     assert body["choices"][0]["message"]["content"] == text[: text.index(stop)]
     assert body["choices"][0]["finish_reason"] == "stop"
+
+
+def test_logprobs_and_a_schema_come_from_the_last_stage(served: Served) -> None:
+    body = json.loads(served.chat(max_tokens=6, logprobs=True, top_logprobs=3)[1])
+    known = body["choices"][0]["logprobs"]["content"]
+    assert len(known) == body["usage"]["completion_tokens"]
+    for token in known:
+        tops = [top["logprob"] for top in token["top_logprobs"]]
+        assert len(tops) == 3
+        # Greedy: what was drawn is the likeliest.
+        assert token["logprob"] == tops[0] == max(tops) < 0
+    wanted = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
+    fields = {"max_tokens": 120, "temperature": 1, "seed": 4, "response_format": wanted}
+    [choice] = json.loads(served.chat(**fields)[1])["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert json.loads(choice["message"]["content"]).keys() == {"name", "sea"}
+
+
+def test_embeddings_are_those_of_the_library(net: Net, served: Served) -> None:
+    asked = {"model": MODEL, "input": ["The sea.", "The sky.", "The sea."]}
+    response, body = served.ask("POST", "/v1/embeddings", asked)
+    answer = json.loads(body)
+    sea, sky, again = (item["embedding"] for item in answer["data"])
+    assert sea == again != sky
+    assert sum(value * value for value in sea) == pytest.approx(1)
+    assert answer["usage"]["cost"] == int(response.headers["x-plait-cost-microcredits"]) > 0
+    with Client(net.network, account=net.account) as client:
+        found = client.embed(MODEL, "The sea.", Options(bundle=True))
+        # Other work at the same time changes the last bits, at most.
+        assert list(found.values) == pytest.approx(sea, abs=1e-4)
+        assert len(found.answer.route) == 3
+        assert found.answer.receipts_verified == 3
+        assert found.answer.bundle is not None
+
+
+def test_a_stream_of_the_library_is_finished_in_good_order(net: Net) -> None:
+    sampling = Sampling(temperature_micros=900_000, seed=3, top_logprobs=2)
+    with Client(net.network, account=net.account) as client:
+        stream = client.stream(MODEL, [40, 41, 42], Options(max_tokens=400, sampling=sampling))
+        deltas, answer = list[TextDelta](), None
+        for item in stream:
+            if isinstance(item, Answer):
+                answer = item
+                continue
+            deltas.append(item)
+            if len(deltas) == 3:
+                stream.finish()
+    assert answer is not None
+    assert (answer.finish_reason, answer.prompt_tokens, answer.seed) == ("ended", 3, 3)
+    ids = [token for delta in deltas for token in delta.token_ids]
+    assert ids == list(answer.token_ids)
+    assert 3 <= len(ids) < 400
+    assert all(len(top) == 2 for delta in deltas for top in delta.top_logprobs)
+    assert [one for delta in deltas for one in delta.logprobs] == list(answer.logprobs)
+    assert answer.settled
+    assert answer.cost_microcredits > 0
+
+
+def test_examples_run(net: Net, served: Served, tmp_path: Path) -> None:
+    account = {"PLAIT_URL": f"http://127.0.0.1:{served.port}/v1"}
+
+    def example(name: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / name), *arguments],
+            env=os.environ | net.environment | account,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    form = json.loads(example("extract.py", "Ada Lovelace was 36 years old."))
+    assert form.keys() == {"name", "age"}
+    example("library.py", MODEL, "Why is the sky blue?")
+    report = net.json("verify", str(tmp_path / "answer.json"), "--network", str(net.network))
+    assert report["outcome"] == "verified"
 
 
 async def test_leaving_a_stream_frees_the_stages(net: Net, served: Served) -> None:

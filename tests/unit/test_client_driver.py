@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.client.driver import Accounting, Deliver, Driver, Finish, SendFrame
+from plait.client.driver import (
+    Accounting,
+    Deliver,
+    Driver,
+    Embedded,
+    Extras,
+    Finish,
+    SendFrame,
+)
 from plait.errors import RemoteProtocolError
 
 END = 2
@@ -217,3 +225,39 @@ def test_draws_that_do_not_follow_the_drafts_are_the_peers_fault(ids: list[int])
     with pytest.raises(RemoteProtocolError):
         driver.on_result(1, ids, [-0.1] * len(ids))
     assert driver.drawn == [6]
+
+
+def test_the_likeliest_tokens_come_with_each_token() -> None:
+    driver = Driver((5,), 8, frozenset({END}), Accounting(), 100)
+    driver.start()
+    top = ((11, -0.1), (12, -2.0))
+    [deliver, _] = driver.on_result(0, [11], [-0.1], extras=Extras(tops=(top,)))
+    assert deliver == Deliver(11, -0.1, top)
+    bad = ((top, top), (((100, -0.1),),), (((1, 0.5),),), (((1, float("nan")),),))
+    for tops in bad:
+        with pytest.raises(RemoteProtocolError, match="likeliest"):
+            driver.is_due(1, [11], [-0.1], Extras(tops=tops))
+
+
+def test_an_embedding_comes_with_the_token_after_the_whole_prompt() -> None:
+    driver = Driver((5, 6, 7), 1, frozenset({END}), Accounting(32, 2), 100, embed=True)
+    driver.start()
+    assert not driver.in_flight.embedding
+    driver.on_result(0, [], [])
+    assert driver.in_flight.embedding
+    for values in ((), (float("nan"),), (float("inf"), 1.0)):
+        with pytest.raises(RemoteProtocolError, match="embedding"):
+            driver.on_result(1, [END], [-0.1], extras=Extras(embedding=values))
+    actions = driver.on_result(1, [END], [-0.1], extras=Extras(embedding=(1.0, 2.0)))
+    assert actions == [Embedded((1.0, 2.0)), Finish("stop")]
+
+
+def test_an_embedding_is_asked_again_in_the_next_epoch_unless_it_came() -> None:
+    driver = Driver((5, 6), 2, frozenset({END}), Accounting(), 100, embed=True)
+    driver.start()
+    assert driver.resume(replay=False)[-1:] == [driver.in_flight]
+    assert driver.in_flight.embedding
+    driver.on_result(driver.in_flight.traversal, [9], [-0.1], extras=Extras(embedding=(1.0,)))
+    assert not driver.in_flight.embedding
+    with pytest.raises(RemoteProtocolError, match="not asked"):
+        driver.is_due(driver.in_flight.traversal, [9], [-0.1], Extras(embedding=(1.0,)))

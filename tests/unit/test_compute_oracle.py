@@ -5,6 +5,7 @@ runs the full matrix on the real model.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -137,3 +138,28 @@ def test_dequantised_weights_equal_transformers_own(smollm2: LocalModel) -> None
             entry, other = ours.tensors[name], theirs[name]
             found = entry.type.to_fp32(ours.read(name), entry.shape)
             assert np.array_equal(found, gguf.dequantize(other.data, other.tensor_type))
+
+
+def test_an_embedding_is_transformers_last_hidden_state(tiny: LocalModel) -> None:
+    import torch
+
+    from plait.compute.load import load_stage
+    from plait.compute.port import Hidden, Work
+    from plait.testing import reference
+    from plait.testing.reference import SESSION
+
+    (ids,) = prompt_ids(tiny, PROMPTS[:1])
+    base: Any = reference.reference_model(tiny).model
+    with torch.inference_mode():
+        wanted = base(torch.tensor([ids])).last_hidden_state[0, -1].tolist()
+    for number in (1, 3):
+        row: Hidden | None = None
+        for span in reference.equal_spans(tiny.manifest.layers, number):
+            stage = load_stage(tiny, span)
+            stage.reserve(SESSION, len(ids) + 1, Sampling())
+            fed = tuple(ids) if row is None else None
+            [done] = stage.step([Work(SESSION, 0, fed, row, sample=True, embedding=True)])
+            row = done.hidden
+        assert done.drawn is not None
+        assert list(done.drawn.embedding) == wanted
+        assert len(done.drawn.ids) == 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from plait.errors import CapacityError
 from plait.gateway.app import Gateway
 from plait.gateway.config import GatewayConfig
 from plait.model import catalog
@@ -276,13 +277,27 @@ async def test_embeddings_as_numbers_and_base64() -> None:
     body = await call("/v1/embeddings", input=[1, 2, 3], encoding_format="base64")
     raw = base64.b64decode(body["data"][0]["embedding"])
     assert struct.unpack("<2f", raw) == (0.5, -1.0)
-    assert body["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+    assert body["usage"] == {"prompt_tokens": 3, "total_tokens": 3, "cost": 7}
     refused: tuple[Any, ...] = ({"input": []}, {"input": "x", "dimensions": 3})
     for bad in (*refused, {"input": ["x"] * 33}):
         await call("/v1/embeddings", **bad)
         assert call.status == 400
-    body = await Caller()("/v1/embeddings", input="x")
-    assert body["error"]["code"] == "not_implemented"
+
+
+async def test_embeddings_are_routed_counted_and_fail_as_a_whole() -> None:
+    call = Caller(FakeUpstream(cost=7))
+    body = await call("/v1/embeddings", input=["a", "b", "c"], provider={"sort": "price"})
+    assert body["usage"] == {"prompt_tokens": 3, "total_tokens": 3, "cost": 21}
+    assert {ask.options.sort for ask in call.upstream.asked} == {"price"}
+    assert {ask.options.max_tokens for ask in call.upstream.asked} == {1}
+    assert call.gateway.in_progress.sessions == 0
+    failing = Caller(FakeUpstream(error=CapacityError("full"), after=1))
+    await failing("/v1/embeddings", input=["a", "b"])
+    assert failing.status == 503
+    closing = Caller()
+    closing.gateway.in_progress.close()
+    await closing("/v1/embeddings", input="a")
+    assert closing.status == 503
 
 
 # Places -------------------------------------------------------------------------------

@@ -243,12 +243,33 @@ def _options(max_tokens: int) -> Any:
 
 async def test_what_fails_is_charged_for_what_was_delivered(path: Path) -> None:
     secret = made(path, budget=10**9)
-    for error, after, tokens in ((CapacityError("full"), 0, 0), (SessionLost("gone"), 2, 2)):
+    for error, after, tokens in ((CapacityError("full"), 0, 0), (CapacityError("full"), 2, 2)):
         served = Served(path, FakeUpstream(error=error, after=after))
         assert (await served.chat(secret))[0] == 503
         served.gateway.close()
         assert usage_of(path)[0][1] == tokens
     assert usage_of(path)[0][2] > 0
+
+
+async def test_a_lost_session_is_charged_what_its_vouchers_promise(path: Path) -> None:
+    secret = made(path, budget=10**9)
+    lost = SessionLost("gone", resumable_from=2, cost_microcredits=4321)
+    served = Served(path, FakeUpstream(error=lost, after=2))
+    assert (await served.chat(secret))[0] == 503
+    served.gateway.close()
+    assert usage_of(path)[0][1:] == (2, 4321)
+
+
+async def test_embeddings_are_held_and_charged(path: Path) -> None:
+    secret = made(path, budget=10**9)
+    served = Served(path, FakeUpstream(cost=11))
+    body = {"model": MODEL, "input": ["a", "b"]}
+    assert (await served.post("/v1/embeddings", secret, body))[0] == 200
+    poor = made(path, budget=1)
+    assert (await served.post("/v1/embeddings", poor, body))[0] == 402
+    assert len(served.upstream.asked) == 2
+    served.gateway.close()
+    assert usage_of(path) == [(1, 2, 22)]
 
 
 async def test_a_key_keeps_to_its_models_peers_and_rate(path: Path) -> None:

@@ -371,6 +371,7 @@ LIES: list[tuple[str, Lie]] = [
     ("frames", partial(cut_of, 1, traversal=3)),
     ("frames", lambda: sealed(put(4, cut=CutEvidence(8, (None,) * 3, None)))),
     ("epoch 1: receipts complete", partial(cut_of, 1, receipts=())),
+    ("epoch 1: voucher", lambda: cut_of(1, receipts=epoch(1).cut.receipts[:1])),  # type: ignore[union-attr]
     ("epoch 1: voucher", partial(cut_receipts, 1, 0, None)),
     ("epoch 1: receipts of stage 0", partial(cut_receipts, 1, 0, epoch(1).receipts[0])),
     ("epoch 1: receipts of stage 1", lambda: cut_receipts(1, 1, epoch(1).cut.receipts[0])),  # type: ignore[union-attr]

@@ -100,8 +100,13 @@ def test_every_frame_is_judged_and_counted_as_by_the_oracle(
     progress, oracle = Progress(terms, cached), Oracle(terms, cached)
     for _ in range(data.draw(st.integers(1, 14))):
         end = oracle.end
-        honest = end < PROMPT and data.draw(st.integers(0, 3))
-        if honest:
+        honest = data.draw(st.integers(0, 5))
+        if honest and end >= PROMPT and oracle.frames:
+            start, fed = oracle.frames[-1]
+            accepted = data.draw(st.integers(min(1, fed), fed)) if start >= PROMPT else fed
+            first, drafts = start + accepted, data.draw(st.integers(0, 3))
+            rows, sample, close = 1 + drafts, True, not drafts and data.draw(st.booleans())
+        elif honest and end < PROMPT:
             rows = data.draw(st.integers(1, min(PREFILL, PROMPT - end)))
             first, drafts, sample, close = end, 0, end + rows == PROMPT, True
         else:

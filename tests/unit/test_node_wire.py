@@ -5,8 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from plait.compute.port import Drawn
 from plait.errors import RemoteProtocolError
-from plait.node.wire import FRAME_ROWS_MAX, decode_frame, onward_frame
+from plait.node.wire import FRAME_ROWS_MAX, decode_frame, onward_frame, result_message
 from plait.v1 import session_pb2, stage_pb2
 
 WIDTH, VOCABULARY = 8, 100
@@ -118,3 +119,17 @@ def test_too_many_receipts_are_refused() -> None:
         message.receipts.add()
     with pytest.raises(RemoteProtocolError, match="receipts"):
         decode_frame(message, first_stage=True, width=WIDTH, vocabulary=VOCABULARY)
+
+
+def test_an_embedding_is_asked_along_the_route_and_answered_in_fp32() -> None:
+    message = hidden_frame()
+    message.embedding = True
+    frame = decode_frame(message, first_stage=False, width=WIDTH, vocabulary=VOCABULARY)
+    assert onward_frame(frame, frame.hidden, ()).embedding
+    drawn = Drawn((7,), (-0.5,), embedding=(0.5, -1.25))
+    result = result_message(frame, drawn, (), None, 0).result
+    assert np.frombuffer(result.embedding, "<f4").tolist() == [0.5, -1.25]
+    assert result_message(frame, None, (), None, 0).result.embedding == b""
+    message.sample = False
+    with pytest.raises(RemoteProtocolError, match="embedding"):
+        decode_frame(message, first_stage=False, width=WIDTH, vocabulary=VOCABULARY)

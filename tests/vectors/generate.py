@@ -225,7 +225,7 @@ def receipts() -> Json:
         ]
         + [
             {"field": "signer", **again(own[1], StageReceipt, "stage 1"), "error": "bad-signature"},
-            {"field": "type", **written(EPOCH.voucher), "error": "bad-signature"},
+            {"field": "type", **written(present(EPOCH.voucher)), "error": "bad-signature"},
         ],
     }
 
@@ -251,7 +251,7 @@ def vouchers() -> Json:
     def lie(name: str, change: Callable[[Any], None], error: str) -> Json:
         return {
             "name": name,
-            **again(EPOCH.voucher, SessionVoucher, "client ledger", change),
+            **again(present(EPOCH.voucher), SessionVoucher, "client ledger", change),
             "error": error,
         }
 
@@ -272,7 +272,7 @@ def vouchers() -> Json:
             lie("unpaid", lambda m: m.ClearField("amounts"), "protocol-remote"),
             {
                 "name": "signer",
-                **again(EPOCH.voucher, SessionVoucher, "client"),
+                **again(present(EPOCH.voucher), SessionVoucher, "client"),
                 "error": "bad-signature",
             },
         ],
@@ -397,7 +397,7 @@ def forks() -> Json:
     origin, key = paper_network().authorities[0].log_origin, key_of("authority log")
     notes = [sign_checkpoint(key, origin, 7, bytes([root]) * 32) for root in (1, 2)]
     larger = sign_checkpoint(key, origin, 8, bytes([2]) * 32)
-    first = EPOCH.reservation
+    first = present(EPOCH.reservation)
     message = BudgetReservation.FromString(first.payload)
     message.amount += 1
     second = seal(key_of("client ledger"), message)
@@ -450,6 +450,11 @@ def described(terms: SessionTerms) -> Json:
             for stage in terms.stages
         ],
     }
+
+
+def present(envelope: SignedEnvelope | None) -> SignedEnvelope:
+    assert envelope is not None
+    return envelope
 
 
 def written(envelope: SignedEnvelope) -> Json:

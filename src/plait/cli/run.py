@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +26,15 @@ Pin = Annotated[
 ]
 Only = Annotated[list[str] | None, typer.Option(help="Use only this peer; repeatable.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="Never use this peer; repeatable.")]
+Drafts = Annotated[
+    bool, typer.Option("--drafts/--no-drafts", help="Guess what follows; never another text.")
+]
+QosClass = Annotated[
+    Literal["interactive", "standard", "batch"], typer.Option("--qos", help="How urgent it is.")
+]
+WaitReplica = Annotated[
+    float, typer.Option(min=0.0, help="Seconds to wait for a host when one is lost.")
+]
 
 
 def run(
@@ -42,6 +51,9 @@ def run(
     pin: Pin = None,
     only: Only = None,
     ignore: Ignore = None,
+    drafts: Drafts = True,
+    qos: QosClass = "standard",
+    wait_replica: WaitReplica = 20.0,
     network: Network = None,
     bundle: Annotated[
         Path | None, typer.Option(help="Write the evidence here, for plait verify.")
@@ -63,6 +75,9 @@ def run(
         seed=seed,
         raw=raw,
         bundle=bundle is not None,
+        drafts=drafts,
+        qos=qos,
+        replica_wait_s=wait_replica,
         **_peers(pin, only, ignore),
     )
     if bundle is not None:
@@ -93,6 +108,9 @@ def chat(
     pin: Pin = None,
     only: Only = None,
     ignore: Ignore = None,
+    drafts: Drafts = True,
+    qos: QosClass = "standard",
+    wait_replica: WaitReplica = 20.0,
     network: Network = None,
 ) -> None:
     """Talk with a model. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
@@ -106,6 +124,9 @@ def chat(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
+        drafts=drafts,
+        qos=qos,
+        replica_wait_s=wait_replica,
         **_peers(pin, only, ignore),
     )
     messages = [{"role": "system", "content": system}] if system else []

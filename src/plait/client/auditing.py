@@ -5,7 +5,7 @@ auditor's signature, and keeps what the stage opened, so that anybody can judge 
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -18,6 +18,7 @@ from plait.ledger.audit_wire import check_anchor
 from plait.ledger.balances import entry_from_payload
 from plait.ledger.bundle import BundleParts, read_bundle
 from plait.ledger.lottery import Lot, audit_seed, auditor_of, is_drawn, session_nonce
+from plait.ledger.service.committee import Ledger
 from plait.ledger.service.proving import fetch_anchor
 from plait.network_file import NetworkFile
 from plait.router.view import Offer, View
@@ -54,6 +55,7 @@ async def audit_bundle(
     bundle: bytes,
     network: NetworkFile,
     account: Account,
+    ledger: Ledger,
     dialer: Dialer,
     view: View,
     only: Collection[PeerId] = (),
@@ -65,6 +67,9 @@ async def audit_bundle(
     parts = read_bundle(bundle).parts
     if parts.terms.client != account.peer:
         raise BadProof("only the client of a session can have it audited")
+    # The bundle may be from before a stage was paid.
+    evidence = await ledger.evidence(parts.terms.session_id)
+    parts = replace(parts, entries=evidence.entries)
     nonce = session_nonce(account.ledger_key, parts.terms.session_id)
     anchors: dict[bytes, stage_pb2.AuditAnchor] = {}
     audited = []

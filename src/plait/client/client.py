@@ -262,7 +262,13 @@ class AsyncClient:
         """Have what the lottery drew of a bundle audited; see ``client.auditing``."""
         await _entered(self._watch).settled()
         return await audit_bundle(
-            bundle, self.network, self.account, _entered(self._dialer), self.view(), only
+            bundle,
+            self.network,
+            self.account,
+            self.ledger,
+            _entered(self._dialer),
+            self.view(),
+            only,
         )
 
     async def _begin(

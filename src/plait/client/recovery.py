@@ -46,6 +46,10 @@ class Recovery:
         """A result came: the trouble is over."""
         self.since_ms = None
 
+    def lasted_ms(self, now_ms: int) -> int:
+        """How long no result has come; 0 while all is well."""
+        return 0 if self.since_ms is None else now_ms - self.since_ms
+
     def stuck(self, epoch: Epoch, traversal: int) -> PeerId | None:
         """The first stage that has not passed a frame on, if all have answered."""
         for peer in epoch.peers:

@@ -93,6 +93,8 @@ CONFIRM_TIMEOUT_MS = 6_000
 CLOSE_EPOCH_TIMEOUT_MS = 700
 FRAME_TTL_MS = 60_000
 WAIT_RETRY_MS = 500
+TROUBLE_FACTOR = 3
+"""Reroutes that bring no token end after so many times the wait for a replica."""
 NEIGHBOUR_RETRY_MS = 450
 MOVE_RETRY_MS = 2_000
 MOVE_GAIN = 0.7
@@ -392,8 +394,9 @@ class SessionCore:
             self._recovery.exclude(epoch, peer, kind, self._now_ms)
         retry_after_s = first.retry_after_ms / 1000
         self._refusal = CapacityError(f"{first.peer}: {first.reason}", retry_after_s=retry_after_s)
-        # A stage whose view lags behind ours says no to its neighbour, and soon yes.
-        self._may_soon_agree = first.code == "neighbour"
+        # A stage whose view lags behind ours says no to its neighbour, and soon yes; and one
+        # that does not answer is soon out of the view, or back.
+        self._may_soon_agree = first.gone or first.code == "neighbour"
         self._attempts += 1
         self._books = None
         if calls.name == "open":
@@ -587,6 +590,8 @@ class SessionCore:
             self._finish(driver.finish)
         elif self._ending is not None:
             self._fail(self._ending)
+        elif self._recovery.lasted_ms(self._now_ms) >= TROUBLE_FACTOR * self.order.replica_wait_ms:
+            self._give_up("no pipeline gave another token")
         else:
             self._phase = _Phase.REROUTING
             self._out.append(AskView())
@@ -640,9 +645,7 @@ class SessionCore:
             self._out.append(LeaveStages(epoch.number, gone, self.books.voucher))
 
     def _wait_for_a_replica(self, error: PlaitError) -> None:
-        recovery, delivered = self._recovery, len(self.driver.token_ids)
-        since_ms = self._now_ms if recovery.since_ms is None else recovery.since_ms
-        if self._now_ms - since_ms < self.order.replica_wait_ms:
+        if self._recovery.lasted_ms(self._now_ms) < self.order.replica_wait_ms:
             retry_ms = self._now_ms + WAIT_RETRY_MS
             self._out += [
                 Note("waiting", str(error)),
@@ -650,10 +653,13 @@ class SessionCore:
                 SetTimer(retry_ms),
             ]
             return
+        self._give_up(f"nobody took the place: {error}")
+
+    def _give_up(self, why: str) -> None:
+        delivered = len(self.driver.token_ids)
         self._fail(
             SessionLost(
-                f"{recovery.reason}; nobody took the place: {error} "
-                f"({delivered} tokens were delivered)",
+                f"{self._recovery.reason}; {why} ({delivered} tokens were delivered)",
                 resumable_from=delivered,
                 cost_microcredits=self.books.cost,
                 remedy="run it again once the layers have a host: plait route MODEL --explain",

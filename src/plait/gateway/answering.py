@@ -7,11 +7,13 @@ before the work and settled after it, whatever happens between.
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from plait.client import RouteStep
 from plait.gateway import failure
 from plait.gateway.budgets import Key
 from plait.gateway.bundles import BundleStore
@@ -56,6 +58,11 @@ class Desk:
     in_progress: InProgress
     cashier: Cashier | None
 
+    def count_sessions(self) -> None:
+        """Show in the metrics how many answers are in progress and wait."""
+        self.metrics.sessions.set(self.in_progress.sessions)
+        self.metrics.waiting.set(self.in_progress.waiting)
+
 
 class _ClientGone(Exception):
     """The other end closed the connection, or reads no more."""
@@ -90,7 +97,7 @@ class Answering:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         place = self._desk.in_progress.enter(self._events, len(self._jobs))
         if place is None:
-            problem = _too_many(self._desk.in_progress)
+            problem = too_many(self._desk.in_progress)
             await problem.response(scope["path"])(scope, receive, send)
             return
         try:
@@ -100,7 +107,7 @@ class Answering:
         finally:
             self._desk.in_progress.leave(place)
             self._till.close(self._spent())
-            self._count_sessions()
+            self._desk.count_sessions()
 
     async def _respond(
         self, tasks: TaskScope, place: Place, scope: Scope, receive: Receive, send: Send
@@ -138,7 +145,7 @@ class Answering:
                     raise _ClientGone
                 case Failed(error):
                     raise error
-        self._count_sessions()
+        self._desk.count_sessions()
 
     async def _start(self, tasks: TaskScope) -> None:
         self._jobs = await self._till.open(self._jobs)
@@ -160,7 +167,7 @@ class Answering:
         answers = [self._account(result) for result in self._results]
         usage = self._usage()
         body = self._dialect.whole(self._results, usage, {"answers": answers})
-        headers = _headers(answers, usage.cost)
+        headers = _headers(self._results, answers, usage.cost)
         await failure.json_response(body, headers=headers)({"type": "http"}, _nothing, send)
 
     # Streamed -----------------------------------------------------------------------
@@ -224,7 +231,9 @@ class Answering:
         match event:
             case Gone():
                 raise _ClientGone
-            case Failed(error):
+            case Failed(error, lost):
+                if lost is not None:
+                    self._results[lost[0]].lost_cost = lost[1]
                 raise error
             case Piece(index):
                 if not self._delivered:
@@ -271,8 +280,13 @@ class Answering:
         for result in self._results:
             if result.outcome is None and result.tokens:
                 completion += len(result.tokens)
-                cost += predicted_cost(self._desk.upstream, result.job, len(result.tokens)) or 0
+                cost += self._cost_of_unfinished(result)
         return Spent(usage.prompt_tokens if completion else 0, completion, cost)
+
+    def _cost_of_unfinished(self, result: Result) -> int:
+        if result.lost_cost is not None:
+            return result.lost_cost
+        return predicted_cost(self._desk.upstream, result.job, len(result.tokens)) or 0
 
     def _account(self, result: Result) -> dict[str, Any]:
         """What Plait adds to an answer: who did it, what it cost, where the evidence is."""
@@ -302,23 +316,25 @@ class Answering:
     def _bundle_id(self, job: Job) -> str:
         return self._request_id if len(self._jobs) == 1 else f"{self._request_id}-{job.index}"
 
-    def _count_sessions(self) -> None:
-        self._desk.metrics.sessions.set(self._desk.in_progress.sessions)
-        self._desk.metrics.waiting.set(self._desk.in_progress.waiting)
 
-
-def _headers(answers: list[dict[str, Any]], cost: int) -> dict[str, str]:
+def headers_of(routes: Sequence[Sequence[RouteStep]], cost: int) -> dict[str, str]:
+    """Cost and the first route, as headers."""
     headers = {"x-plait-cost-microcredits": str(cost)}
-    routes = [answer["route"] for answer in answers if "route" in answer]
     if routes:
-        steps = (f"{step['start']}:{step['end']}={step['peer']}" for step in routes[0])
-        headers["x-plait-route"] = ",".join(steps)
+        headers["x-plait-route"] = ",".join(f"{step.span}={step.peer}" for step in routes[0])
+    return headers
+
+
+def _headers(results: Sequence[Result], answers: list[dict[str, Any]], cost: int) -> dict[str, str]:
+    routes = [one.finished.answer.route for one in results if one.finished.answer is not None]
+    headers = headers_of(routes, cost)
     if bundles := [answer["bundle"] for answer in answers if answer.get("bundle")]:
         headers["x-plait-bundle"] = bundles[0]
     return headers
 
 
-def _too_many(in_progress: InProgress) -> ApiError:
+def too_many(in_progress: InProgress) -> ApiError:
+    """Why there is no place."""
     if in_progress.closing:
         return ApiError(
             503, "the gateway is shutting down", kind="overloaded_error", code="overloaded"

@@ -35,7 +35,7 @@ from plait.gateway.orders import (
     routing,
     text_ids,
 )
-from plait.gateway.port import NotServed, Upstream
+from plait.gateway.port import Upstream
 from plait.gateway.requests import (
     ChatRequest,
     CompletionRequest,
@@ -118,7 +118,6 @@ class Gateway:
             exception_handlers={
                 ApiError: _on_error,
                 PlaitError: _on_error,
-                NotServed: _on_error,
                 HTTPException: _on_http_error,
                 ClientDisconnect: _on_disconnect,
                 Exception: _on_error,
@@ -179,7 +178,7 @@ class Gateway:
         """``POST /v1/embeddings``."""
         body = await self._body(request, self._embedding_body)
         model = await self._shelf.get(body.model)
-        return json_response(await embeddings(body, model, self._upstream, self._config))
+        return await embeddings(body, model, self._desk, request.state.key)
 
     def _head(self, request: Request, prefix: str, model: Shelved) -> Head:
         return Head(prefix + request.state.request_id, int(time.time()), model)

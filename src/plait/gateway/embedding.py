@@ -6,38 +6,119 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+from starlette.responses import Response
+
+from plait.client import Embedding, Options
+from plait.errors import PlaitError
+from plait.gateway.answering import Desk, headers_of, too_many
+from plait.gateway.budgets import Key
 from plait.gateway.config import GatewayConfig
-from plait.gateway.failure import invalid, refused
-from plait.gateway.orders import max_tokens, text_ids
-from plait.gateway.port import Upstream
+from plait.gateway.failure import invalid, json_response, refused
+from plait.gateway.key_store import Spent
+from plait.gateway.orders import Job, max_tokens, routing, text_ids
+from plait.gateway.port import Ask, Upstream
 from plait.gateway.requests import EmbeddingRequest, texts_of
+from plait.gateway.running import Events
 from plait.gateway.shelf import Shelved
+from plait.gateway.till import Till, permitted
+from plait.task_scope import TaskScope
+from plait.types import Sampling
+
+_AT_ONCE = 4
+"""Inputs of one request that are computed at the same time."""
 
 
 async def embeddings(
-    request: EmbeddingRequest, model: Shelved, upstream: Upstream, config: GatewayConfig
-) -> dict[str, Any]:
-    """The response; raises ``ApiError``, ``NotServed`` or ``PlaitError``."""
+    request: EmbeddingRequest, model: Shelved, desk: Desk, key: Key | None
+) -> Response:
+    """The response; raises ``ApiError`` or ``PlaitError``. What was computed is charged."""
+    jobs = permitted(await _jobs(request, model, desk.config), key)
+    till = Till(desk.cashier, key, desk.upstream)
+    place = desk.in_progress.enter(Events(jobs), min(len(jobs), _AT_ONCE))
+    if place is None:
+        raise too_many(desk.in_progress)
+    found: dict[int, Embedding] = {}
+    try:
+        async with asyncio.timeout(desk.config.request_timeout_s):
+            await place.open.wait()
+            desk.count_sessions()
+            await _embed_all(desk.upstream, await till.open(jobs), found)
+    finally:
+        desk.in_progress.leave(place)
+        spent = _spent(jobs, found)
+        till.close(spent)
+        _note(desk, model.name, spent)
+    return _response(request, model, jobs, found)
+
+
+async def _jobs(request: EmbeddingRequest, model: Shelved, config: GatewayConfig) -> list[Job]:
     if request.dimensions is not None:
         raise refused("dimensions", "embeddings cannot be shortened: leave out dimensions")
     texts = texts_of(request.input, "input")
     if len(texts) > config.answers_max:
         raise invalid("input", f"more than {config.answers_max} inputs in one request")
-    inputs = [await text_ids(model, text, "input") for text in texts]
-    for ids in inputs:
+    options = routing(Options(max_tokens=1), request.provider, None)
+    jobs = []
+    for index, text in enumerate(texts):
+        ids = await text_ids(model, text, "input")
         max_tokens(len(ids), None, model, config, "input")
-    async with asyncio.timeout(config.request_timeout_s):
-        vectors = [await upstream.embed(model.name, ids) for ids in inputs]
-    count = sum(map(len, inputs))
-    return {
+        ask = Ask(model=model.name, prompt_ids=ids, sampling=Sampling(), options=options)
+        jobs.append(Job(index=index, choice=0, model=model, ask=ask))
+    return jobs
+
+
+async def _embed_all(upstream: Upstream, jobs: list[Job], found: dict[int, Embedding]) -> None:
+    waiting, errors = iter(jobs), list[PlaitError]()
+
+    async def work() -> None:
+        for job in waiting:
+            if errors:
+                return
+            try:
+                found[job.index] = await upstream.embed(job.ask)
+            except PlaitError as error:
+                # Noted, not raised: what the others compute meanwhile is paid for.
+                errors.append(error)
+
+    async with TaskScope() as tasks:
+        for worker in [tasks.create_task(work()) for _ in range(_AT_ONCE)]:
+            await worker
+    if errors:
+        raise errors[0]
+
+
+def _spent(jobs: list[Job], found: dict[int, Embedding]) -> Spent:
+    prompt = sum(job.prompt_tokens for job in jobs if job.index in found)
+    cost = sum(one.answer.cost_microcredits for one in found.values())
+    return Spent(prompt, len(found), cost)
+
+
+def _note(desk: Desk, model: str, spent: Spent) -> None:
+    desk.count_sessions()
+    desk.metrics.prompt_tokens.labels(model).inc(spent.prompt_tokens)
+    desk.metrics.completion_tokens.labels(model).inc(spent.completion_tokens)
+    desk.metrics.cost.labels(model).inc(spent.cost)
+
+
+def _response(
+    request: EmbeddingRequest, model: Shelved, jobs: list[Job], found: dict[int, Embedding]
+) -> Response:
+    spent = _spent(jobs, found)
+    tokens = {"prompt_tokens": spent.prompt_tokens, "total_tokens": spent.prompt_tokens}
+    body: dict[str, Any] = {
         "object": "list",
         "model": model.name,
         "data": [
-            {"object": "embedding", "index": index, "embedding": _written(request, vector)}
-            for index, vector in enumerate(vectors)
+            {
+                "object": "embedding",
+                "index": job.index,
+                "embedding": _written(request, found[job.index].values),
+            }
+            for job in jobs
         ],
-        "usage": {"prompt_tokens": count, "total_tokens": count},
+        "usage": tokens | {"cost": spent.cost},
     }
+    return json_response(body, headers=headers_of([found[0].answer.route], spent.cost))
 
 
 def _written(request: EmbeddingRequest, vector: Sequence[float]) -> list[float] | str:

@@ -19,7 +19,6 @@ from plait.errors import (
     SessionLost,
     VerificationError,
 )
-from plait.gateway.port import NotServed
 
 INVALID = "invalid_request_error"
 
@@ -123,8 +122,6 @@ def of(error: Exception) -> ApiError:
     """The HTTP side of any error; what is not ours to tell stays in the log."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, NotServed):
-        return ApiError(501, str(error), kind="not_implemented_error", code="not_implemented")
     if isinstance(error, TimeoutError):
         return ApiError(
             504, "the answer took too long", kind="timeout_error", code="deadline_exceeded"

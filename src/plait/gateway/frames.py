@@ -45,13 +45,15 @@ class Usage:
 
 @dataclass(slots=True)
 class Result:
-    """What one job has given so far; ``outcome`` once it is over."""
+    """What one job has given so far; ``outcome`` once it is over, ``lost_cost`` once it is
+    lost: what is to be paid for what it gave."""
 
     job: Job
     texts: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     outcome: Outcome | None = None
+    lost_cost: int | None = None
 
     @property
     def text(self) -> str:

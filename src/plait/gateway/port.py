@@ -1,16 +1,13 @@
 """What the gateway needs of a client of the network: ``ClientUpstream``, or a fake in tests."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from plait.client import Answer, Options
+from plait.client import Answer, Embedding, Options, TextDelta
 from plait.router.plan import Plan
 from plait.router.view import View
 from plait.types import Qos, Sampling
-
-Top = tuple[tuple[int, float], ...]
-"""(id, log-probability) of the likeliest tokens, most likely first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,21 +21,10 @@ class Ask:
     qos: Qos = "standard"
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """Text that is complete UTF-8, and the tokens since the last one with what is known of
-    each; ``tops`` is empty unless the sampling asks for it."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...] = ()
-    tops: tuple[Top, ...] = ()
-
-
 class Stream(Protocol):
     """Deltas, then the ``Answer``. Closing it cancels the session."""
 
-    def __aiter__(self) -> AsyncIterator[Delta | Answer]:
+    def __aiter__(self) -> AsyncIterator[TextDelta | Answer]:
         """The items; raises ``PlaitError`` subclasses."""
         ...
 
@@ -66,10 +52,6 @@ class Upstream(Protocol):
         """Begin a generation."""
         ...
 
-    async def embed(self, model: str, ids: Sequence[int]) -> Sequence[float]:
-        """The embedding of a text; raises ``NotServed`` where the network has none."""
+    async def embed(self, ask: Ask) -> Embedding:
+        """The embedding of what is asked. Raises ``PlaitError`` subclasses."""
         ...
-
-
-class NotServed(Exception):
-    """The network cannot do this yet."""

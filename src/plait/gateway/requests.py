@@ -199,6 +199,7 @@ class EmbeddingRequest(Struct, kw_only=True):
     input: str | list[str | int | list[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Positive | None = None
+    provider: Provider | None = None
 
 
 class TokenizeRequest(Struct, kw_only=True):

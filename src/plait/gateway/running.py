@@ -6,10 +6,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from plait.client import Answer
-from plait.errors import CapacityError, PlaitError
+from plait.client import Answer, TextDelta, Top
+from plait.errors import CapacityError, PlaitError, SessionLost
 from plait.gateway.orders import Job
-from plait.gateway.port import Delta, Top, Upstream
+from plait.gateway.port import Upstream
 from plait.gateway.stops import StopFilter
 from plait.gateway.till import predicted_cost
 from plait.gateway.tools import CallReader, ToolCall
@@ -67,9 +67,11 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A job failed, or the gateway is closing."""
+    """A job failed, or the gateway is closing. ``lost`` is the job's index and what its
+    vouchers promise, where that is known."""
 
     error: Exception
+    lost: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,8 @@ async def run_job(upstream: Upstream, job: Job, events: Events) -> None:
     """Run one job to its end; every failure becomes an event. Cancelling ends the session."""
     try:
         await _run(upstream, job, events)
+    except SessionLost as error:
+        events.put(Failed(error, (job.index, error.cost_microcredits)))
     except PlaitError as error:
         events.put(Failed(error))
     except Exception as error:
@@ -232,11 +236,12 @@ class _Reader:
         """Whether a stop sequence is complete."""
         return self._stops.stopped
 
-    def push(self, delta: Delta, events: Events) -> None:
+    def push(self, delta: TextDelta, events: Events) -> None:
         self.delivered += len(delta.token_ids)
         for number, token in enumerate(delta.token_ids):
             logprob = delta.logprobs[number] if delta.logprobs else None
-            known = Token(token, logprob, delta.tops[number] if delta.tops else ())
+            top = delta.top_logprobs[number] if delta.top_logprobs else ()
+            known = Token(token, logprob, top)
             self._tokens.append((self._read, known))
         self._read += len(delta.text)
         if text := self._stops.push(delta.text):

@@ -50,11 +50,14 @@ __all__ = ["Claim", "Outcome", "Report", "verify_bundle"]
 _REPLAY = "replay"
 _NOT_REPLAYED = (
     "the computation: that each stage ran its layers on what it received (an audit replays it)",
+    "the text: that it is what the model's tokenizer makes of the ids",
     "the draw: that the ids follow from the logits, seed and temperature",
 )
-_NOT_LOCATED = ("the stages one by one: the ids are right, whatever each stage sent on the way",)
-_NEVER_CHECKED = (
+_REPLAYED = (
+    "the stages one by one: the ids are right, whatever each stage sent on the way",
     "the text: that it is what the model's tokenizer makes of the ids",
+)
+_NEVER_CHECKED = (
     "the people: who operates these peers, and whether client and stages all collude",
     "the clocks: every date is the signer's own",
     "the publisher: the manifest is the model's by digest; who made the model is not proven",
@@ -88,7 +91,7 @@ def verify_bundle(data: bytes, network: NetworkFile, replay: Replay | None = Non
         if replay is not None:
             _check_replay(findings, bundle.parts, replay)
     replayed = any(claim.name == _REPLAY and claim.ok for claim in findings.claims)
-    findings.unchecked.extend(_NOT_LOCATED if replayed else _NOT_REPLAYED)
+    findings.unchecked.extend(_REPLAYED if replayed else _NOT_REPLAYED)
     findings.unchecked.extend(_NEVER_CHECKED)
     findings.unchecked.append(_WITNESSED if network.witness_quorum else _NOT_WITNESSED)
     return findings.report()

@@ -48,9 +48,9 @@ class Limits:
     """Frames of one session that wait, replayed ones not counted: their rows are bounded."""
     peer_queued_bytes_max: int = 128 * 1024 * 1024
     """Of frames that came from one peer and wait."""
-    interactive: Threshold = Threshold(2_000, 1.0, stretch_max=2.0)
-    standard: Threshold = Threshold(5_000, 0.95, stretch_max=3.0)
-    batch: Threshold = Threshold(30_000, 0.75, stretch_max=10.0)
+    interactive: Threshold = Threshold(2_000, 1.0, stretch_max=4.0)
+    standard: Threshold = Threshold(5_000, 0.95, stretch_max=10.0)
+    batch: Threshold = Threshold(30_000, 0.75, stretch_max=40.0)
 
     def threshold(self, qos: Qos) -> Threshold:
         """Of a QoS class."""

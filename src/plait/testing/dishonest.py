@@ -1,19 +1,23 @@
 """Stages that lie, for tests and benchmarks of audits. Nothing of this is in a real node.
 
-Each wraps an honest torch stage of the fp32 class and claims its numeric class. To start a
-node that lies:
+Each wraps an honest torch stage of the fp32 class and claims its numeric class. As a
+testnet's supervisor, with one liar among the hosts of the span that starts at LAYER, whose
+process id is then in the file MARK:
 
-    python -m plait.testing.dishonest CHEAT node run …
+    python -m plait.testing.dishonest CHEAT LAYER MARK DIRECTORY …
 """
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import plait.compute.load
 from plait.compute.load import load_stage
 from plait.compute.port import Done, Work
 from plait.compute.stage import TorchStage
@@ -181,21 +185,27 @@ CHEATS: dict[str, Callable[[TorchStage, LocalModel], Any]] = {
 }
 
 
-def main() -> None:
-    """Run a plait command whose stages cheat."""
-    import plait.compute.load
-    import plait.node.stage_node
-    from plait.cli import main as command
+def main() -> int:
+    """Start a testnet's supervisor, of whose nodes one cheats; see the module's docstring."""
+    cheat, layer, mark = CHEATS[sys.argv[1]], int(sys.argv[2]), Path(sys.argv[3])
+    del sys.argv[1:4]
 
-    cheat = CHEATS[sys.argv.pop(1)]
-
-    def lying_stage(local: LocalModel, *arguments: Any, **options: Any) -> Any:
-        return cheat(load_stage(local, *arguments, **options), local)
+    def lying_stage(local: LocalModel, span: Span, *arguments: Any, **options: Any) -> Any:
+        honest = load_stage(local, span, *arguments, **options)
+        if span.start != layer:
+            return honest
+        try:
+            with mark.open("x") as file:  # the first of them, in whatever process
+                file.write(str(os.getpid()))
+        except FileExistsError:
+            return honest
+        return cheat(honest, local)
 
     plait.compute.load.load_stage = lying_stage
-    plait.node.stage_node.load_stage = lying_stage  # type: ignore[attr-defined]
-    command()
+    from plait.testnet.supervisor import main as supervise
+
+    return supervise()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,11 +16,11 @@ from typing import Any
 
 import uvicorn
 
-from plait.client import Options
+from plait.client import Options, TextDelta
 from plait.gateway.app import Gateway
 from plait.gateway.benchmark import offset_s
 from plait.gateway.config import GatewayConfig
-from plait.gateway.port import Ask, Delta
+from plait.gateway.port import Ask
 from plait.gateway.server import listen, server_config
 from plait.model import catalog
 from plait.model.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ async def direct(options: argparse.Namespace) -> None:
         return [
             time.perf_counter() - started_s
             async for item in upstream.stream(ask)
-            if isinstance(item, Delta)
+            if isinstance(item, TextDelta)
         ]
 
     times = await asyncio.gather(*(one(number) for number in range(options.direct)))
@@ -131,7 +131,6 @@ def _upstream(options: argparse.Namespace) -> FakeUpstream:
         pieces=_SENTENCE,
         endless=options.endless,
         interval_s=options.interval_ms / 1000,
-        vector=(0.5, -0.25, 0.125, 1.0),
     )
 
 

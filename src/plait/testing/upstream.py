@@ -1,11 +1,11 @@
 """A scripted client for the gateway: fixed pieces of text, at a fixed rate, with faults."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
-from plait.client import Answer, Options, RouteStep
-from plait.gateway.port import Ask, Delta, NotServed, Stream, Top
+from plait.client import Answer, Embedding, Options, RouteStep, TextDelta, Top
+from plait.gateway.port import Ask, Stream
 from plait.model import catalog
 from plait.router.cost import Prediction
 from plait.router.plan import Plan, plan
@@ -42,7 +42,7 @@ class FakeUpstream:
     bundle: bytes | None = None
     gate: asyncio.Event | None = None
     graceful: bool = True
-    vector: tuple[float, ...] | None = None
+    vector: tuple[float, ...] = (0.5, -0.25, 0.125, 1.0)
     cost: int = 7
     spans: tuple[Span, ...] = (Span(0, 5), Span(5, 8))
     asked: list[Ask] = field(default_factory=list)
@@ -69,11 +69,32 @@ class FakeUpstream:
         self.started.set()
         return FakeStream(self, ask)
 
-    async def embed(self, model: str, ids: Sequence[int]) -> Sequence[float]:
-        """The vector, if there is one."""
-        if self.vector is None:
-            raise NotServed("no embeddings here")
-        return self.vector
+    async def embed(self, ask: Ask) -> Embedding:
+        """The vector, whatever is asked; the error after as many as ``after`` says."""
+        self.asked.append(ask)
+        if self.error is not None and len(self.asked) > self.after:
+            raise self.error
+        return Embedding(self.vector, self.answer(ask, self.pieces[:1]))
+
+    def answer(self, ask: Ask, pieces: tuple[str, ...], *, finished: bool = False) -> Answer:
+        """What a generation of these pieces ends with."""
+        count = len(pieces)
+        return Answer(
+            text="".join(pieces),
+            token_ids=tuple(FIRST_ID + number % 100 for number in range(count)),
+            logprobs=tuple(-0.5 * number for number in range(count)),
+            prompt_tokens=len(ask.prompt_ids),
+            finish_reason="ended" if finished else "length" if self.endless else "stop",
+            route=tuple(RouteStep(peer_at(span), span) for span in self.spans),
+            epochs=1,
+            ttft_s=0.1,
+            tpot_s=0.01,
+            predicted=PREDICTED,
+            cost_microcredits=Microcredits(self.cost),
+            receipts_verified=4,
+            seed=ask.sampling.seed,
+            bundle=self.bundle if ask.options.bundle else None,
+        )
 
     def _offer(self, span: Span) -> Offer:
         return replace(paper_offer(f"node {span}", span), model_digest=self._shape.digest)
@@ -87,7 +108,7 @@ class FakeStream:
         self._finished = False
         self._items = self._run()
 
-    def __aiter__(self) -> AsyncIterator[Delta | Answer]:
+    def __aiter__(self) -> AsyncIterator[TextDelta | Answer]:
         return self._items
 
     def finish(self) -> None:
@@ -98,7 +119,7 @@ class FakeStream:
         """End it."""
         await self._items.aclose()
 
-    async def _run(self) -> AsyncGenerator[Delta | Answer, None]:
+    async def _run(self) -> AsyncGenerator[TextDelta | Answer, None]:
         upstream, ended, count = self._upstream, False, 0
         loop = asyncio.get_running_loop()
         started_s = loop.time()
@@ -122,30 +143,12 @@ class FakeStream:
             if self._finished and not upstream.graceful:
                 return
             ended = True
-            yield self._answer(pieces[:count])
+            yield upstream.answer(self._ask, pieces[:count], finished=self._finished)
         finally:
             upstream.cancelled += not ended
 
-    def _delta(self, number: int, piece: str) -> Delta:
+    def _delta(self, number: int, piece: str) -> TextDelta:
         wanted = self._ask.sampling.top_logprobs
         top: Top = tuple((FIRST_ID + rank, -0.5 * (number + rank)) for rank in range(wanted))
-        return Delta(piece, (FIRST_ID + number % 100,), (-0.5 * number,), (top,) if top else ())
-
-    def _answer(self, pieces: tuple[str, ...]) -> Answer:
-        upstream, count = self._upstream, len(pieces)
-        return Answer(
-            text="".join(pieces),
-            token_ids=tuple(FIRST_ID + number % 100 for number in range(count)),
-            logprobs=tuple(-0.5 * number for number in range(count)),
-            prompt_tokens=len(self._ask.prompt_ids),
-            finish_reason="ended" if self._finished else "length" if upstream.endless else "stop",
-            route=tuple(RouteStep(peer_at(span), span) for span in upstream.spans),
-            epochs=1,
-            ttft_s=0.1,
-            tpot_s=0.01,
-            predicted=PREDICTED,
-            cost_microcredits=Microcredits(upstream.cost),
-            receipts_verified=4,
-            seed=self._ask.sampling.seed,
-            bundle=upstream.bundle if self._ask.options.bundle else None,
-        )
+        tops = (top,) if top else ()
+        return TextDelta(piece, (FIRST_ID + number % 100,), (-0.5 * number,), tops)

@@ -1,0 +1,124 @@
+"""Audits on a live testnet with one dishonest node: it is exposed, honest ones are not.
+
+The dishonest node is planted by ``plait.testing.dishonest``; every chunk is audited here.
+"""
+
+import asyncio
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from plait.client.client import AsyncClient, Options
+from plait.model import catalog
+from plait.network_file import NetworkFile
+from plait.testnet import cluster, launch
+from plait.testnet.layout import place
+from plait.types import PeerId, Span
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+TINY = "tiny-random"
+STAGES, LAYER, END = 3, 3, 6
+TOKENS = 40
+
+
+def run_plait(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run ``plait`` and wait for it."""
+    command = [sys.executable, "-m", "plait", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120.0, check=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where the testnet lives, and who hosts the second span."""
+
+    directory: Path
+    liar: PeerId
+    honest: PeerId
+
+    def bundle(self, peer: PeerId, name: str) -> Path:
+        """The bundle of a generation whose second stage is ``peer``."""
+        path = self.directory / name
+
+        async def generate() -> bytes:
+            async with AsyncClient(self.directory / "network.toml") as client:
+                span = Span(LAYER, END)
+                options = Options(max_tokens=TOKENS, bundle=True, pin=((span, peer),), raw=True)
+                answer = await client.generate(TINY, "The sky is blue and", options)
+                assert answer.bundle is not None
+                return answer.bundle
+
+        path.write_bytes(asyncio.run(generate()))
+        return path
+
+    def audit(self, *arguments: str) -> tuple[int, dict[str, object]]:
+        """``plait audit``: its exit code and its object."""
+        network = str(self.directory / "network.toml")
+        done = run_plait("audit", *arguments, "--network", network, "--json")
+        assert done.stdout, done.stderr
+        return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    directory = tmp_path_factory.mktemp("audited")
+    mark = tmp_path_factory.mktemp("mark") / "liar"
+    layers = catalog.load(TINY).manifest.layers
+    liar = (sys.executable, "-P", "-m", "plait.testing.dishonest", "skipped-layer", str(LAYER))
+    with pytest.MonkeyPatch.context() as patched:
+        audited = functools.partial(NetworkFile, audit_rate_percent=100)
+        patched.setattr(cluster, "NetworkFile", audited)
+        process = launch.start(
+            directory,
+            place(layers, nodes=None, stages=STAGES, replicas=2),
+            model=TINY,
+            with_parent=True,
+            command=(*liar, str(mark)),
+        )
+    try:
+        launch.wait_until_ready(
+            directory, process, timeout_s=launch.START_TIMEOUT_S, tell=lambda text: None
+        )
+        launch.issue_credit(directory)
+        launch.wait_until_routable(directory, TINY, timeout_s=launch.ROUTE_TIMEOUT_S)
+        status = run_plait("testnet", "status", "--dir", str(directory), "--json")
+        nodes = json.loads(status.stdout.splitlines()[-1])["nodes"]
+        hosts = [node for node in nodes if node["span"] and node["span"][0] == LAYER]
+        [lying] = [node["peer"] for node in hosts if str(node["pid"]) == mark.read_text()]
+        [honest] = [node["peer"] for node in hosts if node["peer"] != lying]
+        yield Stage(directory, PeerId(lying), PeerId(honest))
+    finally:
+        launch.abandon(directory, process)
+
+
+def test_the_dishonest_node_is_exposed_and_anybody_can_judge_again(net: Stage) -> None:
+    bundle, folder = net.bundle(net.liar, "lie.json"), net.directory / "evidence"
+    code, found = net.audit("request", str(bundle), "--evidence", str(folder))
+    lots = found["lots"]
+    assert isinstance(lots, list)
+    assert {one["stage"] for one in lots} == set(range(STAGES)) and len(lots) >= 2 * STAGES
+    for one in lots:
+        assert one["outcome"] == ("exposed" if one["stage"] == 1 else "consistent"), one
+    assert code == 1
+    exposed = [one for one in lots if one["outcome"] == "exposed"]
+    assert {one["peer"] for one in exposed} == {net.liar}
+    code, judged = net.audit("check", exposed[0]["evidence"], "--model", TINY)
+    assert (code, judged["outcome"], judged["peer"]) == (1, "exposed", net.liar)
+
+
+def test_a_lying_auditor_accuses_an_honest_stage_in_vain(net: Stage) -> None:
+    bundle, folder = net.bundle(net.honest, "honest.json"), net.directory / "accusations"
+    _, found = net.audit("request", str(bundle), "--evidence", str(folder))
+    lots = found["lots"]
+    assert isinstance(lots, list)
+    for one in lots:
+        assert one["outcome"] in ("consistent", "exposed"), str(one)
+        if one["auditor"] != net.liar:
+            assert one["outcome"] == "consistent", one
+        code, judged = net.audit("check", one["evidence"], "--model", TINY)
+        assert (code, judged["outcome"]) == (0, "consistent"), judged
