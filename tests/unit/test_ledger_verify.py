@@ -61,6 +61,11 @@ def failures(report: Report) -> dict[str, str]:
     return {claim.name: claim.detail for claim in report.claims if claim.ok is False}
 
 
+def present(envelope: SignedEnvelope | None) -> SignedEnvelope:
+    assert envelope is not None
+    return envelope
+
+
 def put(name: str, value: Any, parts: BundleParts = PARTS) -> BundleParts:
     return put_all(parts, **{name: value})
 
@@ -114,7 +119,7 @@ def receipt(index: int, **changes: Any) -> BundleParts:
 
 
 def voucher(change: Change, key: str = "client ledger") -> BundleParts:
-    return put("voucher", again(EPOCH.voucher, SessionVoucher, key, change))
+    return put("voucher", again(present(EPOCH.voucher), SessionVoucher, key, change))
 
 
 def opening(change: Change, key: str = "client ledger") -> BundleParts:
@@ -127,11 +132,11 @@ def offer(change: Change, key: str = "stage 1") -> BundleParts:
 
 
 def reservation(change: Change, key: str = "client ledger") -> BundleParts:
-    return put("reservation", again(EPOCH.reservation, BudgetReservation, key, change))
+    return put("reservation", again(present(EPOCH.reservation), BudgetReservation, key, change))
 
 
 def grant(change: Change, key: str = "authority ledger") -> BundleParts:
-    return put("grant", again(EPOCH.grant, ReservationGrant, key, change))
+    return put("grant", again(present(EPOCH.grant), ReservationGrant, key, change))
 
 
 def cert(name: str, key: str, **changes: Any) -> SignedEnvelope:
@@ -291,7 +296,7 @@ LIES: list[tuple[str, Callable[[], BundleParts]]] = [
     ("voucher", partial(voucher, lambda m: m.amounts.pop())),
     ("voucher", partial(voucher, lambda m: m.amounts.add(payee="x", microcredits=1))),
     ("voucher", lambda: put("voucher", OTHER.epochs[0].voucher)),
-    ("voucher", lambda: put("voucher", flipped(EPOCH.voucher))),
+    ("voucher", lambda: put("voucher", flipped(present(EPOCH.voucher)))),
     # Credit.
     ("reservation and grant", partial(reservation, setting(lane=7))),
     ("reservation and grant", partial(reservation, lambda m: None, "stranger")),

@@ -4,8 +4,11 @@ The client reveals its nonce with each challenge. It takes no verdict on trust: 
 auditor's signature, and keeps what the stage opened, so that anybody can judge again.
 """
 
+import asyncio
+import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import grpc
 
@@ -27,12 +30,23 @@ from plait.v1 import stage_pb2, stage_pb2_grpc
 from plait.v1.identity_pb2 import SignedEnvelope
 
 EXAMINE_TIMEOUT_S = 600.0
+VIEW_TIMEOUT_S = 5.0
 
 _OUTCOMES = {
     stage_pb2.AUDIT_OUTCOME_CONSISTENT: "consistent",
     stage_pb2.AUDIT_OUTCOME_EXPOSED: "exposed",
     stage_pb2.AUDIT_OUTCOME_UNRESPONSIVE: "unresponsive",
 }
+
+
+class Known(Protocol):
+    """What is known of the network."""
+
+    def view(self) -> View:
+        """The offers known now."""
+
+    async def changed(self) -> None:
+        """Return after the next change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +71,7 @@ async def audit_bundle(
     account: Account,
     ledger: Ledger,
     dialer: Dialer,
-    view: View,
+    known: Known,
     only: Collection[PeerId] = (),
 ) -> list[Audited]:
     """Audit every lot of a bundle that was drawn; ``only`` restricts who may be the auditor.
@@ -82,7 +96,7 @@ async def audit_bundle(
                 audited.append(Audited(lot, peer, "undrawn"))
                 continue
             challenge = challenge_for(parts, lot, nonce, anchor)
-            audited.append(await _audit(parts, lot, challenge, seed, dialer, view, only))
+            audited.append(await _audit(parts, lot, challenge, seed, dialer, known, only))
         except PlaitError as error:
             audited.append(Audited(lot, peer, "unaudited", reason=str(error)))
     return audited
@@ -92,20 +106,20 @@ async def _anchor(
     parts: BundleParts,
     lot: Lot,
     network: NetworkFile,
-    known: dict[bytes, stage_pb2.AuditAnchor],
+    fetched: dict[bytes, stage_pb2.AuditAnchor],
 ) -> stage_pb2.AuditAnchor:
     number, voucher = paying_entry(parts, lot)
     entry = parts.entries[number]
-    if entry not in known:
+    if entry not in fetched:
         proof = await fetch_anchor(network.authorities[0], entry_from_payload(entry).index)
-        known[entry] = stage_pb2.AuditAnchor(
+        fetched[entry] = stage_pb2.AuditAnchor(
             entry=entry,
             voucher=voucher,
             path=proof.path,
             growth=proof.growth,
             checkpoint=proof.checkpoint,
         )
-    return known[entry]
+    return fetched[entry]
 
 
 def _seed(
@@ -122,15 +136,15 @@ async def _audit(
     challenge: stage_pb2.AuditChallenge,
     seed: Digest,
     dialer: Dialer,
-    view: View,
+    known: Known,
     only: Collection[PeerId],
 ) -> Audited:
     peer = audited_peer(parts, lot)
-    eligible = eligible_auditors(parts, lot, view)
-    auditor = auditor_of(seed, lot, [one for one in eligible if not only or one in only])
+    found = await _eligible(parts, lot, known, only)
+    auditor = auditor_of(seed, lot, found)
     if auditor is None:
         return Audited(lot, peer, "unaudited", reason="no other host of these layers is known")
-    openings, verdict = await _examined(dialer, view.offers[auditor], challenge)
+    openings, verdict = await _examined(dialer, known.view().offers[auditor], challenge)
     evidence = stage_pb2.AuditEvidence(challenge=challenge, openings=openings, verdict=verdict)
     said = open_envelope(verdict, stage_pb2.AuditVerdict)
     stated = (said.session_id, said.epoch, said.chunk, said.stage_index, said.auditor_peer_id)
@@ -138,6 +152,18 @@ async def _audit(
     if stated != asked or said.outcome not in _OUTCOMES:
         raise RemoteProtocolError("the verdict is of something else")
     return Audited(lot, peer, _OUTCOMES[said.outcome], auditor, said.reason, evidence)
+
+
+async def _eligible(
+    parts: BundleParts, lot: Lot, known: Known, only: Collection[PeerId]
+) -> list[PeerId]:
+    """Who may be the auditor. A client that has just begun may hear of them in a moment."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(VIEW_TIMEOUT_S):
+            while not eligible_auditors(parts, lot, known.view()):
+                await known.changed()
+    eligible = eligible_auditors(parts, lot, known.view())
+    return [one for one in eligible if not only or one in only]
 
 
 def eligible_auditors(parts: BundleParts, lot: Lot, view: View) -> tuple[PeerId, ...]:

@@ -267,7 +267,7 @@ class AsyncClient:
             self.account,
             self.ledger,
             _entered(self._dialer),
-            self.view(),
+            self,
             only,
         )
 
