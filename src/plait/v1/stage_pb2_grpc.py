@@ -112,6 +112,9 @@ class StageServiceServicer:
 
     def Audit(self, request, context):
         """Opens what the caller committed to in the receipts of a chunk that the lottery drew.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,6 +122,8 @@ class StageServiceServicer:
 
     def Examine(self, request, context):
         """Asks this peer to audit another: what that one opened, and last the verdict.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
