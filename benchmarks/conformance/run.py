@@ -104,7 +104,7 @@ def _gateway(url: str | None):
 
 
 def _environment(cache: Path, name: str, packages: list[str]) -> Path:
-    folder = cache / name
+    folder = (cache / name).absolute()
     if not (folder / ".ready").exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(folder / "bin/python"), "-m", "pip", "install", "-q", *packages]
@@ -217,7 +217,8 @@ def _run_schema(cache: Path, url: str, model: str) -> Report:
     command += ["--checks", checks + "response_schema_conformance", "--max-examples", "60"]
     command += ["--phases", "examples,coverage,fuzzing", "--seed", "1", "--no-color"]
     command += ["--generation-database", "none", "--max-failures", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    # It leaves a folder of its own where it runs.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=cache)
     found = re.search(r"(\d+) generated", done.stdout)
     report.passed = int(found[1]) if found else 0
     if done.returncode:
