@@ -1443,7 +1443,7 @@ async function checkReservations(bundle, network, openedMs) {
     await checkGrants(epoch, network, openedMs[index]);
   }
   const [origin] = (bundle.checkpoint ?? "").split("\n");
-  return granting.find((authority) => authority.logOrigin === origin) ?? granting[0];
+  return network.authorities.find((authority) => authority.logOrigin === origin) ?? granting[0];
 }
 
 // No stage is promised more than was reserved for it in its stint.

@@ -48,7 +48,9 @@ class BlockingStream:
             while (item := self._client._call(_next(self._source))) is not None:
                 yield item
         finally:
-            self._client._call(self._source.aclose())
+            # A client that was left has ended its sessions itself.
+            if self._client.is_open:
+                self._client._call(self._source.aclose())
 
 
 class Client:
@@ -126,6 +128,11 @@ class Client:
     ) -> Embedding:
         """The embedding of a text; see ``AsyncClient.embed``."""
         return self._call(self._client.embed(model, text, options))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the client is in its ``with``."""
+        return self._loop is not None
 
     def _call(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
         if self._loop is None:
