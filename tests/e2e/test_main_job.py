@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import select
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -145,14 +146,11 @@ def test_no_process_outlives_its_supervisor(testnet: Callable[..., Net]) -> None
     net = testnet(stages=1, fresh=True)
     status = net.json("testnet", "status", "--dir", str(net.directory))
     pids = [node["pid"] for node in status["nodes"]]
+    handles = [os.pidfd_open(pid) for pid in pids]
     os.kill(status["supervisor_pid"], signal.SIGKILL)
-    for pid in pids:
-        path = Path(f"/proc/{pid}/stat")
-        # A killed child of a killed parent is a zombie or gone; give the kernel a moment.
-        for _ in range(1000):
-            if not path.exists() or " Z " in path.read_text():
-                break
-            os.sched_yield()
-        else:
-            pytest.fail(f"process {pid} outlived its supervisor")
+    for pid, handle in zip(pids, handles, strict=True):
+        # A handle is readable once its process has ended, zombie or not.
+        ended, _, _ = select.select([handle], [], [], 10.0)
+        os.close(handle)
+        assert ended, f"process {pid} outlived its supervisor"
     assert json.loads((net.directory / "testnet.json").read_text())
