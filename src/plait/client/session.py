@@ -13,7 +13,6 @@ ledger.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from enum import Enum, auto
 
 from plait.client.actions import (
@@ -33,9 +32,7 @@ from plait.client.actions import (
     LeaveStages,
     LinkLost,
     Note,
-    OpenStages,
     ReservationSigned,
-    Reserve,
     ReserveFailed,
     Resulted,
     Send,
@@ -59,36 +56,24 @@ from plait.client.driver import (
     FinishReason,
     SendFrame,
 )
-from plait.client.epoch import Epoch, Order, Party, first_terms, session_ms_max
+from plait.client.epoch import Epoch, Order, Party
+from plait.client.opening import Opening
 from plait.client.pace import Pace
 from plait.client.recovery import Recovery
-from plait.client.reroute import Asked, next_terms, plan_first
+from plait.client.reroute import Asked, next_terms
 from plait.client.suspects import Kind
-from plait.envelope import seal
 from plait.errors import (
-    CapacityError,
     LocalProtocolError,
-    NoRoute,
     PlaitError,
     RemoteProtocolError,
     SessionLost,
     VerificationError,
 )
-from plait.ledger.certs import check_key_cert
 from plait.ledger.client_books import ClientBooks
-from plait.ledger.committee import check_grants
-from plait.ledger.lottery import nonce_commitment, session_nonce
-from plait.ledger.opening import opening_to_message
 from plait.ledger.terms import SessionTerms
-from plait.router.plan import Plan
-from plait.router.view import Offer
 from plait.types import PeerId
 from plait.v1.identity_pb2 import SignedEnvelope
 
-ATTEMPTS_MAX = 6
-"""Routes tried before the first token is due."""
-OPEN_TIMEOUT_MS = 5_000
-REOPEN_TIMEOUT_MS = 2_000
 CONFIRM_TIMEOUT_MS = 6_000
 CLOSE_EPOCH_TIMEOUT_MS = 700
 FRAME_TTL_MS = 60_000
@@ -140,13 +125,10 @@ class SessionCore:
         self._phase = _Phase.PLANNING
         self._now_ms = 0
         self._out: list[Action] = []
-        self._attempts = 0
-        self._refusal: CapacityError | None = None
-        self._may_soon_agree = False
+        self._opening = Opening(order, party, self._asked, entropy)
         self._newest: Epoch | None = None
         self._driven = 0
         self._calls = Calls("open", 0)
-        self._opened_by: dict[PeerId, tuple[bytes, SignedEnvelope]] = {}
         self._books: ClientBooks | None = None
         self._new_voucher: SignedEnvelope | None = None
         self._credit = BoundedCredit()
@@ -271,70 +253,34 @@ class SessionCore:
     def _plan_first(self, event: Viewed) -> None:
         avoid = self._recovery.suspects.avoided(event.view, self._now_ms)
         try:
-            chosen = plan_first(self._asked, event.view, avoid, self._now_ms)
+            epoch = self._opening.first_epoch(event.view, avoid, self._now_ms)
         except PlaitError as error:
-            if self._refusal is not None and self._may_soon_agree and isinstance(error, NoRoute):
-                self._out.append(SetTimer(self._now_ms + NEIGHBOUR_RETRY_MS))
-            else:
-                self._fail(self._no_route(error))
+            self._fail(error)
             return
-        terms = first_terms(self.order, self._party, chosen, self._entropy)
-        self._open(terms, chosen, tuple(stage.offer for stage in chosen.stages), OPEN_TIMEOUT_MS)
+        if epoch is None:
+            self._out.append(SetTimer(self._now_ms + NEIGHBOUR_RETRY_MS))
+        else:
+            self._open(epoch)
 
-    def _no_route(self, error: PlaitError) -> PlaitError:
-        if self._refusal is None or not isinstance(error, NoRoute):
-            return error
-        return CapacityError(
-            f"no pipeline took the session: {self._refusal}",
-            retry_after_s=self._refusal.retry_after_s,
-            remedy="try again in a moment, or: plait route MODEL --explain",
-        )
-
-    def _open(
-        self, terms: SessionTerms, chosen: Plan, offers: tuple[Offer, ...], timeout_ms: int
-    ) -> None:
-        expires_ms = self._now_ms + session_ms_max(chosen)
-        key = self._party.ledger_key
-        commit = nonce_commitment(session_nonce(key, terms.session_id))
-        message = opening_to_message(
-            terms, self.order.sampling, self._now_ms, expires_ms, audit_commit=commit
-        )
-        opening = seal(key, message)
-        self._newest = Epoch(terms, opening, offers, chosen)
+    def _open(self, epoch: Epoch) -> None:
+        self._newest = epoch
         self._phase = _Phase.OPENING
-        self._await("open", self._newest.peers)
-        ids = (*self.order.prompt_ids, *self.driver.drawn)
-        self._out += [
-            OpenStages(terms, opening, offers, ids, timeout_ms),
-            SetTimer(self._now_ms + timeout_ms),
-        ]
+        self._await("open", epoch.peers)
+        ask = self._opening.ask_stages(epoch, self.driver.drawn)
+        self._out += [ask, SetTimer(self._now_ms + ask.timeout_ms)]
 
     def _take_cert(self, event: StageOpened) -> None:
         try:
-            _, key = check_key_cert(
-                event.cert,
-                self._party.network_id,
-                self._now_ms,
-                event.peer,
-                self._party.revoked(),
-            )
+            self._opening.take_cert(event, self._now_ms)
         except (VerificationError, RemoteProtocolError) as error:
             self._calls.fail([event.peer], str(error))
-            return
-        self._opened_by[event.peer] = key, event.cert
 
     def _opened(self) -> None:
-        epoch = self.epoch
-        stages = tuple(
-            replace(stage, ledger_key=stage.ledger_key or self._opened_by[stage.peer][0])
-            for stage in epoch.terms.stages
-        )
-        epoch.terms = replace(epoch.terms, stages=stages)
-        epoch.certs = tuple(self._opened_by[stage.peer][1] for stage in stages)
+        reserve = self._opening.opened(self.epoch)
         self._phase = _Phase.RESERVING
         self._out.append(SetTimer(None))
-        if epoch.entered:
-            self._out.append(Reserve(epoch.terms, session_ms_max(epoch.plan)))
+        if reserve is not None:
+            self._out.append(reserve)
         else:
             self._confirm()
 
@@ -349,20 +295,14 @@ class SessionCore:
             self._confirm()
 
     def _on_grant(self, event: Granted) -> None:
-        # A grant may come when its epoch is over, but the stages it is for still serve.
         epochs = self.epochs if self.epoch in self.epochs else [*self.epochs, self.epoch]
-        epoch = next((one for one in epochs if one.number == event.epoch), None)
-        if epoch is None or epoch.reservation is None or epoch.grant is not None:
-            return
-        authorities = self._party.authorities
         try:
-            check_grants(
-                event.grant, epoch.reservation, authorities, epoch.terms, None, self._now_ms
-            )
+            epoch = self._opening.take_grant(event, epochs, self._now_ms)
         except PlaitError as error:
             self._end_early(error)
             return
-        epoch.grant = event.grant
+        if epoch is None:
+            return
         if self._phase is _Phase.RESERVING and epoch.number == 1:
             self._confirm()
         elif self._phase is _Phase.LIVE:
@@ -386,28 +326,20 @@ class SessionCore:
 
     def _try_another_route(self, calls: Calls) -> None:
         """Nothing was delivered yet: let go of everybody and begin anew."""
-        epoch, first = self.epoch, calls.first_failure
-        # Who refused holds nothing; who did not answer may.
-        held = tuple(peer for peer in epoch.peers if calls.kinds.get(peer) != "refused")
-        self._out += [CloseStages(epoch.number, held, None, "not opened"), SetTimer(None)]
+        epoch = self.epoch
+        self._out += [self._opening.refused(epoch, calls), SetTimer(None)]
         for peer, kind in calls.kinds.items():
             self._recovery.exclude(epoch, peer, kind, self._now_ms)
-        retry_after_s = first.retry_after_ms / 1000
-        self._refusal = CapacityError(f"{first.peer}: {first.reason}", retry_after_s=retry_after_s)
-        # A stage whose view lags behind ours says no to its neighbour, and soon yes; and one
-        # that does not answer is soon out of the view, or back.
-        self._may_soon_agree = first.gone or first.code == "neighbour"
-        self._attempts += 1
         self._books = None
         if calls.name == "open":
             self._newest = None  # nothing was granted, and who holds is let go of above
         self.epochs.clear()
-        if self._attempts < ATTEMPTS_MAX:
-            self._phase = _Phase.PLANNING
-            self._out.append(AskView())
+        exhausted = self._opening.exhausted
+        if exhausted is not None:
+            self._fail(exhausted)
             return
-        reason = f"{ATTEMPTS_MAX} routes were refused, the last because {self._refusal}"
-        self._fail(CapacityError(reason, retry_after_s=retry_after_s))
+        self._phase = _Phase.PLANNING
+        self._out.append(AskView())
 
     # Driving ------------------------------------------------------------------------
 
@@ -635,7 +567,7 @@ class SessionCore:
         old = {one.offer.digest: one.offer for one in survivors}
         new = {stage.offer.peer: stage.offer for stage in chosen.stages}
         offers = (old.get(stage.offer_digest, new[stage.peer]) for stage in terms.stages)
-        self._open(terms, chosen, tuple(offers), REOPEN_TIMEOUT_MS)
+        self._open(self._opening.epoch(terms, chosen, tuple(offers), self._now_ms))
 
     def _leave(self, terms: SessionTerms) -> None:
         """Let go of who is in the route no more, so that a draining node is soon empty."""

@@ -1,0 +1,142 @@
+"""How a route becomes a pipeline that is ready: sealed, opened, reserved, granted. Pure.
+
+The session core says when; this keeps what the steps leave behind: which routes were
+refused and why, whose key signs a stage's receipts, and which epoch a grant is for.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+from plait.client.actions import CloseStages, Granted, OpenStages, Reserve, StageOpened
+from plait.client.calls import Calls
+from plait.client.epoch import Epoch, Order, Party, first_terms, session_ms_max
+from plait.client.reroute import Asked, plan_first
+from plait.envelope import seal
+from plait.errors import CapacityError, NoRoute
+from plait.ledger.certs import check_key_cert
+from plait.ledger.committee import check_grants
+from plait.ledger.lottery import nonce_commitment, session_nonce
+from plait.ledger.opening import opening_to_message
+from plait.ledger.terms import SessionTerms
+from plait.router.plan import Plan
+from plait.router.view import Offer, View
+from plait.types import PeerId
+from plait.v1.identity_pb2 import SignedEnvelope
+
+ATTEMPTS_MAX = 6
+"""Routes tried before the first token is due."""
+OPEN_TIMEOUT_MS = 5_000
+REOPEN_TIMEOUT_MS = 2_000
+
+
+class Opening:
+    """One session's openings, the first and those of its reroutes."""
+
+    def __init__(
+        self, order: Order, party: Party, asked: Asked, entropy: Callable[[int], bytes]
+    ) -> None:
+        self._order = order
+        self._party = party
+        self._asked = asked
+        self._entropy = entropy
+        self._attempts = 0
+        self._refusal: CapacityError | None = None
+        self._may_soon_agree = False
+        self._opened_by: dict[PeerId, tuple[bytes, SignedEnvelope]] = {}
+
+    def first_epoch(self, view: View, avoid: Collection[PeerId], now_ms: int) -> Epoch | None:
+        """The epoch to open first; None if who refused may agree in a moment.
+
+        Raises ``NoRoute``, or ``CapacityError`` if there was a route until it was refused.
+        """
+        try:
+            chosen = plan_first(self._asked, view, avoid, now_ms)
+        except NoRoute as error:
+            if self._refusal is None:
+                raise
+            if self._may_soon_agree:
+                return None
+            raise CapacityError(
+                f"no pipeline took the session: {self._refusal}",
+                retry_after_s=self._refusal.retry_after_s,
+                remedy="try again in a moment, or: plait route MODEL --explain",
+            ) from error
+        terms = first_terms(self._order, self._party, chosen, self._entropy)
+        offers = tuple(stage.offer for stage in chosen.stages)
+        return self.epoch(terms, chosen, offers, now_ms)
+
+    def epoch(
+        self, terms: SessionTerms, chosen: Plan, offers: tuple[Offer, ...], now_ms: int
+    ) -> Epoch:
+        """An epoch on these terms, with the client's seal on them."""
+        key = self._party.ledger_key
+        commit = nonce_commitment(session_nonce(key, terms.session_id))
+        expires_ms = now_ms + session_ms_max(chosen)
+        message = opening_to_message(
+            terms, self._order.sampling, now_ms, expires_ms, audit_commit=commit
+        )
+        return Epoch(terms, seal(key, message), offers, chosen)
+
+    def ask_stages(self, epoch: Epoch, drawn: Sequence[int]) -> OpenStages:
+        """What makes every stage hold its share of an epoch."""
+        ids = (*self._order.prompt_ids, *drawn)
+        timeout_ms = OPEN_TIMEOUT_MS if epoch.number == 1 else REOPEN_TIMEOUT_MS
+        return OpenStages(epoch.terms, epoch.opening, epoch.offers, ids, timeout_ms)
+
+    def take_cert(self, event: StageOpened, now_ms: int) -> None:
+        """Note whose key signs a stage's receipts.
+
+        Raises ``VerificationError`` or ``RemoteProtocolError`` for a certificate that is
+        not that peer's.
+        """
+        party = self._party
+        _, key = check_key_cert(event.cert, party.network_id, now_ms, event.peer, party.revoked())
+        self._opened_by[event.peer] = key, event.cert
+
+    def opened(self, epoch: Epoch) -> Reserve | None:
+        """Every stage holds its share: complete the terms; None if there is nothing to reserve."""
+        stages = tuple(
+            replace(stage, ledger_key=stage.ledger_key or self._opened_by[stage.peer][0])
+            for stage in epoch.terms.stages
+        )
+        epoch.terms = replace(epoch.terms, stages=stages)
+        epoch.certs = tuple(self._opened_by[stage.peer][1] for stage in stages)
+        return Reserve(epoch.terms, session_ms_max(epoch.plan)) if epoch.entered else None
+
+    def take_grant(self, event: Granted, epochs: Sequence[Epoch], now_ms: int) -> Epoch | None:
+        """Add a grant to its epoch and return that; None if it is nobody's or came before.
+
+        A grant may come when its epoch is over, but the stages it is for still serve.
+        Raises ``PlaitError`` for a grant that does not hold.
+        """
+        epoch = next((one for one in epochs if one.number == event.epoch), None)
+        if epoch is None or epoch.reservation is None or epoch.grant is not None:
+            return None
+        authorities = self._party.authorities
+        check_grants(event.grant, epoch.reservation, authorities, epoch.terms, None, now_ms)
+        epoch.grant = event.grant
+        return epoch
+
+    def refused(self, epoch: Epoch, calls: Calls) -> CloseStages:
+        """Some stage did not take a first epoch: note why, and let go of the others."""
+        first = calls.first_failure
+        self._refusal = CapacityError(
+            f"{first.peer}: {first.reason}", retry_after_s=first.retry_after_ms / 1000
+        )
+        # A stage whose view lags behind ours says no to its neighbour, and soon yes; and one
+        # that does not answer is soon out of the view, or back.
+        self._may_soon_agree = first.gone or first.code == "neighbour"
+        self._attempts += 1
+        # Who refused holds nothing; who did not answer may.
+        held = tuple(peer for peer in epoch.peers if calls.kinds.get(peer) != "refused")
+        return CloseStages(epoch.number, held, None, "not opened")
+
+    @property
+    def exhausted(self) -> CapacityError | None:
+        """Why no further route is tried; None while one may be."""
+        if self._refusal is None or self._attempts < ATTEMPTS_MAX:
+            return None
+        return CapacityError(
+            f"{ATTEMPTS_MAX} routes were refused, the last because {self._refusal}",
+            retry_after_s=self._refusal.retry_after_s,
+        )
