@@ -19,6 +19,8 @@ from plait.sim.run import Outcome, run_seed
 
 SEEDS = 1_000
 FEW_SEEDS = 200
+ONCE_BROKEN = [1406]
+"""Seeds beyond the first thousand that found a bug."""
 
 
 def told(outcome: Outcome) -> str:
@@ -30,6 +32,13 @@ def told(outcome: Outcome) -> str:
 def test_every_invariant_holds() -> None:
     for outcome in _outcomes("network", range(SEEDS), 0, False):
         assert not outcome.rule, told(outcome)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ONCE_BROKEN)
+def test_what_once_broke_holds(seed: int) -> None:
+    outcome = run_seed("network", seed)
+    assert not outcome.rule, told(outcome)
 
 
 @pytest.mark.slow

@@ -255,6 +255,22 @@ def test_a_settlement_asks_for_the_best_voucher() -> None:
     assert not request.release
 
 
+def releases(books: StageBooks) -> bool:
+    envelope = books.settlement(NOW_MS, True)
+    assert envelope is not None
+    request = SettlementRequest.FromString(envelope.payload)
+    assert request.epoch == 1
+    return request.release
+
+
+def test_a_stage_that_is_owed_for_a_receipt_keeps_its_hold() -> None:
+    session, _, _ = receipts_of_third_chunk()
+    assert not any(releases(books) for books in session.stages)
+    finished = PaperSession(Plot())
+    finished.play()
+    assert all(releases(books) for books in finished.stages)
+
+
 # What a client accepts from stages.
 
 

@@ -127,6 +127,7 @@ def settle(
     session_id: bytes = SESSION,
     network_id: str = NETWORK,
     issued_ms: int = NOW,
+    epoch: int = 0,
 ) -> Settle:
     voucher = SessionVoucher(
         network_id=network_id,
@@ -141,6 +142,7 @@ def settle(
         voucher_digest=digest(encode(voucher)),
         release=release,
         issued_ms=issued_ms,
+        epoch=epoch,
     )
     return Settle(voucher, digest(encode(voucher)), request, digest(encode(request)))
 
@@ -328,6 +330,17 @@ def test_an_old_release_does_not_close_a_newer_hold(reserved: Books) -> None:
     accepted(reserved.apply(released, later))
     assert reserved.balances.of(hold_account(SESSION, 1)) == 5
     assert accepted(reserved.apply(settle({ALICE: 65}, issued_ms=NOW), later)).value == 65
+
+
+def test_the_release_of_a_first_stint_leaves_the_second_its_hold(books: Books) -> None:
+    """A stage that was lost and enters again may settle its first stint late."""
+    for epoch in (1, 3):
+        accepted(books.apply(reserve((epoch + 1) // 2, epoch=epoch, caps={ALICE: 50}), NOW))
+    late = accepted(books.apply(settle({ALICE: 20}, release=True, epoch=2), NOW))
+    assert [release.epoch for release in late.releases] == [1]
+    assert books.balances.of(hold_account(SESSION, 3)) == 50
+    last = accepted(books.apply(settle({ALICE: 60}, release=True, epoch=3), NOW))
+    assert (last.value, books.settled(SESSION)) == (60, True)
 
 
 def test_expiry_leaves_the_grace_time(reserved: Books) -> None:

@@ -443,6 +443,7 @@ class Books:
         session_id = SessionId(reservation.session_id)
         hold = Hold(
             account=AccountId(reservation.account),
+            epoch=reservation.epoch,
             reservation=Digest(entry.cause),
             granted_ms=entry.posted_ms,
             expires_ms=max(reservation.expires_ms, entry.posted_ms),

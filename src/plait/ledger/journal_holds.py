@@ -16,6 +16,7 @@ class Hold:
     """Credit set aside for one epoch of a session."""
 
     account: AccountId
+    epoch: int
     reservation: Digest
     granted_ms: int
     expires_ms: int
@@ -31,9 +32,14 @@ class Hold:
 def may_release(hold: Hold, request: SettlementRequest) -> bool:
     """Whether a payee's request releases a hold of its session.
 
-    An old request must not be replayed against a hold that was opened after it.
+    An old request must not be replayed against a hold that was opened after it, nor one of a
+    payee's first stint release what is reserved for its second.
     """
-    return request.payee in hold.caps and request.issued_ms >= hold.granted_ms - FRESHNESS_MS
+    return (
+        request.payee in hold.caps
+        and hold.epoch <= (request.epoch or hold.epoch)
+        and request.issued_ms >= hold.granted_ms - FRESHNESS_MS
+    )
 
 
 def has_expired(hold: Hold, now_ms: int) -> bool:

@@ -263,7 +263,9 @@ class StageBooks:
     def settlement(self, now_ms: int, release: bool) -> SignedEnvelope | None:
         """The request to be paid by the best voucher; ``None`` if there is no voucher.
 
-        ``release`` says that this stage wants nothing more of the reservation.
+        ``release`` says that this stage wants nothing more of what is reserved for it so far.
+        While a receipt waits for its voucher it does not say so: its client may have signed
+        one that never came, and promise it again when this stage enters once more.
         """
         voucher = self.voucher
         if voucher is None:
@@ -273,12 +275,20 @@ class StageBooks:
             session_id=self._terms.session_id,
             payee=self._terms.stages[self._stage_index].peer,
             voucher_digest=digest(voucher.payload),
-            release=release,
+            release=release and not self._owed,
             issued_ms=now_ms,
+            epoch=self._terms.epoch,
         )
         return seal(self._key, request)
 
     # Inside --------------------------------------------------------------------------
+
+    @property
+    def _owed(self) -> bool:
+        """Whether a receipt has no voucher; one of a later epoch pays for all before it."""
+        if self._voucher is None and self._before is not None and self._before._owed:
+            return True
+        return bool(self._unpaid)
 
     @property
     def _paid_counts(self) -> TokenCounts:

@@ -164,20 +164,22 @@ class SessionVoucher(_message.Message):
     def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., account: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., transcript: _Optional[bytes] = ..., amounts: _Optional[_Iterable[_Union[PayeeAmount, _Mapping]]] = ..., issued_ms: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., rejected_draft_tokens: _Optional[int] = ..., epoch_close: _Optional[bool] = ...) -> None: ...
 
 class SettlementRequest(_message.Message):
-    __slots__ = ("network_id", "session_id", "payee", "voucher_digest", "release", "issued_ms")
+    __slots__ = ("network_id", "session_id", "payee", "voucher_digest", "release", "issued_ms", "epoch")
     NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     PAYEE_FIELD_NUMBER: _ClassVar[int]
     VOUCHER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     ISSUED_MS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     network_id: str
     session_id: bytes
     payee: str
     voucher_digest: bytes
     release: bool
     issued_ms: int
-    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., payee: _Optional[str] = ..., voucher_digest: _Optional[bytes] = ..., release: _Optional[bool] = ..., issued_ms: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., payee: _Optional[str] = ..., voucher_digest: _Optional[bytes] = ..., release: _Optional[bool] = ..., issued_ms: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class IssueOrder(_message.Message):
     __slots__ = ("network_id", "account", "amount", "order_id", "memo", "issued_ms")
