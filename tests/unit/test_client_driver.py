@@ -11,8 +11,10 @@ from plait.client.driver import (
     Deliver,
     Driver,
     Embedded,
+    EndDrawn,
     Extras,
     Finish,
+    PromptScored,
     SendFrame,
 )
 from plait.errors import RemoteProtocolError
@@ -97,7 +99,7 @@ def test_the_closing_frame_has_no_rows() -> None:
     driver = Driver((5,), 8, frozenset({END}), Accounting(), 100)
     driver.start()
     driver.on_result(0, [11], [-0.1])
-    [close] = driver.on_result(1, [END], [-0.1])
+    [_, close] = driver.on_result(1, [END], [-0.1])
     assert close == SendFrame(2, 2, (), sample=False, close_chunk=True)
     assert driver.on_result(2, [], []) == [Finish("stop")]
 
@@ -249,7 +251,7 @@ def test_an_embedding_comes_with_the_token_after_the_whole_prompt() -> None:
         with pytest.raises(RemoteProtocolError, match="embedding"):
             driver.on_result(1, [END], [-0.1], extras=Extras(embedding=values))
     actions = driver.on_result(1, [END], [-0.1], extras=Extras(embedding=(1.0, 2.0)))
-    assert actions == [Embedded((1.0, 2.0)), Finish("stop")]
+    assert actions == [Embedded((1.0, 2.0)), EndDrawn(END, -0.1), Finish("stop")]
 
 
 def test_an_embedding_is_asked_again_in_the_next_epoch_unless_it_came() -> None:
@@ -261,3 +263,38 @@ def test_an_embedding_is_asked_again_in_the_next_epoch_unless_it_came() -> None:
     assert not driver.in_flight.embedding
     with pytest.raises(RemoteProtocolError, match="not asked"):
         driver.is_due(driver.in_flight.traversal, [9], [-0.1], Extras(embedding=(1.0,)))
+
+
+def test_scores_come_for_every_token_of_the_prompt_but_the_first() -> None:
+    driver = Driver((5, 6, 7, 8, 9), 1, frozenset({END}), Accounting(32, 2), 100, score=True)
+    driver.start()
+    assert driver.in_flight.scored == (6, 7)
+    bad = (
+        Extras(),
+        Extras(scores=(-1.0,)),
+        Extras(scores=(-1.0, 0.5)),
+        Extras(scores=(-1.0, float("nan"))),
+        Extras(scores=(-1.0, -2.0), score_tops=(((1, -0.1),),)),
+        Extras(scores=(-1.0, -2.0), score_tops=(((100, -0.1),), ())),
+    )
+    for extras in bad:
+        with pytest.raises(RemoteProtocolError):
+            driver.is_due(0, [], [], extras)
+    actions = driver.on_result(0, [], [], extras=Extras(scores=(-1.0, -2.0)))
+    assert actions[0] == PromptScored((-1.0, -2.0))
+    assert driver.in_flight.scored == (8, 9)
+    # A reroute asks again only for what has not come.
+    driver.resume(replay=True)
+    assert driver.in_flight.scored == (8, 9)
+    tops = (((8, -0.5),), ((9, -0.25),))
+    sent = driver.in_flight.traversal
+    actions = driver.on_result(sent, [], [], extras=Extras(scores=(-0.5, -0.25), score_tops=tops))
+    assert actions[0] == PromptScored((-0.5, -0.25), tops)
+    assert driver.in_flight.ids == (9,)
+    assert not driver.in_flight.scored
+    last = driver.on_result(driver.in_flight.traversal, [END], [-0.1])
+    assert last == [EndDrawn(END, -0.1), Finish("stop")]
+    plain = Driver((5, 6), 1, frozenset(), Accounting(), 100)
+    plain.start()
+    with pytest.raises(RemoteProtocolError, match="scored"):
+        plain.is_due(0, [7], [-0.1], Extras(scores=(-1.0,)))

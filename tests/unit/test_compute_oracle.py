@@ -163,3 +163,31 @@ def test_an_embedding_is_transformers_last_hidden_state(tiny: LocalModel) -> Non
         assert done.drawn is not None
         assert list(done.drawn.embedding) == wanted
         assert len(done.drawn.ids) == 1
+
+
+def test_scores_are_transformers_log_probabilities(tiny: LocalModel) -> None:
+    import torch
+
+    from plait.compute.load import load_stage
+    from plait.compute.port import Hidden, Work
+    from plait.testing import reference
+    from plait.testing.reference import SESSION
+
+    ids = tuple(token for one in prompt_ids(tiny, PROMPTS[:3]) for token in one)[:75]
+    model: Any = reference.reference_model(tiny)
+    with torch.inference_mode():
+        wanted = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+    row: Hidden | None = None
+    for span in reference.equal_spans(tiny.manifest.layers, 2):
+        stage = load_stage(tiny, span)
+        stage.reserve(SESSION, len(ids) + 1, Sampling(top_logprobs=2))
+        fed = ids if row is None else None
+        [done] = stage.step([Work(SESSION, 0, fed, row, sample=True, scored=ids[1:])])
+        row = done.hidden
+    assert done.drawn is not None
+    assert len(done.scored.logprobs) == len(done.scored.tops) == len(ids) - 1
+    for position, (logprob, top) in enumerate(
+        zip(done.scored.logprobs, done.scored.tops, strict=True)
+    ):
+        assert logprob == pytest.approx(float(wanted[position, ids[position + 1]]), abs=1e-5)
+        assert [token for token, _ in top] == wanted[position].topk(2).indices.tolist()

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
-from plait.client import Answer, Options
+from plait.client import Answer, Options, Score
 from plait.errors import (
     CapacityError,
     ConfigError,
@@ -27,6 +27,7 @@ from plait.errors import (
 from plait.gateway.app import Gateway
 from plait.gateway.config import GatewayConfig
 from plait.gateway.keys import KeyRing
+from plait.gateway.port import Ask
 from plait.model import catalog
 from plait.model.tokenizer import Tokenizer
 from plait.testing.accounting import key_of
@@ -266,7 +267,56 @@ async def test_logprobs_of_the_drawn_tokens() -> None:
     assert old["token_logprobs"] == [0.0, -0.5, -1.0]
     assert (old["text_offset"][0], old["top_logprobs"]) == (0, None)
     more = (await call.complete("x", logprobs=1)).json()["choices"][0]["logprobs"]
-    assert [len(top) for top in more["top_logprobs"]] == [1, 1, 1]
+    # The likeliest, and the drawn token itself.
+    assert [len(top) for top in more["top_logprobs"]] == [1, 2, 2]
+
+
+async def test_echo_with_logprobs_scores_the_prompt() -> None:
+    call, prompt = Caller(FakeUpstream(pieces=("a",))), "the caf\u00e9 is"
+    ids = tokenizer().encode(prompt)
+    reply = await call.complete(prompt, echo=True, logprobs=1, max_tokens=1)
+    [choice] = reply.json()["choices"]
+    assert call.upstream.asked[-1].options.score_prompt
+    assert choice["text"] == prompt + "a"
+    known = choice["logprobs"]
+    assert known["token_logprobs"] == [None, *(-0.25 * n for n in range(1, len(ids))), 0.0]
+    assert known["top_logprobs"][0] is None
+    assert len(known["tokens"]) == len(ids) + 1
+    # Offsets are characters of the text, also where a character has several tokens.
+    assert known["text_offset"][-1] == len(prompt)
+    assert known["text_offset"] == sorted(known["text_offset"])
+    mine = known["tokens"][1]
+    assert known["top_logprobs"][1][mine] == -0.25
+    assert max(known["top_logprobs"][1].values()) == 0.0
+    chunks = (await call.complete(ids, echo=True, logprobs=1, max_tokens=1, stream=True)).events()
+    first, second = (chunk["choices"][0] for chunk in chunks[:2])
+    assert (first["text"], second["text"]) == (prompt, "a")
+    assert len(first["logprobs"]["tokens"]) == len(ids)
+    assert second["logprobs"]["text_offset"] == [len(prompt)]
+
+
+async def test_echo_alone_shows_no_drawn_token() -> None:
+    call = Caller(FakeUpstream(pieces=("a",)))
+    body = (await call.complete("the sea", echo=True, max_tokens=0, logprobs=0)).json()
+    [choice] = body["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("the sea", "length")
+    assert choice["logprobs"]["top_logprobs"] is None
+    assert len(choice["logprobs"]["tokens"]) == len(tokenizer().encode("the sea"))
+    [choice] = (await call.complete("the sea", echo=True, max_tokens=0)).json()["choices"]
+    assert (choice["text"], choice["logprobs"]) == ("the sea", None)
+    assert call.upstream.asked[-1].options.max_tokens == 1
+
+
+async def test_an_end_token_has_its_place_among_the_scores() -> None:
+    class Ending(FakeUpstream):
+        def answer(self, ask: Ask, pieces: tuple[str, ...], *, finished: bool = False) -> Answer:
+            return replace(super().answer(ask, pieces, finished=finished), end=Score(0, -0.75))
+
+    fields = {"echo": True, "logprobs": 1, "max_tokens": 1}
+    [choice] = (await Caller(Ending(pieces=())).complete("the sea", **fields)).json()["choices"]
+    assert choice["text"] == "the sea"
+    assert choice["logprobs"]["token_logprobs"][-1] == -0.75
+    assert len(choice["logprobs"]["tokens"]) == len(tokenizer().encode("the sea")) + 1
 
 
 async def test_completions_take_texts_and_token_ids() -> None:
@@ -365,7 +415,7 @@ async def test_what_cannot_be_honoured_is_refused_by_name(
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"echo": True, "logprobs": 0}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from plait.compute.port import Done, Work
+from plait.compute.port import Done, Scored, Work
 from plait.errors import CapacityError, LocalProtocolError
 from plait.node import compute_thread
 from plait.node.compute_thread import ComputeThread
@@ -102,7 +102,8 @@ async def test_a_long_job_is_computed_in_pieces_and_delivered_whole() -> None:
 
     def long_work(job: int) -> Work:
         hidden = np.arange(job, dtype=np.float32)[:, None]
-        return Work(SessionId(bytes(16)), 5, None, hidden, sample=True, drafts=(7,))
+        behind = tuple(range(1, job))
+        return Work(SessionId(bytes(16)), 5, None, hidden, sample=True, drafts=(7,), scored=behind)
 
     def step(works: Sequence[Work]) -> list[Done]:
         (one,) = works
@@ -110,7 +111,7 @@ async def test_a_long_job_is_computed_in_pieces_and_delivered_whole() -> None:
         assert (one.drafts == (7,)) == one.sample
         if one.rows == 13:
             return [Done(error=CapacityError("too much"))]
-        return [Done(hidden=one.hidden)]
+        return [Done(hidden=one.hidden, scored=Scored(tuple(-float(i) for i in one.scored)))]
 
     scheduler: Scheduler[int] = Scheduler(key=lambda job: 0, rows=lambda job: job, piece_rows=50)
     subject = ComputeThread(
@@ -133,5 +134,6 @@ async def test_a_long_job_is_computed_in_pieces_and_delivered_whole() -> None:
     ]  # fmt: skip
     assert first[1].hidden is not None
     assert first[1].hidden[:, 0].tolist() == list(range(120))
+    assert first[1].scored.logprobs == tuple(-float(i) for i in range(1, 120))
     assert isinstance(second[1].error, CapacityError)
     assert third[1].hidden is not None

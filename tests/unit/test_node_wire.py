@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from plait.compute.port import Drawn
+from plait.compute.port import Drawn, Scored
 from plait.errors import RemoteProtocolError
 from plait.node.wire import FRAME_ROWS_MAX, decode_frame, onward_frame, result_message
 from plait.v1 import session_pb2, stage_pb2
@@ -133,3 +133,41 @@ def test_an_embedding_is_asked_along_the_route_and_answered_in_fp32() -> None:
     message.sample = False
     with pytest.raises(RemoteProtocolError, match="embedding"):
         decode_frame(message, first_stage=False, width=WIDTH, vocabulary=VOCABULARY)
+
+
+def test_ids_to_score_travel_along_the_route_and_their_scores_back() -> None:
+    message = hidden_frame()
+    message.sample, message.close_chunk = False, True
+    message.score_ids.extend((4, 5))
+    frame = decode_frame(message, first_stage=False, width=WIDTH, vocabulary=VOCABULARY)
+    assert onward_frame(frame, frame.hidden, ()).score_ids == [4, 5]
+    scored = Scored((-0.5, -1.0), (((4, -0.5), (9, -2.0)), ()))
+    result = result_message(frame, None, (), None, 0, scored).result
+    assert list(result.score_logprobs) == [-0.5, -1.0]
+    assert [list(top.ids) for top in result.score_tops] == [[4, 9], []]
+
+
+@pytest.mark.parametrize(
+    ("ids", "change"),
+    [
+        ((4,), {}),  # fewer than rows
+        ((4, 5), {"sample": True}),  # the drawn one has no score
+        ((4, VOCABULARY), {}),
+        ((4, 5), {"replay": True, "close_chunk": False}),
+    ],
+)
+def test_other_ids_to_score_are_refused(ids: tuple[int, ...], change: dict[str, bool]) -> None:
+    message = hidden_frame()
+    message.sample, message.close_chunk = False, True
+    message.score_ids.extend(ids)
+    for name, value in change.items():
+        setattr(message, name, value)
+    with pytest.raises(RemoteProtocolError, match="score"):
+        decode_frame(message, first_stage=False, width=WIDTH, vocabulary=VOCABULARY)
+
+
+def test_the_ids_to_score_are_the_ids_fed() -> None:
+    message = ids_frame((1, 2, 3))
+    message.score_ids.extend((2, 4))
+    with pytest.raises(RemoteProtocolError, match="not the ids fed"):
+        decode_frame(message, first_stage=True, width=WIDTH, vocabulary=VOCABULARY)

@@ -1,6 +1,6 @@
 """The client library: ``Client`` and ``AsyncClient``, their options and answers."""
 
-from plait.client.answer import Answer, Embedding, RouteStep, TextDelta
+from plait.client.answer import Answer, Embedding, RouteStep, Score, TextDelta
 from plait.client.blocking import BlockingStream, Client
 from plait.client.client import AsyncClient, Options
 from plait.client.driver import Top
@@ -14,6 +14,7 @@ __all__ = [
     "Embedding",
     "Options",
     "RouteStep",
+    "Score",
     "TextDelta",
     "TextStream",
     "Top",

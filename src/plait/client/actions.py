@@ -7,7 +7,7 @@ belongs to; a late report of an earlier epoch is dropped by the core.
 from dataclasses import dataclass
 from typing import Literal
 
-from plait.client.driver import NO_EXTRAS, Deliver, Embedded, Extras, FinishReason, SendFrame
+from plait.client.driver import NO_EXTRAS, Extra, Extras, FinishReason, SendFrame
 from plait.errors import PlaitError
 from plait.ledger.terms import SessionTerms
 from plait.router.view import Offer, View
@@ -329,8 +329,7 @@ Action = (
     | LeaveStages
     | CloseStages
     | SetTimer
-    | Deliver
-    | Embedded
+    | Extra
     | Note
     | Finished
     | Failed

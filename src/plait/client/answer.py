@@ -34,6 +34,16 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """A token, the log-probability that the model gave it, before any temperature, and the
+    likeliest tokens in its place, if the sampling asks for them."""
+
+    token_id: int
+    logprob: float
+    top: Top = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Embedding:
     """A text as a vector: the model's final hidden state at its last token, of length 1.
 
@@ -50,7 +60,9 @@ class Answer:
     """A finished answer with its route, cost and evidence.
 
     ``token_ids`` excludes the end token; ``bundle`` is the canonical JSON that
-    ``plait verify`` checks, None when not asked for. Times are in seconds.
+    ``plait verify`` checks, None when not asked for. Times are in seconds. ``prompt_scores``
+    has one for each token of the prompt but the first, if the options ask for it; no receipt
+    covers them. ``end`` is the end token that was drawn, if one was.
     """
 
     text: str
@@ -70,6 +82,8 @@ class Answer:
     settled: bool = False
     """Whether every stage has presented the last voucher to the ledger."""
     bundle: bytes | None = None
+    prompt_scores: tuple[Score, ...] = ()
+    end: Score | None = None
 
     @property
     def completion_tokens(self) -> int:

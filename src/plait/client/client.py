@@ -69,6 +69,8 @@ class Options:
     bundle: bool = False
     drafts: bool = True
     """Guess what follows from the text so far: faster where it repeats, never another text."""
+    score_prompt: bool = False
+    """Also give the log-probability of each of the prompt's tokens (``Answer.prompt_scores``)."""
     qos: Qos = "standard"
     replica_wait_s: float = 20.0
     """How long to wait for a host when a stage is lost and nobody can take its place."""
@@ -293,6 +295,7 @@ class AsyncClient:
             manifest=local.manifest.payload,
             want_bundle=options.bundle,
             embed=embed,
+            score=options.score_prompt,
             qos=options.qos,
             replica_wait_ms=round(options.replica_wait_s * 1000),
         )

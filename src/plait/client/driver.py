@@ -45,7 +45,8 @@ class SendFrame:
     """Send these ids to the first stage; no ids closes the last chunk without computing.
 
     The last ``drafts`` of the ids are guesses. A ``replay`` frame rebuilds the first stage
-    and is not answered. ``embedding`` asks for the last row's final hidden state, too.
+    and is not answered. ``embedding`` asks for the last row's final hidden state, too, and
+    ``scored`` for the log-probability of the ids behind the rows.
     """
 
     traversal: int
@@ -56,6 +57,7 @@ class SendFrame:
     drafts: int = 0
     replay: bool = False
     embedding: bool = False
+    scored: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -85,21 +87,43 @@ class Embedded:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Hand log-probabilities of the prompt's next ids to the user; ``tops`` may be empty."""
+
+    logprobs: tuple[float, ...]
+    tops: tuple[Top, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EndDrawn:
+    """An end token was drawn, which is not delivered."""
+
+    token_id: int
+    logprob: float
+    top: Top = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """The answer is complete and every chunk is closed."""
 
     reason: FinishReason
 
 
-Action = SendFrame | Deliver | Embedded | Finish
+Extra = Deliver | Embedded | PromptScored | EndDrawn
+"""What is for the user."""
+
+Action = SendFrame | Extra | Finish
 
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What a result may hold besides ids: see ``Deliver`` and ``Embedded``."""
+    """What a result may hold besides ids: see ``Deliver``, ``Embedded``, ``PromptScored``."""
 
     tops: tuple[Top, ...] = ()
     embedding: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
+    score_tops: tuple[Top, ...] = ()
 
 
 NO_EXTRAS = Extras()
@@ -118,7 +142,9 @@ class Driver:
 
     ``prompt_ids`` must not be empty; ``max_tokens`` is at least 1. Call ``start`` once,
     ``on_result`` for each result and ``resume`` after each reroute; perform the actions in
-    order. With ``embed`` the prompt's final hidden state comes with the first token.
+    order. With ``embed`` the prompt's final hidden state comes with the first token, with
+    ``score`` the log-probabilities of the prompt's ids but the first come before it; then
+    no prefix of the prompt may be cached.
     """
 
     def __init__(
@@ -131,6 +157,7 @@ class Driver:
         drafter: Drafter | None = None,
         *,
         embed: bool = False,
+        score: bool = False,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.drawn: list[int] = []
@@ -148,6 +175,7 @@ class Driver:
         self._vocabulary_size = vocabulary_size
         self._drafter = drafter
         self._embed = embed
+        self._score = score
         self._traversal = 0
         self._prefilled = 0
         self._draws_in_chunk = 0
@@ -241,14 +269,17 @@ class Driver:
         self.answered = traversal
         if self.finish is not None:
             return [Finish(self.finish)]
+        scored: list[Action] = (
+            [PromptScored(extras.scores, extras.score_tops)] if sent.scored else []
+        )
         if not sent.sample:
             self._prefilled = sent.first_position + sent.rows
-            return [self._send(self._prefill_frame())]
+            return [*scored, self._send(self._prefill_frame())]
         if self._drafter is not None:
             self._drafter.extend(ids)
             if sent.first_position >= len(self.prompt_ids):
                 self._drafter.observe(sent.drafts, len(ids) - 1, elapsed_ms)
-        return self._on_draws(sent, ids, logprobs, extras)
+        return scored + self._on_draws(sent, ids, logprobs, extras)
 
     def _check_draws(self, sent: SendFrame, ids: Sequence[int], logprobs: Sequence[float]) -> None:
         fewest, most = int(sent.sample), int(sent.sample) * (1 + sent.drafts)
@@ -266,7 +297,14 @@ class Driver:
     def _check_extras(self, sent: SendFrame, ids: Sequence[int], extras: Extras) -> None:
         if extras.tops and len(extras.tops) != len(ids):
             raise RemoteProtocolError("the last stage gave likeliest tokens for other draws")
-        for token_id, logprob in (pair for top in extras.tops for pair in top):
+        if len(extras.scores) != len(sent.scored) or (
+            extras.score_tops and len(extras.score_tops) != len(sent.scored)
+        ):
+            raise RemoteProtocolError("the last stage scored other ids than asked")
+        if not all(math.isfinite(score) and score <= 0 for score in extras.scores):
+            raise RemoteProtocolError("the last stage gave an impossible log-probability")
+        tops = (*extras.tops, *extras.score_tops)
+        for token_id, logprob in (pair for top in tops for pair in top):
             if token_id >= self._vocabulary_size or not (math.isfinite(logprob) and logprob <= 0):
                 raise RemoteProtocolError("the last stage gave an impossible likeliest token")
         if bool(extras.embedding) != sent.embedding:
@@ -282,9 +320,8 @@ class Driver:
         tops = extras.tops or ((),) * len(ids)
         actions: list[Action] = [Embedded(extras.embedding)] if extras.embedding else []
         actions += [
-            Deliver(token_id, logprob, top)
+            (EndDrawn if token_id in self._end_ids else Deliver)(token_id, logprob, top)
             for token_id, logprob, top in zip(ids, logprobs, tops, strict=True)
-            if token_id not in self._end_ids
         ]
         self.finish = self._finish_reason()
         if self.finish is None:
@@ -309,9 +346,14 @@ class Driver:
         start = self._prefilled
         ids = self.prompt_ids[start : start + self._accounting.prefill_chunk_tokens]
         last = start + len(ids) == len(self.prompt_ids)
-        embedding = last and self._embed
         return SendFrame(
-            self._traversal, start, ids, sample=last, close_chunk=True, embedding=embedding
+            self._traversal,
+            start,
+            ids,
+            sample=last,
+            close_chunk=True,
+            embedding=last and self._embed,
+            scored=self.prompt_ids[start + 1 : start + 1 + len(ids)] if self._score else (),
         )
 
     def _replay_frames(self) -> list[SendFrame]:

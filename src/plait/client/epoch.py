@@ -38,7 +38,8 @@ class Order:
     """What is asked: token ids in, at most ``route.max_tokens`` out.
 
     If a stage is lost and nobody can take its place, the session waits ``replica_wait_ms``
-    for one before it gives up. ``embed`` asks for the prompt's final hidden state, too.
+    for one before it gives up. ``embed`` asks for the prompt's final hidden state, too,
+    ``score`` for the log-probabilities of the prompt's ids.
     """
 
     model: ModelShape
@@ -49,6 +50,7 @@ class Order:
     manifest: bytes
     want_bundle: bool
     embed: bool = False
+    score: bool = False
     qos: Qos = "standard"
     replica_wait_ms: int = 20_000
     accounting: Accounting = field(default_factory=Accounting)

@@ -33,9 +33,17 @@ from plait.client.actions import (
     Ticked,
     Viewed,
 )
-from plait.client.answer import Answer, RouteStep
+from plait.client.answer import Answer, RouteStep, Score
 from plait.client.dialer import Dialer
-from plait.client.driver import Deliver, Drafter, Embedded, FinishReason, SendFrame
+from plait.client.driver import (
+    Deliver,
+    Drafter,
+    Embedded,
+    EndDrawn,
+    FinishReason,
+    PromptScored,
+    SendFrame,
+)
 from plait.client.epoch import Epoch, Order, Party
 from plait.client.pipeline import Pipeline
 from plait.client.reserving import Reserving
@@ -127,6 +135,8 @@ class Generation:
         self._envelopes: dict[Digest, SignedEnvelope] = {}
         self._token_times: list[float] = []
         self._logprobs: list[float] = []
+        self._scores: list[Score] = []
+        self._end: Score | None = None
         self._outcome: Finished | Failed | None = None
 
     def stop(self) -> None:
@@ -185,6 +195,10 @@ class Generation:
                 self._emit(action)
             case Embedded():
                 self.embedding = action.values
+            case PromptScored():
+                self._note_scores(action)
+            case EndDrawn():
+                self._end = Score(action.token_id, action.logprob, action.top)
             case SetTimer():
                 self._set_timer(action)
             case AskView():
@@ -198,6 +212,12 @@ class Generation:
                 self._outcome = action
             case _:
                 self._call(action)
+
+    def _note_scores(self, scored: PromptScored) -> None:
+        first = 1 + len(self._scores)
+        ids = self._order.prompt_ids[first : first + len(scored.logprobs)]
+        tops = scored.tops or ((),) * len(ids)
+        self._scores += map(Score, ids, scored.logprobs, tops)
 
     def _call(
         self,
@@ -340,6 +360,8 @@ class Generation:
             text=text,
             token_ids=core.driver.token_ids,
             logprobs=tuple(self._logprobs),
+            prompt_scores=tuple(self._scores),
+            end=self._end,
             prompt_tokens=len(self._order.prompt_ids),
             finish_reason=finish,
             route=tuple(RouteStep(stage.peer, stage.span) for stage in core.epoch.terms.stages),

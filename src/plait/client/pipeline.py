@@ -7,7 +7,7 @@ lives as long as its session and is shared by its epochs.
 import asyncio
 import math
 import struct
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 
 import grpc
 
@@ -31,7 +31,7 @@ from plait.client.actions import (
     StageOpened,
 )
 from plait.client.dialer import Dialer
-from plait.client.driver import Extras
+from plait.client.driver import Extras, Top
 from plait.errors import NetworkError, PlaitError
 from plait.logs import get_logger
 from plait.net.link_stream import OutgoingLink
@@ -144,6 +144,7 @@ class Pipeline:
             replay=frame.replay,
             draft_ids=frame.draft_ids,
             embedding=frame.embedding,
+            score_ids=frame.scored,
         )
         if frame.ids:
             message.token_ids.ids.extend(frame.ids)
@@ -338,6 +339,12 @@ def _extras(message: stage_pb2.TokenResult) -> Extras:
         # Not a number of floats: to the core it is an embedding that cannot be.
         return Extras(embedding=(math.nan,))
     return Extras(
-        tops=tuple(tuple(zip(top.ids, top.logprobs, strict=False)) for top in message.top_logprobs),
+        tops=_tops(message.top_logprobs),
         embedding=struct.unpack(f"<{len(data) // _FLOAT_BYTES}f", data),
+        scores=tuple(message.score_logprobs),
+        score_tops=_tops(message.score_tops),
     )
+
+
+def _tops(messages: Iterable[stage_pb2.TopLogprobs]) -> tuple[Top, ...]:
+    return tuple(tuple(zip(top.ids, top.logprobs, strict=False)) for top in messages)

@@ -48,10 +48,9 @@ from plait.client.actions import (
 from plait.client.calls import Answer, Calls
 from plait.client.credit import BoundedCredit
 from plait.client.driver import (
-    Deliver,
     Drafter,
     Driver,
-    Embedded,
+    Extra,
     Finish,
     FinishReason,
     SendFrame,
@@ -118,6 +117,7 @@ class SessionCore:
             order.vocabulary_size,
             drafter,
             embed=order.embed,
+            score=order.score,
         )
         self._party = party
         self._entropy = entropy
@@ -373,15 +373,15 @@ class SessionCore:
         if held is not None:
             self._send(held)
 
-    def _perform(self, actions: Iterable[SendFrame | Deliver | Embedded | Finish]) -> None:
+    def _perform(self, actions: Iterable[SendFrame | Extra | Finish]) -> None:
         for action in actions:
             match action:
                 case SendFrame():
                     self._send(action)
-                case Deliver() | Embedded():
-                    self._out.append(action)
                 case Finish():
                     self._finish(action.reason)
+                case _:
+                    self._out.append(action)
 
     def _send(self, frame: SendFrame) -> None:
         terms = self.epoch.terms
@@ -425,7 +425,7 @@ class SessionCore:
         )
         liar = self._take_receipts(sent, event)
         if liar is not None:
-            self._perform(one for one in actions if isinstance(one, Deliver | Embedded))
+            self._perform(one for one in actions if isinstance(one, Extra))
             self._trouble({liar: "gone"}, f"a receipt of {liar} does not hold")
             return
         self._perform(actions)

@@ -26,6 +26,8 @@ def check_work(
         _check_hidden(work, width)
     if work.drafts:
         _check_drafts(work, vocabulary_size)
+    if work.scored:
+        _check_scored(work, vocabulary_size)
     if not 0 <= work.first_position <= cached:
         raise RemoteProtocolError(
             f"rows at position {work.first_position}, but only {cached} positions are cached"
@@ -50,6 +52,13 @@ def _check_drafts(work: Work, vocabulary_size: int) -> None:
         raise RemoteProtocolError(f"a draft outside of 0…{vocabulary_size - 1}")
     if work.ids is not None and work.ids[-len(drafts) :] != drafts:
         raise RemoteProtocolError("the last rows are not the drafts")
+
+
+def _check_scored(work: Work, vocabulary_size: int) -> None:
+    if len(work.scored) > work.rows or work.drafts:
+        raise RemoteProtocolError(f"{len(work.scored)} ids to score behind {work.rows} rows")
+    if not all(0 <= token < vocabulary_size for token in work.scored):
+        raise RemoteProtocolError(f"an id to score outside of 0…{vocabulary_size - 1}")
 
 
 def _check_hidden(work: Work, width: int) -> None:

@@ -32,6 +32,9 @@ class Work:
     There may be one more of them than drafts, whose ids do not matter then.
 
     ``embedding`` makes a last stage that draws give the final hidden state of the last row.
+
+    ``scored`` are the ids behind the first ``len(scored)`` rows: the last stage gives the
+    log-probability of each, whatever it draws.
     """
 
     session: SessionId
@@ -42,6 +45,7 @@ class Work:
     drafts: tuple[int, ...] = ()
     claimed: tuple[int, ...] = ()
     embedding: bool = False
+    scored: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -67,13 +71,30 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """What the model gave to ids that were not drawn: the log-probability of each, before
+    any temperature, and the likeliest tokens in its place, if the sampling asks for them."""
+
+    logprobs: tuple[float, ...] = ()
+    tops: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+    def then(self, later: "Scored") -> "Scored":
+        """These and later ones."""
+        return Scored(self.logprobs + later.logprobs, self.tops + later.tops)
+
+
+NOT_SCORED = Scored()
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
-    """Outcome of one ``Work``: ``hidden`` from any stage but the last, ``drawn`` from the
-    last one if it sampled, or ``error``."""
+    """Outcome of one ``Work``: ``hidden`` from any stage but the last, ``drawn`` and
+    ``scored`` from the last one if it sampled and scored, or ``error``."""
 
     hidden: Hidden | None = None
     drawn: Drawn | None = None
     error: Exception | None = None
+    scored: Scored = NOT_SCORED
 
 
 def draw_with_drafts(

@@ -66,6 +66,17 @@ def top_logprobs(logits: F64, total: float, count: int) -> tuple[tuple[int, floa
     return tuple((int(token), min(0.0, float(logits[token] - total))) for token in order)
 
 
+def score(
+    logits: npt.NDArray[np.float32], token: int, tops: int
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """A token's log-probability, and the ``tops`` likeliest tokens; raises
+    ``RemoteProtocolError`` if a logit is not finite."""
+    exact = exact_logits(logits)
+    total = log_total(exact)
+    likeliest = top_logprobs(exact, total, tops) if tops else ()
+    return min(0.0, float(exact[token] - total)), likeliest
+
+
 def choose(logits: F64, sampling: Sampling, position: int) -> int:
     """The id drawn from logits, of which some may be minus infinity: those never are."""
     return int(np.argmax(logits)) if sampling.greedy else _sample(logits, sampling, position)

@@ -14,8 +14,9 @@ from plait.compute.admission import check_work
 from plait.compute.draw_state import Draw, DrawState
 from plait.compute.grammar import Vocabulary
 from plait.compute.kv import KvCache, KvLayout
-from plait.compute.port import Done, Drawn, Work, draw_with_drafts
+from plait.compute.port import NOT_SCORED, Done, Drawn, Scored, Work, draw_with_drafts
 from plait.compute.ragged import Item
+from plait.compute.sampling import score
 from plait.errors import LocalProtocolError, PlaitError, RemoteProtocolError
 from plait.model.config import LlamaConfig
 from plait.types import ModelShape, Sampling, SessionId, Span
@@ -23,6 +24,8 @@ from plait.types import ModelShape, Sampling, SessionId, Span
 _MEASURE_SESSION = SessionId(b"plait/measuring!")
 _MEASURE_PREFILL_ROWS = 64
 _MEASURE_DECODE_STEPS = 5
+_SCORED_AT_ONCE = 32
+"""Rows whose logits are in memory at a time."""
 
 
 class SpanCompute(Protocol):
@@ -257,19 +260,39 @@ class TorchStage:
     def _finished(self, one: _Ready, output: torch.Tensor, logits: torch.Tensor | None) -> Done:
         """Draw if asked to, and only then count the rows as cached."""
         kv, end = one.item.kv, one.work.first_position + one.work.rows
-        done = Done()
-        if logits is not None:
-            try:
-                drawn = self._drawn(one.work, kv.sampling, logits.numpy())
-            except PlaitError as error:
-                return Done(error=error)
-            if one.work.embedding:
-                drawn = replace(drawn, embedding=tuple(output[-1].float().tolist()))
-            done = Done(drawn=drawn)
-        elif kv.span.end != self._shape.layers:
+        if kv.span.end != self._shape.layers:
             done = Done(hidden=output.contiguous().numpy())
+        else:
+            try:
+                done = self._answered(one.work, kv.sampling, output, logits)
+            except (PlaitError, RuntimeError, MemoryError) as error:
+                return Done(error=error)
         kv.length = end
         return done
+
+    def _answered(
+        self, work: Work, sampling: Sampling, output: torch.Tensor, logits: torch.Tensor | None
+    ) -> Done:
+        """What the last stage has to say about a work."""
+        scored = self._scored(work, sampling, output) if work.scored else NOT_SCORED
+        if logits is None:
+            return Done(scored=scored)
+        drawn = self._drawn(work, sampling, logits.numpy())
+        if work.embedding:
+            drawn = replace(drawn, embedding=tuple(output[-1].float().tolist()))
+        return Done(drawn=drawn, scored=scored)
+
+    def _scored(self, work: Work, sampling: Sampling, output: torch.Tensor) -> Scored:
+        found = []
+        for start in range(0, len(work.scored), _SCORED_AT_ONCE):
+            ids = work.scored[start : start + _SCORED_AT_ONCE]
+            logits = self._model.logits(output[start : start + len(ids)]).numpy()
+            found += [
+                score(row, token, sampling.top_logprobs)
+                for row, token in zip(logits, ids, strict=True)
+            ]
+        tops = tuple(top for _, top in found) if sampling.top_logprobs else ()
+        return Scored(tuple(logprob for logprob, _ in found), tops)
 
     def _drawn(self, work: Work, sampling: Sampling, logits: npt.NDArray[np.float32]) -> Drawn:
         """Draw from the [drafts + 1, vocabulary] ``logits`` of a work."""

@@ -1,5 +1,6 @@
 """OpenAI's completions and chat completions, whole and in chunks, as its clients expect them."""
 
+import codecs
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ from plait.gateway.frames import DONE, Result, Usage, data
 from plait.gateway.running import Piece, Token
 from plait.gateway.shelf import Shelved
 from plait.gateway.tools import ToolCall
+
+_UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ class TextDialect(_Completions):
                 result.job.index,
                 result.text,
                 tuple(result.tokens),
-                len(result.job.echo),
+                0 if result.job.ask.options.score_prompt else len(result.job.echo),
                 result.finished.finish_reason,
             )
             for result in results
@@ -163,24 +166,32 @@ class TextDialect(_Completions):
         return choice | {"finish_reason": reason}
 
     def _text_logprobs(self, tokens: tuple[Token, ...], offset: int) -> dict[str, Any]:
-        tokenizer, texts, offsets = self._head.model.tokenizer, list[str](), list[int]()
+        offsets = list[int]()
+        # A character may have several tokens: it is where its last one completes it.
+        decoder = _UTF8(errors="replace")
         for token in tokens:
-            texts.append(tokenizer.token_bytes(token.id).decode("utf-8", "replace"))
             offsets.append(offset)
-            offset += len(texts[-1])
-        tops = [
-            {
-                tokenizer.token_bytes(other).decode("utf-8", "replace"): value
-                for other, value in token.top
-            }
-            for token in tokens
-        ]
+            offset += len(decoder.decode(self._head.model.tokenizer.token_bytes(token.id)))
         return {
-            "tokens": texts,
+            "tokens": [self._text_of(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": tops if self._logprobs else None,
+            "top_logprobs": [self._top(token) for token in tokens] if self._logprobs else None,
             "text_offset": offsets,
         }
+
+    def _top(self, token: Token) -> dict[str, float] | None:
+        """The likeliest tokens and the one itself; None for the first of a prompt."""
+        if token.logprob is None:
+            return None
+        found = dict[str, float]()
+        # Tokens that are no text of their own may look alike: the likeliest of them counts.
+        for other, value in (*token.top, (token.id, token.logprob)):
+            text = self._text_of(other)
+            found[text] = max(value, found.get(text, value))
+        return found
+
+    def _text_of(self, token: int) -> str:
+        return self._head.model.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
 def chat_logprobs(model: Shelved, tokens: "list[Token] | tuple[Token, ...]") -> dict[str, Any]:

@@ -40,7 +40,8 @@ _LONG_CHARACTERS = 16_384
 class Job:
     """One generation: the ``index``th of its request, the ``choice``th of its prompt.
 
-    ``echo`` goes before its text.
+    ``echo`` goes before its text, with the prompt's log-probabilities if the options ask
+    for them; ``echo_only`` leaves the text out.
     """
 
     index: int
@@ -50,6 +51,7 @@ class Job:
     stops: tuple[str, ...] = ()
     tools: Tools = field(default_factory=Tools)
     echo: str = ""
+    echo_only: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -91,10 +93,12 @@ async def completion_jobs(
     stops, jobs = stops_of(request), list[Job]()
     for prompt in prompts:
         ids = await text_ids(model, prompt, "prompt")
-        limit = max_tokens(len(ids), request.max_tokens, model, config, "prompt")
-        echo = _echo(model, prompt) if request.echo else ""
+        # A pipeline draws one token at least.
+        asked = 1 if request.max_tokens == 0 else request.max_tokens
+        limit = max_tokens(len(ids), asked, model, config, "prompt")
         options = _options(request, limit, config)
-        jobs += jobs_of(model, ids, sampling, options, request, stops, first=len(jobs), echo=echo)
+        made = jobs_of(model, ids, sampling, options, request, stops, first=len(jobs))
+        jobs += [_echoing(job, prompt, request) for job in made] if request.echo else made
     return jobs
 
 
@@ -108,7 +112,6 @@ def jobs_of(
     tools: Tools | None = None,
     *,
     first: int = 0,
-    echo: str = "",
 ) -> list[Job]:
     """One job per choice of a prompt."""
     return [
@@ -124,7 +127,6 @@ def jobs_of(
             ),
             stops=stops,
             tools=tools or Tools(),
-            echo=echo,
         )
         for choice in range(request.n or 1)
     ]
@@ -167,8 +169,11 @@ async def text_ids(model: Shelved, prompt: str | list[int], param: str) -> tuple
     return tuple(ids)
 
 
-def _echo(model: Shelved, prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+def _echoing(job: Job, prompt: str | list[int], request: CompletionRequest) -> Job:
+    text = prompt if isinstance(prompt, str) else job.model.tokenizer.decode(prompt)
+    options = replace(job.ask.options, score_prompt=request.logprobs is not None)
+    ask = replace(job.ask, options=options)
+    return replace(job, ask=ask, echo=text, echo_only=request.max_tokens == 0)
 
 
 def max_tokens(

@@ -174,6 +174,7 @@ class CompletionRequest(Generating, kw_only=True):
     """``POST /v1/completions``."""
 
     prompt: str | list[str | int | list[int]]
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
     best_of: int | None = None
@@ -265,8 +266,8 @@ def check_completion(request: CompletionRequest) -> None:
         raise refused("suffix", "suffix is not supported")
     if request.best_of not in (None, 1, request.n):
         raise refused("best_of", "best_of is not supported")
-    if request.echo and request.logprobs is not None:
-        raise refused("echo", "the prompt's logprobs are not known: echo goes without logprobs")
+    if request.max_tokens == 0 and not request.echo:
+        raise invalid("max_tokens", "max_tokens is 0, and there is no echo: nothing is asked")
 
 
 def stops_of(request: Generating) -> tuple[str, ...]:

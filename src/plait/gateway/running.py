@@ -193,27 +193,63 @@ async def run_job(upstream: Upstream, job: Job, events: Events) -> None:
 
 
 async def _run(upstream: Upstream, job: Job, events: Events) -> None:
-    reader = _Reader(job)
-    if job.echo:
-        events.put(Piece(job.index, job.echo))
+    reader, out = _Reader(job), _Echo(job, events)
     stream = upstream.stream(job.ask)
     # The stream is emptied as fast as it comes: a slow reader must not fill the client's queue.
     async with aclosing(stream):
         async for item in stream:
             if isinstance(item, Answer):
-                reader.end(events)
+                reader.end(out)
+                out.end(item)
                 events.put(Done(job.index, reader.outcome(item)))
                 return
             if reader.stopped:
                 continue
-            reader.push(item, events)
+            reader.push(item, out)
             if reader.stopped:
                 stream.finish()
     if reader.stopped:
         # The session could not be ended in good order, only cancelled.
-        reader.end(events)
+        reader.end(out)
+        out.end(None)
         cost = predicted_cost(upstream, job, reader.delivered)
         events.put(Done(job.index, reader.cut(cost)))
+
+
+class _Echo:
+    """Puts the prompt before the text. Its log-probabilities are known at the end only, so
+    everything waits for them where they are asked for."""
+
+    def __init__(self, job: Job, events: Events) -> None:
+        self._job, self._events = job, events
+        self._waits = job.ask.options.score_prompt
+        self._held: list[Piece] = []
+        if job.echo and not self._waits:
+            events.put(Piece(job.index, job.echo))
+
+    def put(self, piece: Piece) -> None:
+        if self._waits:
+            self._held.append(piece)
+        elif not self._job.echo_only:
+            self._events.put(piece)
+
+    def end(self, answer: Answer | None) -> None:
+        """Everything is known. Raises ``SessionLost`` if the scores are not."""
+        if not self._waits:
+            return
+        if answer is None:
+            raise SessionLost("the session ended before the prompt's scores came")
+        tokens = [Token(self._job.ask.prompt_ids[0], None)]
+        tokens += [Token(one.token_id, one.logprob, one.top) for one in answer.prompt_scores]
+        self._events.put(Piece(self._job.index, self._job.echo, tuple(tokens)))
+        if self._job.echo_only:
+            return
+        for piece in self._held:
+            self._events.put(piece)
+        # Harnesses count on one entry per token drawn, an end token too.
+        if answer.end is not None:
+            end = Token(answer.end.token_id, answer.end.logprob, answer.end.top)
+            self._events.put(Piece(self._job.index, "", (end,)))
 
 
 class _Reader:
@@ -236,7 +272,7 @@ class _Reader:
         """Whether a stop sequence is complete."""
         return self._stops.stopped
 
-    def push(self, delta: TextDelta, events: Events) -> None:
+    def push(self, delta: TextDelta, events: _Echo) -> None:
         self.delivered += len(delta.token_ids)
         for number, token in enumerate(delta.token_ids):
             logprob = delta.logprobs[number] if delta.logprobs else None
@@ -248,7 +284,7 @@ class _Reader:
             self._passed += len(text)
             self._put(*self._calls.push(text), events)
 
-    def end(self, events: Events) -> None:
+    def end(self, events: _Echo) -> None:
         held = self._stops.flush()
         text, calls = self._calls.push(held)
         more, last = self._calls.flush()
@@ -256,14 +292,16 @@ class _Reader:
             self._passed = self._read + 1  # tokens without text, too
         self._put(text + more, calls + last, events)
 
-    def _put(self, text: str, calls: list[ToolCall], events: Events) -> None:
+    def _put(self, text: str, calls: list[ToolCall], events: _Echo) -> None:
         tokens = tuple(token for start, token in self._tokens if start < self._passed)
         if text or calls or (tokens and self._passed > self._read):
             self._tokens = [pair for pair in self._tokens if pair[0] >= self._passed]
             events.put(Piece(self._job.index, text, tokens, tuple(calls)))
 
     def outcome(self, answer: Answer) -> Outcome:
-        reason: Reason = "length" if answer.finish_reason == "length" else "stop"
+        reason: Reason = (
+            "length" if self._job.echo_only or answer.finish_reason == "length" else "stop"
+        )
         reason = "stop" if self.stopped else "tool_calls" if self._calls.calls else reason
         cost, count = answer.cost_microcredits, answer.completion_tokens
         return Outcome(reason, count, cost, answer, self._stops.found)

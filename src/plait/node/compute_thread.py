@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from plait.compute.port import Done, Hidden, Work
+from plait.compute.port import NOT_SCORED, Done, Hidden, Work
 from plait.errors import CapacityError, LocalProtocolError
 from plait.logs import get_logger
 from plait.node.scheduler import Part, Scheduler
@@ -48,8 +48,8 @@ class ComputeThread(Generic[JobT]):
         self._on_done = on_done
         self._on_step = on_step
         self._incoming: queue.SimpleQueue[JobT | None] = queue.SimpleQueue()
-        self._pieces: dict[int, list[Hidden]] = {}
-        """By the identity of an unfinished job, which the scheduler holds, its rows so far."""
+        self._pieces: dict[int, Pieces] = {}
+        """By the identity of an unfinished job, which the scheduler holds."""
 
     @property
     def queued(self) -> int:
@@ -128,22 +128,40 @@ class ComputeThread(Generic[JobT]):
             if part.start == 0 and part.last:
                 ended.append((part.item, done))
                 continue
-            earlier = self._pieces.setdefault(id(part.item), [])
-            if done.error is None and done.hidden is not None:
-                earlier.append(done.hidden)
+            pieces = self._pieces.setdefault(id(part.item), Pieces())
+            pieces.add(done)
             if done.error is None and not part.last:
                 continue
             del self._pieces[id(part.item)]
             if done.error is not None:
                 self._scheduler.abandon(part)
-            elif earlier:
-                done = replace(done, hidden=np.concatenate(earlier))
-            ended.append((part.item, done))
+            ended.append((part.item, pieces.whole(done)))
         return ended
 
     def _deliver(self, ended: Sequence[tuple[JobT, Done]]) -> None:
         for job, done in ended:
             self._on_done(job, done)
+
+
+class Pieces:
+    """The outcomes of a job that was cut, put together."""
+
+    def __init__(self) -> None:
+        self._hidden: list[Hidden] = []
+        self._scored = NOT_SCORED
+
+    def add(self, done: Done) -> None:
+        """The next part's."""
+        if done.hidden is not None:
+            self._hidden.append(done.hidden)
+        self._scored = self._scored.then(done.scored)
+
+    def whole(self, last: Done) -> Done:
+        """The job's outcome after its last part, or the first that failed."""
+        if last.error is not None:
+            return last
+        hidden = np.concatenate(self._hidden) if self._hidden else None
+        return replace(last, hidden=hidden, scored=self._scored)
 
 
 def _work_of_part(work: Work, part: Part[JobT]) -> Work:
@@ -159,4 +177,5 @@ def _work_of_part(work: Work, part: Part[JobT]) -> Work:
         drafts=work.drafts if part.last else (),
         claimed=work.claimed if part.last else (),
         embedding=work.embedding and part.last,
+        scored=work.scored[rows],
     )

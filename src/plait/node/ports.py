@@ -61,6 +61,7 @@ class Job:
             sample=self.frame.sample,
             drafts=self.frame.drafts,
             embedding=self.frame.embedding,
+            scored=self.frame.scored,
         )
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from plait.compute.port import Done, Drawn, StageCompute
+from plait.compute.port import Done, StageCompute
 from plait.errors import (
     CapacityError,
     DeadlineExceeded,
@@ -444,7 +444,7 @@ class Stage:
             self._token.note(self._sessions_served(), residence_us)
         if session.is_last:
             if not frame.replay:
-                self._answer(job, done.drawn, residence_us)
+                self._answer(job, done, residence_us)
         else:
             onward = onward_frame(frame, done.hidden, frame.receipts, residence_us)
             key: Key = (session.id, "output")
@@ -460,13 +460,14 @@ class Stage:
         request = stage_pb2.LinkRequest(frame=onward)
         self._send(job, lambda: self._links.send_down(session.downstream, request))
 
-    def _answer(self, job: Job, drawn: Drawn | None, residence_us: int) -> None:
+    def _answer(self, job: Job, done: Done, residence_us: int) -> None:
         session, frame, books = job.session, job.frame, job.session.require_books()
+        drawn = done.drawn
         ids = drawn.ids if drawn is not None else ()
         books.sent(frame.traversal, frame.first_position, len(ids), ids_payload(ids))
         receipts = [*frame.receipts, *self._receipt(job)]
         draws = books.draw_statement(frame.traversal) if ids else None
-        answer = result_message(frame, drawn, receipts, draws, residence_us)
+        answer = result_message(frame, drawn, receipts, draws, residence_us, done.scored)
         self._send(job, lambda: self._links.send_up(session.terms.client, answer))
 
     def _receipt(self, job: Job) -> list[SignedEnvelope]:

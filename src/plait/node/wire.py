@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from plait.compute.port import Drawn
+from plait.compute.port import NOT_SCORED, Drawn, Scored
 from plait.errors import RemoteProtocolError
 from plait.ledger.handoff import ids_payload
 from plait.ledger.terms import DRAFTS_MAX
@@ -50,6 +50,8 @@ class StageFrame:
     traceparent: str
     embedding: bool = False
     """The last stage also answers with the final hidden state of the last row."""
+    scored: tuple[int, ...] = ()
+    """The ids behind the rows, whose log-probabilities the last stage gives."""
 
     @property
     def rows(self) -> int:
@@ -106,9 +108,11 @@ def decode_frame(
         deadline_ms=message.deadline_ms,
         traceparent=message.traceparent,
         embedding=message.embedding,
+        scored=tuple(message.score_ids),
     )
     _check_replay(frame)
     _check_drafts(frame, vocabulary)
+    _check_scored(frame, vocabulary)
     if frame.embedding and (not frame.sample or frame.drafts):
         raise RemoteProtocolError("an embedding comes with a draw, without drafts")
     return frame
@@ -139,6 +143,18 @@ def _check_drafts(frame: StageFrame, vocabulary: int) -> None:
         raise RemoteProtocolError("a draft is outside the vocabulary")
     if frame.ids is not None and frame.ids[1:] != drafts:
         raise RemoteProtocolError("the drafts are not the ids fed")
+
+
+def _check_scored(frame: StageFrame, vocabulary: int) -> None:
+    scored = frame.scored
+    if not scored:
+        return
+    if frame.replay or frame.drafts or len(scored) != frame.rows - frame.sample:
+        raise RemoteProtocolError("ids to score are those behind a frame's rows")
+    if max(scored) >= vocabulary:
+        raise RemoteProtocolError("an id to score is outside the vocabulary")
+    if frame.ids is not None and frame.ids[1:] != scored[: frame.rows - 1]:
+        raise RemoteProtocolError("the ids to score are not the ids fed")
 
 
 def _checked_ids(message: stage_pb2.TokenIds, vocabulary: int) -> tuple[int, ...]:
@@ -193,6 +209,7 @@ def onward_frame(
         deadline_ms=frame.deadline_ms,
         traceparent=frame.traceparent,
         embedding=frame.embedding,
+        score_ids=frame.scored,
     )
     if hidden is not None:
         rows, width = hidden.shape
@@ -231,6 +248,7 @@ def result_message(
     receipts: Sequence[SignedEnvelope],
     draws: SignedEnvelope | None,
     residence_us: int,
+    scored: Scored = NOT_SCORED,
 ) -> stage_pb2.LinkResponse:
     """The last stage's answer to a frame."""
     result = stage_pb2.TokenResult(
@@ -242,15 +260,15 @@ def result_message(
         receipts=receipts,
         draws=draws,
         stage_us=(*frame.stage_us, residence_us),
-        top_logprobs=top_logprobs_messages(drawn),
+        top_logprobs=_tops(drawn.tops) if drawn is not None else (),
         embedding=np.array(drawn.embedding, dtype="<f4").tobytes() if drawn is not None else b"",
+        score_logprobs=scored.logprobs,
+        score_tops=_tops(scored.tops),
     )
     return stage_pb2.LinkResponse(result=result)
 
 
-def top_logprobs_messages(drawn: Drawn | None) -> list[stage_pb2.TopLogprobs]:
-    """The likeliest tokens of each drawn one, where the sampling asked for them."""
-    tops = drawn.tops if drawn is not None else ()
+def _tops(tops: Sequence[Sequence[tuple[int, float]]]) -> list[stage_pb2.TopLogprobs]:
     return [
         stage_pb2.TopLogprobs(ids=[token for token, _ in top], logprobs=[value for _, value in top])
         for top in tops

@@ -13,7 +13,7 @@ import numpy as np
 
 from plait.compute.admission import check_work
 from plait.compute.pages import PAGE_TOKENS
-from plait.compute.port import Done, Drawn, Hidden, Work, draw_with_drafts
+from plait.compute.port import Done, Drawn, Hidden, Scored, Work, draw_with_drafts
 from plait.errors import CapacityError, LocalProtocolError, PlaitError
 from plait.types import Digest, ModelShape, Sampling, SessionId, Span
 
@@ -174,9 +174,10 @@ class FakeStage:
             rows = hashes[work.first_position :]
         if session.span.end < self.shape.layers:
             return Done(hidden=_hidden(rows))
+        scored = _scored(work, rows, session.sampling.top_logprobs)
         if not work.sample:
-            return Done()
-        return Done(drawn=self._drawn(work, rows, session.sampling))
+            return Done(scored=scored)
+        return Done(drawn=self._drawn(work, rows, session.sampling), scored=scored)
 
     def _drawn(self, work: Work, rows: Sequence[bytes], sampling: Sampling) -> Drawn:
         seed = b"" if sampling.greedy else sampling.seed.to_bytes(8, "big")
@@ -195,6 +196,16 @@ class FakeStage:
         draw_with_drafts(work.drafts, sampling.end_ids, draw)
         embedding = tuple(_hidden(rows[-1:])[0].tolist()) if work.embedding else ()
         return Drawn(tuple(ids), (-1.0,) * len(ids), embedding=embedding)
+
+
+def _scored(work: Work, rows: Sequence[bytes], tops: int) -> Scored:
+    """A function of all before an id and the id itself."""
+    logprobs = tuple(
+        -hashlib.sha256(row + token.to_bytes(4, "big")).digest()[0] / 16
+        for row, token in zip(rows, work.scored, strict=False)
+    )
+    pairs = zip(work.scored, logprobs, strict=True)
+    return Scored(logprobs, tuple(((token, value),) for token, value in pairs) if tops else ())
 
 
 def _rows(work: Work) -> list[bytes]:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
-from plait.client import Answer, Embedding, Options, RouteStep, TextDelta, Top
+from plait.client import Answer, Embedding, Options, RouteStep, Score, TextDelta, Top
 from plait.gateway.port import Ask, Stream
 from plait.model import catalog
 from plait.router.cost import Prediction
@@ -94,10 +94,19 @@ class FakeUpstream:
             receipts_verified=4,
             seed=ask.sampling.seed,
             bundle=self.bundle if ask.options.bundle else None,
+            prompt_scores=_scores(ask) if ask.options.score_prompt else (),
         )
 
     def _offer(self, span: Span) -> Offer:
         return replace(paper_offer(f"node {span}", span), model_digest=self._shape.digest)
+
+
+def _scores(ask: Ask) -> tuple[Score, ...]:
+    """A quarter less for each id; another one that is likelier, if such are asked for."""
+    return tuple(
+        Score(token, -0.25 * number, ((FIRST_ID, 0.0),) if ask.sampling.top_logprobs else ())
+        for number, token in enumerate(ask.prompt_ids[1:], 1)
+    )
 
 
 class FakeStream:

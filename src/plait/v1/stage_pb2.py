@@ -26,47 +26,47 @@ from plait.v1 import identity_pb2 as plait_dot_v1_dot_identity__pb2
 from plait.v1 import session_pb2 as plait_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14plait/v1/stage.proto\x12\x08plait.v1\x1a\x17plait/v1/identity.proto\x1a\x16plait/v1/session.proto\"\\\n\x0b\x41\x63tivations\x12\"\n\x05\x64type\x18\x01 \x01(\x0e\x32\x13.plait.v1.WireDtype\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa5\x03\n\x05\x46rame\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\ttraversal\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x04 \x01(\r\x12\'\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.plait.v1.TokenIdsH\x00\x12,\n\x0b\x61\x63tivations\x18\x06 \x01(\x0b\x32\x15.plait.v1.ActivationsH\x00\x12\x0e\n\x06sample\x18\x07 \x01(\x08\x12\x13\n\x0b\x63lose_chunk\x18\x08 \x01(\x08\x12)\n\x07voucher\x18\t \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12*\n\x08receipts\x18\n \x03(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x0b \x01(\x04\x12\x13\n\x0btraceparent\x18\x0c \x01(\t\x12\x0e\n\x06replay\x18\r \x01(\x08\x12\x11\n\tdraft_ids\x18\x0e \x03(\r\x12\x10\n\x08stage_us\x18\x0f \x03(\r\x12\x11\n\tembedding\x18\x10 \x01(\x08\x42\t\n\x07payload\"`\n\x0cSessionFault\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x89\x02\n\x0bTokenResult\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\ttraversal\x18\x03 \x01(\x04\x12\x0b\n\x03ids\x18\x04 \x03(\r\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12*\n\x08receipts\x18\x06 \x03(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\'\n\x05\x64raws\x18\x07 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x10\n\x08stage_us\x18\x08 \x03(\r\x12+\n\x0ctop_logprobs\x18\x14 \x03(\x0b\x32\x15.plait.v1.TopLogprobs\x12\x11\n\tembedding\x18\x15 \x01(\x0c\",\n\x0bTopLogprobs\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"`\n\x0bLinkRequest\x12 \n\x05\x66rame\x18\x01 \x01(\x0b\x32\x0f.plait.v1.FrameH\x00\x12\'\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x16.plait.v1.SessionFaultH\x00\x42\x06\n\x04kind\"h\n\x0cLinkResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x15.plait.v1.TokenResultH\x00\x12\'\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x16.plait.v1.SessionFaultH\x00\x42\x06\n\x04kind\"\xf2\x01\n\x0e\x41uditChallenge\x12$\n\x06\x65pochs\x18\x01 \x03(\x0b\x32\x14.plait.v1.AuditEpoch\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12%\n\x06\x61nchor\x18\x03 \x01(\x0b\x32\x15.plait.v1.AuditAnchor\x12-\n\x0b\x63lient_cert\x18\x04 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12,\n\nstage_cert\x18\x05 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\'\n\x05offer\x18\x06 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\"\x93\x01\n\nAuditEpoch\x12.\n\x0csession_open\x18\x01 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12)\n\x07receipt\x18\x02 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12*\n\x08previous\x18\x03 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\"y\n\x0b\x41uditAnchor\x12\r\n\x05\x65ntry\x18\x01 \x01(\x0c\x12)\n\x07voucher\x18\x02 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x0c\n\x04path\x18\x03 \x03(\x0c\x12\x0e\n\x06growth\x18\x04 \x03(\x0c\x12\x12\n\ncheckpoint\x18\x05 \x01(\t\"\x82\x01\n\rAuditCrossing\x12\x11\n\ttraversal\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x16\n\x0epayload_digest\x18\x04 \x01(\x0c\x12\x14\n\x07payload\x18\x05 \x01(\x0cH\x00\x88\x01\x01\x42\n\n\x08_payload\"o\n\x0c\x41uditOpening\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12)\n\x08received\x18\x02 \x03(\x0b\x32\x17.plait.v1.AuditCrossing\x12%\n\x04sent\x18\x03 \x03(\x0b\x32\x17.plait.v1.AuditCrossing\"\xcd\x02\n\x0c\x41uditVerdict\x12\x12\n\nnetwork_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\r\n\x05\x63hunk\x18\x04 \x01(\r\x12\x13\n\x0bstage_index\x18\x05 \x01(\r\x12\x0f\n\x07peer_id\x18\x06 \x01(\t\x12\x17\n\x0f\x61uditor_peer_id\x18\x07 \x01(\t\x12\'\n\x07outcome\x18\x08 \x01(\x0e\x32\x16.plait.v1.AuditOutcome\x12\x16\n\x0ereceipt_digest\x18\t \x01(\x0c\x12\x15\n\rnumeric_class\x18\n \x01(\t\x12\x14\n\x0c\x64istance_ppb\x18\x0b \x01(\x04\x12\x15\n\rmargin_micros\x18\x0c \x01(\x04\x12\x10\n\x08position\x18\r \x01(\r\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12\x11\n\tissued_ms\x18\x0f \x01(\x04\"q\n\x0f\x45xamineResponse\x12)\n\x07opening\x18\x01 \x01(\x0b\x32\x16.plait.v1.AuditOpeningH\x00\x12+\n\x07verdict\x18\x02 \x01(\x0b\x32\x18.plait.v1.SignedEnvelopeH\x00\x42\x06\n\x04kind\"\x91\x01\n\rAuditEvidence\x12+\n\tchallenge\x18\x01 \x01(\x0b\x32\x18.plait.v1.AuditChallenge\x12(\n\x08openings\x18\x02 \x03(\x0b\x32\x16.plait.v1.AuditOpening\x12)\n\x07verdict\x18\x03 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope*\x86\x01\n\x0c\x41uditOutcome\x12\x1d\n\x19\x41UDIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41UDIT_OUTCOME_CONSISTENT\x10\x01\x12\x19\n\x15\x41UDIT_OUTCOME_EXPOSED\x10\x02\x12\x1e\n\x1a\x41UDIT_OUTCOME_UNRESPONSIVE\x10\x03\x32\xc2\x03\n\x0cStageService\x12\x35\n\x04Open\x12\x15.plait.v1.OpenRequest\x1a\x16.plait.v1.OpenResponse\x12>\n\x07\x43onfirm\x12\x18.plait.v1.ConfirmRequest\x1a\x19.plait.v1.ConfirmResponse\x12\x39\n\x04Link\x12\x15.plait.v1.LinkRequest\x1a\x16.plait.v1.LinkResponse(\x01\x30\x01\x12G\n\nCloseEpoch\x12\x1b.plait.v1.CloseEpochRequest\x1a\x1c.plait.v1.CloseEpochResponse\x12\x38\n\x05\x43lose\x12\x16.plait.v1.CloseRequest\x1a\x17.plait.v1.CloseResponse\x12;\n\x05\x41udit\x12\x18.plait.v1.AuditChallenge\x1a\x16.plait.v1.AuditOpening0\x01\x12@\n\x07\x45xamine\x12\x18.plait.v1.AuditChallenge\x1a\x19.plait.v1.ExamineResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14plait/v1/stage.proto\x12\x08plait.v1\x1a\x17plait/v1/identity.proto\x1a\x16plait/v1/session.proto\"\\\n\x0b\x41\x63tivations\x12\"\n\x05\x64type\x18\x01 \x01(\x0e\x32\x13.plait.v1.WireDtype\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb8\x03\n\x05\x46rame\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\ttraversal\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x04 \x01(\r\x12\'\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.plait.v1.TokenIdsH\x00\x12,\n\x0b\x61\x63tivations\x18\x06 \x01(\x0b\x32\x15.plait.v1.ActivationsH\x00\x12\x0e\n\x06sample\x18\x07 \x01(\x08\x12\x13\n\x0b\x63lose_chunk\x18\x08 \x01(\x08\x12)\n\x07voucher\x18\t \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12*\n\x08receipts\x18\n \x03(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x0b \x01(\x04\x12\x13\n\x0btraceparent\x18\x0c \x01(\t\x12\x0e\n\x06replay\x18\r \x01(\x08\x12\x11\n\tdraft_ids\x18\x0e \x03(\r\x12\x10\n\x08stage_us\x18\x0f \x03(\r\x12\x11\n\tembedding\x18\x10 \x01(\x08\x12\x11\n\tscore_ids\x18\x11 \x03(\rB\t\n\x07payload\"`\n\x0cSessionFault\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\xcc\x02\n\x0bTokenResult\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\ttraversal\x18\x03 \x01(\x04\x12\x0b\n\x03ids\x18\x04 \x03(\r\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12*\n\x08receipts\x18\x06 \x03(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\'\n\x05\x64raws\x18\x07 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x10\n\x08stage_us\x18\x08 \x03(\r\x12+\n\x0ctop_logprobs\x18\x14 \x03(\x0b\x32\x15.plait.v1.TopLogprobs\x12\x11\n\tembedding\x18\x15 \x01(\x0c\x12\x16\n\x0escore_logprobs\x18\x16 \x03(\x02\x12)\n\nscore_tops\x18\x17 \x03(\x0b\x32\x15.plait.v1.TopLogprobs\",\n\x0bTopLogprobs\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"`\n\x0bLinkRequest\x12 \n\x05\x66rame\x18\x01 \x01(\x0b\x32\x0f.plait.v1.FrameH\x00\x12\'\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x16.plait.v1.SessionFaultH\x00\x42\x06\n\x04kind\"h\n\x0cLinkResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x15.plait.v1.TokenResultH\x00\x12\'\n\x05\x66\x61ult\x18\x02 \x01(\x0b\x32\x16.plait.v1.SessionFaultH\x00\x42\x06\n\x04kind\"\xf2\x01\n\x0e\x41uditChallenge\x12$\n\x06\x65pochs\x18\x01 \x03(\x0b\x32\x14.plait.v1.AuditEpoch\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12%\n\x06\x61nchor\x18\x03 \x01(\x0b\x32\x15.plait.v1.AuditAnchor\x12-\n\x0b\x63lient_cert\x18\x04 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12,\n\nstage_cert\x18\x05 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\'\n\x05offer\x18\x06 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\"\x93\x01\n\nAuditEpoch\x12.\n\x0csession_open\x18\x01 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12)\n\x07receipt\x18\x02 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12*\n\x08previous\x18\x03 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\"y\n\x0b\x41uditAnchor\x12\r\n\x05\x65ntry\x18\x01 \x01(\x0c\x12)\n\x07voucher\x18\x02 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x0c\n\x04path\x18\x03 \x03(\x0c\x12\x0e\n\x06growth\x18\x04 \x03(\x0c\x12\x12\n\ncheckpoint\x18\x05 \x01(\t\"\x82\x01\n\rAuditCrossing\x12\x11\n\ttraversal\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x16\n\x0epayload_digest\x18\x04 \x01(\x0c\x12\x14\n\x07payload\x18\x05 \x01(\x0cH\x00\x88\x01\x01\x42\n\n\x08_payload\"o\n\x0c\x41uditOpening\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12)\n\x08received\x18\x02 \x03(\x0b\x32\x17.plait.v1.AuditCrossing\x12%\n\x04sent\x18\x03 \x03(\x0b\x32\x17.plait.v1.AuditCrossing\"\xcd\x02\n\x0c\x41uditVerdict\x12\x12\n\nnetwork_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\r\n\x05\x63hunk\x18\x04 \x01(\r\x12\x13\n\x0bstage_index\x18\x05 \x01(\r\x12\x0f\n\x07peer_id\x18\x06 \x01(\t\x12\x17\n\x0f\x61uditor_peer_id\x18\x07 \x01(\t\x12\'\n\x07outcome\x18\x08 \x01(\x0e\x32\x16.plait.v1.AuditOutcome\x12\x16\n\x0ereceipt_digest\x18\t \x01(\x0c\x12\x15\n\rnumeric_class\x18\n \x01(\t\x12\x14\n\x0c\x64istance_ppb\x18\x0b \x01(\x04\x12\x15\n\rmargin_micros\x18\x0c \x01(\x04\x12\x10\n\x08position\x18\r \x01(\r\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12\x11\n\tissued_ms\x18\x0f \x01(\x04\"q\n\x0f\x45xamineResponse\x12)\n\x07opening\x18\x01 \x01(\x0b\x32\x16.plait.v1.AuditOpeningH\x00\x12+\n\x07verdict\x18\x02 \x01(\x0b\x32\x18.plait.v1.SignedEnvelopeH\x00\x42\x06\n\x04kind\"\x91\x01\n\rAuditEvidence\x12+\n\tchallenge\x18\x01 \x01(\x0b\x32\x18.plait.v1.AuditChallenge\x12(\n\x08openings\x18\x02 \x03(\x0b\x32\x16.plait.v1.AuditOpening\x12)\n\x07verdict\x18\x03 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope*\x86\x01\n\x0c\x41uditOutcome\x12\x1d\n\x19\x41UDIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41UDIT_OUTCOME_CONSISTENT\x10\x01\x12\x19\n\x15\x41UDIT_OUTCOME_EXPOSED\x10\x02\x12\x1e\n\x1a\x41UDIT_OUTCOME_UNRESPONSIVE\x10\x03\x32\xc2\x03\n\x0cStageService\x12\x35\n\x04Open\x12\x15.plait.v1.OpenRequest\x1a\x16.plait.v1.OpenResponse\x12>\n\x07\x43onfirm\x12\x18.plait.v1.ConfirmRequest\x1a\x19.plait.v1.ConfirmResponse\x12\x39\n\x04Link\x12\x15.plait.v1.LinkRequest\x1a\x16.plait.v1.LinkResponse(\x01\x30\x01\x12G\n\nCloseEpoch\x12\x1b.plait.v1.CloseEpochRequest\x1a\x1c.plait.v1.CloseEpochResponse\x12\x38\n\x05\x43lose\x12\x16.plait.v1.CloseRequest\x1a\x17.plait.v1.CloseResponse\x12;\n\x05\x41udit\x12\x18.plait.v1.AuditChallenge\x1a\x16.plait.v1.AuditOpening0\x01\x12@\n\x07\x45xamine\x12\x18.plait.v1.AuditChallenge\x1a\x19.plait.v1.ExamineResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'plait.v1.stage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_AUDITOUTCOME']._serialized_start=2606
-  _globals['_AUDITOUTCOME']._serialized_end=2740
+  _globals['_AUDITOUTCOME']._serialized_start=2692
+  _globals['_AUDITOUTCOME']._serialized_end=2826
   _globals['_ACTIVATIONS']._serialized_start=83
   _globals['_ACTIVATIONS']._serialized_end=175
   _globals['_TOKENIDS']._serialized_start=177
   _globals['_TOKENIDS']._serialized_end=200
   _globals['_FRAME']._serialized_start=203
-  _globals['_FRAME']._serialized_end=624
-  _globals['_SESSIONFAULT']._serialized_start=626
-  _globals['_SESSIONFAULT']._serialized_end=722
-  _globals['_TOKENRESULT']._serialized_start=725
-  _globals['_TOKENRESULT']._serialized_end=990
-  _globals['_TOPLOGPROBS']._serialized_start=992
-  _globals['_TOPLOGPROBS']._serialized_end=1036
-  _globals['_LINKREQUEST']._serialized_start=1038
-  _globals['_LINKREQUEST']._serialized_end=1134
-  _globals['_LINKRESPONSE']._serialized_start=1136
-  _globals['_LINKRESPONSE']._serialized_end=1240
-  _globals['_AUDITCHALLENGE']._serialized_start=1243
-  _globals['_AUDITCHALLENGE']._serialized_end=1485
-  _globals['_AUDITEPOCH']._serialized_start=1488
-  _globals['_AUDITEPOCH']._serialized_end=1635
-  _globals['_AUDITANCHOR']._serialized_start=1637
-  _globals['_AUDITANCHOR']._serialized_end=1758
-  _globals['_AUDITCROSSING']._serialized_start=1761
-  _globals['_AUDITCROSSING']._serialized_end=1891
-  _globals['_AUDITOPENING']._serialized_start=1893
-  _globals['_AUDITOPENING']._serialized_end=2004
-  _globals['_AUDITVERDICT']._serialized_start=2007
-  _globals['_AUDITVERDICT']._serialized_end=2340
-  _globals['_EXAMINERESPONSE']._serialized_start=2342
-  _globals['_EXAMINERESPONSE']._serialized_end=2455
-  _globals['_AUDITEVIDENCE']._serialized_start=2458
-  _globals['_AUDITEVIDENCE']._serialized_end=2603
-  _globals['_STAGESERVICE']._serialized_start=2743
-  _globals['_STAGESERVICE']._serialized_end=3193
+  _globals['_FRAME']._serialized_end=643
+  _globals['_SESSIONFAULT']._serialized_start=645
+  _globals['_SESSIONFAULT']._serialized_end=741
+  _globals['_TOKENRESULT']._serialized_start=744
+  _globals['_TOKENRESULT']._serialized_end=1076
+  _globals['_TOPLOGPROBS']._serialized_start=1078
+  _globals['_TOPLOGPROBS']._serialized_end=1122
+  _globals['_LINKREQUEST']._serialized_start=1124
+  _globals['_LINKREQUEST']._serialized_end=1220
+  _globals['_LINKRESPONSE']._serialized_start=1222
+  _globals['_LINKRESPONSE']._serialized_end=1326
+  _globals['_AUDITCHALLENGE']._serialized_start=1329
+  _globals['_AUDITCHALLENGE']._serialized_end=1571
+  _globals['_AUDITEPOCH']._serialized_start=1574
+  _globals['_AUDITEPOCH']._serialized_end=1721
+  _globals['_AUDITANCHOR']._serialized_start=1723
+  _globals['_AUDITANCHOR']._serialized_end=1844
+  _globals['_AUDITCROSSING']._serialized_start=1847
+  _globals['_AUDITCROSSING']._serialized_end=1977
+  _globals['_AUDITOPENING']._serialized_start=1979
+  _globals['_AUDITOPENING']._serialized_end=2090
+  _globals['_AUDITVERDICT']._serialized_start=2093
+  _globals['_AUDITVERDICT']._serialized_end=2426
+  _globals['_EXAMINERESPONSE']._serialized_start=2428
+  _globals['_EXAMINERESPONSE']._serialized_end=2541
+  _globals['_AUDITEVIDENCE']._serialized_start=2544
+  _globals['_AUDITEVIDENCE']._serialized_end=2689
+  _globals['_STAGESERVICE']._serialized_start=2829
+  _globals['_STAGESERVICE']._serialized_end=3279
 # @@protoc_insertion_point(module_scope)

@@ -39,7 +39,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("session_id", "epoch", "traversal", "first_position", "token_ids", "activations", "sample", "close_chunk", "voucher", "receipts", "deadline_ms", "traceparent", "replay", "draft_ids", "stage_us", "embedding")
+    __slots__ = ("session_id", "epoch", "traversal", "first_position", "token_ids", "activations", "sample", "close_chunk", "voucher", "receipts", "deadline_ms", "traceparent", "replay", "draft_ids", "stage_us", "embedding", "score_ids")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRAVERSAL_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class Frame(_message.Message):
     DRAFT_IDS_FIELD_NUMBER: _ClassVar[int]
     STAGE_US_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    SCORE_IDS_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     traversal: int
@@ -72,7 +73,8 @@ class Frame(_message.Message):
     draft_ids: _containers.RepeatedScalarFieldContainer[int]
     stage_us: _containers.RepeatedScalarFieldContainer[int]
     embedding: bool
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., activations: _Optional[_Union[Activations, _Mapping]] = ..., sample: _Optional[bool] = ..., close_chunk: _Optional[bool] = ..., voucher: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., replay: _Optional[bool] = ..., draft_ids: _Optional[_Iterable[int]] = ..., stage_us: _Optional[_Iterable[int]] = ..., embedding: _Optional[bool] = ...) -> None: ...
+    score_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., activations: _Optional[_Union[Activations, _Mapping]] = ..., sample: _Optional[bool] = ..., close_chunk: _Optional[bool] = ..., voucher: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., replay: _Optional[bool] = ..., draft_ids: _Optional[_Iterable[int]] = ..., stage_us: _Optional[_Iterable[int]] = ..., embedding: _Optional[bool] = ..., score_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SessionFault(_message.Message):
     __slots__ = ("session_id", "epoch", "peer_id", "code", "reason")
@@ -89,7 +91,7 @@ class SessionFault(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., peer_id: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class TokenResult(_message.Message):
-    __slots__ = ("session_id", "epoch", "traversal", "ids", "logprobs", "receipts", "draws", "stage_us", "top_logprobs", "embedding")
+    __slots__ = ("session_id", "epoch", "traversal", "ids", "logprobs", "receipts", "draws", "stage_us", "top_logprobs", "embedding", "score_logprobs", "score_tops")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRAVERSAL_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +102,8 @@ class TokenResult(_message.Message):
     STAGE_US_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    SCORE_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_TOPS_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     traversal: int
@@ -110,7 +114,9 @@ class TokenResult(_message.Message):
     stage_us: _containers.RepeatedScalarFieldContainer[int]
     top_logprobs: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
     embedding: bytes
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ..., draws: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., stage_us: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., embedding: _Optional[bytes] = ...) -> None: ...
+    score_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    score_tops: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., traversal: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., receipts: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ..., draws: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., stage_us: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., embedding: _Optional[bytes] = ..., score_logprobs: _Optional[_Iterable[float]] = ..., score_tops: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ...) -> None: ...
 
 class TopLogprobs(_message.Message):
     __slots__ = ("ids", "logprobs")
