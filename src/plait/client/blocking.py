@@ -1,14 +1,15 @@
-"""The same client without async: one event loop in a thread, every call waits for it."""
+"""The same client without async: an event loop in a thread, every call waits for it."""
 
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Coroutine, Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from plait.client.answer import Answer, Embedding, TextDelta
+from plait.client.background import background_loop
 from plait.client.client import AsyncClient, Options
 from plait.client.prompt import Prompt
 from plait.client.streaming import TextStream
@@ -61,16 +62,20 @@ class Client:
     ) -> None:
         self._client = AsyncClient(network, account=account)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
-        self._thread: threading.Thread | None = None
+        self._stop = asyncio.Event()
+        self._living: concurrent.futures.Future[None] | None = None
 
     def __enter__(self) -> Self:
+        loop = background_loop()
+        self._stop = asyncio.Event()
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._thread = threading.Thread(
-            target=self._run, args=(started,), name="plait client", daemon=True
-        )
-        self._thread.start()
-        started.result()
+        self._living = asyncio.run_coroutine_threadsafe(self._live(started), loop)
+        try:
+            started.result()
+        except BaseException:
+            self._living.cancel()
+            raise
+        self._loop = loop
         return self
 
     def __exit__(
@@ -79,10 +84,10 @@ class Client:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._loop is not None and self._stop is not None:
-            self._loop.call_soon_threadsafe(self._stop.set)
-        if self._thread is not None:
-            self._thread.join()
+        loop, self._loop = self._loop, None
+        if loop is not None and self._living is not None:
+            loop.call_soon_threadsafe(self._stop.set)
+            self._living.result()
 
     @property
     def peer(self) -> PeerId:
@@ -155,31 +160,15 @@ class Client:
                 ended.wait(CANCEL_TIMEOUT_S)
             raise
 
-    def _run(self, started: "concurrent.futures.Future[None]") -> None:
-        async def live() -> None:
-            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+    async def _live(self, started: "concurrent.futures.Future[None]") -> None:
+        try:
             async with self._client:
                 started.set_result(None)
                 await self._stop.wait()
-
-        try:
-            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-                runner.run(live())
         except BaseException as error:
             if started.done():
                 raise
             started.set_exception(error)
-        finally:
-            self._loop = None
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop where the node extra has brought it, asyncio otherwise."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 async def _next(source: TextStream) -> TextDelta | Answer | None:
