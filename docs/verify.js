@@ -273,7 +273,7 @@ const RESERVATION = {
   1: ["network_id", "string"], 2: ["account", "string"], 3: ["lane", "u32"],
   4: ["sequence", "u64"], 5: ["session_id", "bytes"], 6: ["epoch", "u32"], 7: ["amount", "u64"],
   8: ["caps*", PAYEE_AMOUNT], 9: ["route_digest", "bytes"], 10: ["issued_ms", "u64"],
-  11: ["expires_ms", "u64"],
+  11: ["expires_ms", "u64"], 12: ["sub_account", "string"],
 };
 const GRANT = {
   1: ["network_id", "string"], 2: ["reservation_digest", "bytes"], 3: ["account", "string"],
@@ -303,10 +303,15 @@ const VOUCHER = {
 };
 const LINE = { 1: ["account", "string"], 2: ["debit", "u64"], 3: ["credit", "u64"] };
 const ACCOUNT_LIMIT = { 1: ["account", "string"], 2: ["credit_limit", "u64"] };
+const SUB_ACCOUNT_TERMS = {
+  1: ["account", "string"], 2: ["name", "string"], 3: ["sequence", "u64"], 4: ["limit", "u64"],
+  5: ["period", "enum"], 6: ["period_limit", "u64"], 7: ["closed", "bool"],
+};
 const ENTRY = {
   1: ["network_id", "string"], 2: ["index", "u64"], 3: ["kind", "enum"],
   4: ["session_id", "bytes"], 5: ["cause_digest", "bytes"], 6: ["lines*", LINE],
-  7: ["posted_ms", "u64"], 8: ["limit?", ACCOUNT_LIMIT],
+  7: ["posted_ms", "u64"], 8: ["limit?", ACCOUNT_LIMIT], 9: ["terms?", SUB_ACCOUNT_TERMS],
+  10: ["sub_account", "string"],
 };
 
 const PAYLOAD_TYPES = new Map([
@@ -1363,7 +1368,7 @@ function gapIn(intervals, last) {
 
 // ---------------------------------------------------------------- credit
 
-const RESERVE = 2, SETTLE = 3, VOID = 4, LIMIT = 5;
+const RESERVE = 2, SETTLE = 3, VOID = 4, SUB_ACCOUNT = 6;
 const COMMITTEE_GRANT_TYPE = "application/vnd.plait.committee-grant.v1";
 
 function routeBytes(terms) {
@@ -1465,7 +1470,7 @@ function checkCaps(bundle) {
 
 function readEntry(bundle, payload, number) {
   const entry = decode(ENTRY, payload);
-  ensure(entry.kind >= 1 && entry.kind <= LIMIT, `entry ${number} has an unknown kind`);
+  ensure(entry.kind >= 1 && entry.kind <= SUB_ACCOUNT, `entry ${number} has an unknown kind`);
   const ours = entry.network_id === bundle.networkId && equalBytes(entry.session_id, bundle.terms.sessionId);
   ensure(ours, `entry ${number} is of another network or session`);
   ensure(entry.lines.every((line) => (line.debit === 0n) !== (line.credit === 0n)),
@@ -1511,7 +1516,9 @@ async function checkReserveEntries(bundle, entries) {
     const { reservation } = epochs.get(account);
     const caused = reservation !== null && equalBytes(entry.cause_digest, await sha256(reservation.payload));
     ensure(caused, "a reserve entry was caused by another reservation");
-    ensure(credit === decode(RESERVATION, reservation.payload).amount, "a reserve entry is of another amount");
+    const reserved = decode(RESERVATION, reservation.payload);
+    ensure(credit === reserved.amount, "a reserve entry is of another amount");
+    ensure(entry.sub_account === reserved.sub_account, "a reserve entry draws on another sub-account");
   }
   for (const [hold, epoch] of epochs) {
     ensure(epoch.grant === null || booked.has(hold), "a reservation was granted, but not booked");
@@ -1661,7 +1668,7 @@ async function checkLog(bundle, authority) {
   for (const [number, payload] of bundle.entries.entries()) {
     const entry = decode(ENTRY, payload);
     const { index, hashes } = bundle.proofs[number];
-    ensure(entry.kind >= 1 && entry.kind <= LIMIT, `entry ${number} has an unknown kind`);
+    ensure(entry.kind >= 1 && entry.kind <= SUB_ACCOUNT, `entry ${number} has an unknown kind`);
     ensure(entry.index === index, `entry ${number}: its index is not that of its proof`);
     await verifyInclusion(payload, index, checkpoint, hashes);
   }

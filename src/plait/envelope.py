@@ -34,6 +34,7 @@ _TYPE_NAMES = {
     "SettlementRequest": "settlement",
     "IssueOrder": "issue-order",
     "LimitOrder": "limit-order",
+    "SubAccountOrder": "sub-account-order",
     "AccountQuery": "account-query",
     "BundleSeal": "bundle-seal",
     "AuditVerdict": "audit-verdict",

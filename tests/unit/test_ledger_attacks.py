@@ -30,8 +30,10 @@ from plait.ledger.journal import (
     Refusal,
     Reserve,
     SetLimit,
+    SetSubAccount,
     Settle,
 )
+from plait.ledger.sub_accounts import BudgetPeriod, SubAccount, SubAccounts, terms_message
 from plait.testing.accounting import key_of
 from plait.types import U64_MAX, AccountId, Prices, SessionId, TokenCounts
 from plait.v1.ledger_pb2 import (
@@ -41,12 +43,14 @@ from plait.v1.ledger_pb2 import (
     PayeeAmount,
     SessionVoucher,
     SettlementRequest,
+    SubAccountOrder,
 )
 
 NETWORK = "attacked"
 START_MS = 1_700_000_000_000
 CLIENTS = [AccountId(key_of(f"client {number}").peer_id) for number in range(3)]
 PAYEES = [AccountId(key_of(f"payee {number}").peer_id) for number in range(3)]
+SHARES = ["one", "two"]
 TTL_MS = 600_000
 ENDS_MS = TTL_MS + GRACE_MS
 
@@ -89,7 +93,7 @@ class World:
         outcome = self.books.apply(command, self.now_ms)
         if isinstance(outcome, Accepted):
             self.entries += outcome.entries
-            if isinstance(command, Issue | SetLimit) and outcome.entries:
+            if isinstance(command, Issue | SetLimit | SetSubAccount) and outcome.entries:
                 self.causes[command.digest] = command.order
             if isinstance(command, Reserve) and outcome.entries:
                 self.causes[command.digest] = command.reservation
@@ -191,6 +195,24 @@ class World:
         }
         request = SettlementRequest(**{**fields, **changes})
         return self.run(Decline(request, digest(encode(request))))
+
+    def share(self, account: AccountId, name: str, **terms: Any) -> Outcome:
+        known = self.books.sub_accounts.of(account).get(name)
+        ordered = SubAccount(account, name, known.sequence + 1 if known else 1, **terms)
+        order = SubAccountOrder(
+            network_id=NETWORK, terms=terms_message(ordered), issued_ms=self.now_ms
+        )
+        return self.run(SetSubAccount(order, digest(encode(order))))
+
+    def honest_share(self) -> None:
+        client, name = self.rng.choice(CLIENTS), self.rng.choice(SHARES)
+        self.share(client, name, limit=self.rng.choice([0, 400, 5_000]))
+        if self.rng.random() < 0.2:
+            self.share(client, name, closed=True)
+        caps = {payee: self.rng.randint(1, 50) for payee in PAYEES}
+        command = self.reservation(client, caps, sub_account=name)
+        if isinstance(self.run(command), Accepted):
+            self.sessions = [*self.sessions[-19:], Session(client, command, caps)]
 
     def honest_limit(self) -> None:
         self.limit(self.rng.choice(CLIENTS), self.rng.choice([0, 500, 5_000]))
@@ -343,6 +365,10 @@ class World:
         for account in self.books.frozen:
             rebuilt.freeze(account)
         assert rebuilt.balances.all() == self.books.balances.all()
+        for client in CLIENTS:
+            for name in self.books.sub_accounts.of(client):
+                key = (client, name, self.now_ms)
+                assert rebuilt.sub_accounts.used(*key) == self.books.sub_accounts.used(*key)
         for session in self.sessions:
             assert rebuilt.holds(session.id) == self.books.holds(session.id)
         self.books = rebuilt
@@ -389,6 +415,22 @@ class World:
         assert isinstance(raised, Refusal) and raised.code == "order-id"
         assert isinstance(self.run(self.reservation(client, {PAYEES[0]: 1})), Refusal)
 
+    def attack_09_a_share_beyond_its_limits(self) -> None:
+        client, name = self.rng.choice(CLIENTS), f"share {self.numbers}".replace(" ", "-")
+        if self.books.available(client) < 1_000:
+            self.issue(client, 10_000)
+        self.share(client, name, limit=150, period=BudgetPeriod.DAY, period_limit=100)
+        # All at once, each within the limit: together they are not.
+        outcomes = [
+            self.run(self.reservation(client, {PAYEES[0]: 40}, sub_account=name)) for _ in range(5)
+        ]
+        assert [isinstance(one, Accepted) for one in outcomes] == [True, True] + [False] * 3
+        nameless = self.reservation(client, {PAYEES[0]: 1}, sub_account="nobody's")
+        assert isinstance(self.run(nameless), Refusal)
+        self.share(client, name, closed=True)
+        closed = self.run(self.reservation(client, {PAYEES[0]: 1}, sub_account=name))
+        assert isinstance(closed, Refusal) and closed.code == "budget"
+
     # What must hold after each.
 
     def check(self) -> None:
@@ -397,6 +439,10 @@ class World:
         limits = {e.limit.account: e.limit.credit_limit for e in self.entries if e.limit}
         for name, balance in balances.items():
             assert name == EQUITY or balance >= -limits.get(name, 0)
+        for client in CLIENTS:
+            for share in self.books.sub_accounts.of(client):
+                use = self.books.sub_accounts.used(client, share, self.now_ms)
+                assert use.used >= self.books.pending(client, share) >= 0
         for session in self.sessions:
             for payee, paid in self.paid(session).items():
                 assert paid <= min(session.caps[payee], session.promised[payee])
@@ -438,6 +484,8 @@ BUGS: list[tuple[Any, str, Callable[..., Any]]] = [
     (Balances, "limit", lambda self, account: U64_MAX),
     (Books, "_expire", lambda self, now_ms: Accepted((), (), 0)),
     (Books, "freeze", lambda self, account: None),
+    (SubAccounts, "refusal", lambda self, *asked: None),
+    (SubAccounts, "use", lambda self, *taken: None),
 ]
 
 

@@ -207,6 +207,11 @@ def test_witnesses() -> None:
     assert agree(network, bundles) == expected
 
 
+def test_a_share_of_an_account_paid() -> None:
+    parts = PaperSession(Plot(sub_account="team")).play().bundle_parts()
+    assert agree(paper_network(), [build_bundle(parts, key_of("client"))]) == ["verified"]
+
+
 def test_an_allowlist_and_a_large_number() -> None:
     closed = paper_network(admission="allowlist")
     peers = frozenset({PARTS.terms.client, *(stage.peer for stage in EPOCH.terms.stages)})

@@ -254,3 +254,42 @@ def test_statement_and_invoice_come_out_byte_for_byte(
     assert closing == run_json(world, capsys, "balance")["available_microcredits"] - 18
     run(world, capsys, "statement", "--from", until, "--until", until, code=3)
     run(world, capsys, "statement", "--from", "yesterday", "--until", until, code=3)
+
+
+def test_a_sub_account_from_opening_to_closing(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(world, capsys, "issue", world.client, "9", "--order-id", "5a")
+    opened = run_json(
+        world, capsys, "sub-account", "key-1", "--period", "month", "--period-limit", "70"
+    )
+    assert opened == {
+        "name": "key-1",
+        "sequence": 1,
+        "limit_microcredits": None,
+        "period": "month",
+        "period_limit_microcredits": 70,
+        "closed": False,
+    }
+    [use] = run_json(world, capsys, "sub-accounts")["sub_accounts"]
+    assert use == {
+        **opened,
+        "used_microcredits": 0,
+        "period_used_microcredits": 0,
+        "pending_microcredits": 0,
+    }
+    assert run_json(world, capsys, "balance")["sub_accounts"] == [use]
+    assert "key-1: 0 used, 0 in this month" in run(world, capsys, "balance")
+    run(world, capsys, "sub-account", "key-1", "--limit", "5", "--close")
+    assert "closed, at most 5 microcredits" in run(world, capsys, "sub-accounts")
+    shown = run_json(world, capsys, "history", "--sub-account", "key-1")["entries"]
+    assert [entry["terms"]["closed"] for entry in shown] == [True, False]
+    run(world, capsys, "sub-account", "Key", code=9)
+    run(world, capsys, "sub-account", "key-2", "--period", "day", code=3)
+    assert run_json(world, capsys, "audit")["violations"] == []
+    statement = run(
+        world, capsys, "statement", "--from=2020-01-01", "--until=2090-01-01", "--sub-account=key-1"
+    )
+    assert json.loads(statement)["closing_balance"] == "0"
+    exported = run(world, capsys, "export", "--format", "csv").splitlines()
+    assert exported[0].endswith(",sub_account") and exported[-1].endswith(",key-1")

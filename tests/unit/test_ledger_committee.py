@@ -38,6 +38,7 @@ from plait.ledger.service.authority import AuthorityKeys, RunningAuthority, serv
 from plait.ledger.service.committee import RemoteCommittee, connect
 from plait.ledger.service.notices import NoticeExchange, posts_of
 from plait.ledger.service.remote import RemoteLedger
+from plait.ledger.sub_accounts import SubAccount, terms_message
 from plait.net.tls import TlsIdentity, create_identity
 from plait.network_file import Authority, NetworkFile
 from plait.testing.accounting import NOW_MS, PaperSession, Plot, grant_of, key_of
@@ -448,3 +449,26 @@ async def test_an_account_has_one_lane(tmp_path: Path) -> None:
         for _ in range(5):
             tasks.create_task(use())
     assert sorted(numbers) == [(0, sequence) for sequence in range(1, 6)]
+
+
+async def test_a_sub_account_holds_in_a_committee_and_who_was_away_learns_of_it(
+    tmp_path: Path,
+) -> None:
+    def order(sequence: int, limit: int) -> SignedEnvelope:
+        terms = SubAccount(AccountId(CLIENT.peer_id), "team", sequence, limit)
+        message = pb.SubAccountOrder(network_id=NETWORK_ID, terms=terms_message(terms))
+        return seal(CLIENT_LEDGER, message)
+
+    own = cert(CLIENT, CLIENT_LEDGER)
+    async with four(tmp_path, {}) as committee, joined(committee) as ledger:
+        await committee.stop(2)
+        await ledger.set_sub_account(order(1, 10), own)
+        await ledger.set_sub_account(order(2, 100), own)
+        await ledger.reserve(reservation(1, 60, sub_account="team"), own)
+        await ledger.settle(*settlement(1, 25))
+        [use] = await ledger.sub_accounts(query(), own)
+        assert (use.terms.limit, use.used, use.pending) == (100, 25, 0)
+        await committee.start(2)
+        await until(lambda: committee.balances(2) == committee.balances(0) == (975, 0, 25))
+        with pytest.raises(LedgerError, match="75 left of the limit"):
+            await ledger.reserve(reservation(2, 76, sub_account="team"), own)

@@ -312,6 +312,7 @@ LIES: list[tuple[str, Callable[[], BundleParts]]] = [
     ("journal", lambda: ledger_that_posts((1, line(1, credit=1)))),
     ("journal", lambda: ledger_that_posts((1, line(1, account=key_of("x").peer_id)))),
     ("journal", lambda: ledger_that_posts((1, pay_more(1)))),
+    ("journal", lambda: ledger_that_posts((0, setting(sub_account="another")))),
     ("journal", lambda: ledger_that_posts((1, pay_more(-1)))),
     ("journal", lambda: ledger_that_posts((1, line(0, account=key_of("x").peer_id)))),
     ("journal", lambda: ledger_that_posts((0, setting(cause_digest=bytes(32))))),

@@ -9,6 +9,7 @@ from plait.cli.ledger_connection import (
     Account,
     Json,
     Network,
+    OfSubAccount,
     ask,
     authority,
     checked_amount,
@@ -20,10 +21,12 @@ from plait.cli.ledger_connection import (
     query,
 )
 from plait.cli.ledger_journal import audit, export, invoice, statement
+from plait.cli.ledger_sub_accounts import plain_use, sub_account, sub_account_line, sub_accounts
 from plait.errors import ConfigError
 
 if TYPE_CHECKING:
-    from plait.ledger.service.remote import RemoteLedger
+    from plait.ledger.service.remote import AccountState, RemoteLedger
+    from plait.ledger.sub_accounts import SubAccountUse
     from plait.types import Digest
 
 app = typer.Typer(help="Accounts, history and the log.", no_args_is_help=True)
@@ -35,7 +38,11 @@ def balance(account: Account = None, network: Network = None, json_output: Json 
     from plait.cli.output import emit_json
 
     name, asked, cert = query(network, account)
-    state = ask(network, lambda ledger: ledger.account(asked, cert))
+
+    async def read(ledger: "RemoteLedger") -> "tuple[AccountState, list[SubAccountUse]]":
+        return await ledger.account(asked, cert), await ledger.sub_accounts(asked, cert)
+
+    state, shares = ask(network, read)
     if json_output:
         emit_json(
             {
@@ -44,10 +51,13 @@ def balance(account: Account = None, network: Network = None, json_output: Json 
                 "pending_microcredits": state.pending,
                 "credit_limit_microcredits": state.credit_limit,
                 "next_sequence": state.next_sequence,
+                "sub_accounts": [plain_use(use) for use in shares],
             }
         )
     else:
         print(f"{name}: {state.available} microcredits available, {state.pending} set aside")
+        for use in shares:
+            print(sub_account_line(use))
 
 
 @app.command()
@@ -132,6 +142,7 @@ def limit(
 def history(
     account: Account = None,
     limit: Annotated[int, typer.Option(min=1, max=100, help="Most entries to show.")] = 20,
+    sub_account: OfSubAccount = "",
     network: Network = None,
     json_output: Json = False,
 ) -> None:
@@ -141,7 +152,7 @@ def history(
     from plait.ledger.balances import entry_from_payload
     from plait.ledger.journal_file import plain_entry
 
-    name, asked, cert = query(network, account)
+    name, asked, cert = query(network, account, sub_account)
     messages = ask(network, lambda ledger: ledger.history(asked, cert, limit))
     entries = [entry_from_payload(encode(message)) for message in messages]
     if json_output:
@@ -337,6 +348,8 @@ def _read_bytes(path: Path) -> bytes:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
+app.command()(sub_account)
+app.command()(sub_accounts)
 app.command()(audit)
 app.command()(export)
 app.command()(statement)

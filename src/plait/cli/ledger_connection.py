@@ -23,6 +23,8 @@ Account = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
+OfSubAccount = Annotated[str, typer.Option("--sub-account", help="Only this share of the account.")]
+
 CERT_TTL_MS = 600_000
 
 Result = TypeVar("Result")
@@ -70,7 +72,7 @@ def authority(network: Path | None) -> "Authority":
 
 
 def query(
-    network: Path | None, account: str | None
+    network: Path | None, account: str | None, sub_account: str = ""
 ) -> "tuple[str, SignedEnvelope, SignedEnvelope | None]":
     """The account asked for, a signed query, and the certificate when we are its owner."""
     from plait.envelope import seal
@@ -82,7 +84,9 @@ def query(
     network_id, folder = network_file(network).network_id, client_dir(network)
     own = load_key(folder / "identity.key")
     name = peer(account) if account else own.peer_id
-    message = AccountQuery(network_id=network_id, account=name, issued_ms=now_ms())
+    message = AccountQuery(
+        network_id=network_id, account=name, issued_ms=now_ms(), sub_account=sub_account
+    )
     if name != own.peer_id:
         return name, seal(issuer_key(network), message), None
     key = load_key(folder / "ledger.key")

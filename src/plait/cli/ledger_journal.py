@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
 
-from plait.cli.ledger_connection import Account, Json, Network, ask, authority, network_file
+from plait.cli.ledger_connection import (
+    Account,
+    Json,
+    Network,
+    OfSubAccount,
+    ask,
+    authority,
+    network_file,
+)
 from plait.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,6 +101,7 @@ def statement(
     first: From,
     until: Until,
     account: Account = None,
+    sub_account: OfSubAccount = "",
     journal: Journal = None,
     output: Output = None,
     network: Network = None,
@@ -106,13 +115,14 @@ def statement(
     from plait.ledger.statement import make_statement
 
     name, period = _account(account, network), _period(first, until)
-    _write(output, make_statement(_entries(journal, network), name, period).encoded())
+    _write(output, make_statement(_entries(journal, network), name, period, sub_account).encoded())
 
 
 def invoice(
     first: From,
     until: Until,
     account: Account = None,
+    sub_account: OfSubAccount = "",
     journal: Journal = None,
     output: Output = None,
     network: Network = None,
@@ -124,7 +134,7 @@ def invoice(
     from plait.ledger.statement import make_invoice
 
     name, period = _account(account, network), _period(first, until)
-    _write(output, make_invoice(_entries(journal, network), name, period).encoded())
+    _write(output, make_invoice(_entries(journal, network), name, period, sub_account).encoded())
 
 
 def _account(account: str | None, network: Path | None) -> "AccountId":
@@ -218,7 +228,7 @@ def _csv_writer(file: TextIO) -> "Callable[[JournalPage], None]":
 
     columns = ["index", "kind", "posted_ms", "session_id", "cause_digest"]
     writer = csv.writer(file)
-    writer.writerow([*columns, "account", "debit", "credit", "credit_limit"])
+    writer.writerow([*columns, "account", "debit", "credit", "credit_limit", "sub_account"])
 
     def write(page: "JournalPage") -> None:
         for payload in page.entries:
@@ -226,8 +236,12 @@ def _csv_writer(file: TextIO) -> "Callable[[JournalPage], None]":
             plain = plain_entry(entry)
             head = [plain[column] for column in columns]
             if entry.limit is not None:
-                writer.writerow([*head, entry.limit.account, 0, 0, entry.limit.credit_limit])
+                writer.writerow([*head, entry.limit.account, 0, 0, entry.limit.credit_limit, ""])
+            if entry.terms is not None:
+                writer.writerow([*head, entry.terms.account, 0, 0, "", entry.terms.name])
             for line in entry.lines:
-                writer.writerow([*head, line.account, line.debit, line.credit, ""])
+                writer.writerow(
+                    [*head, line.account, line.debit, line.credit, "", entry.sub_account]
+                )
 
     return write

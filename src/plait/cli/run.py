@@ -35,6 +35,9 @@ QosClass = Annotated[
 WaitReplica = Annotated[
     float, typer.Option(min=0.0, help="Seconds to wait for a host when one is lost.")
 ]
+SubAccount = Annotated[
+    str, typer.Option(help="Pay within the limits of this share of your account.")
+]
 
 
 def run(
@@ -54,6 +57,7 @@ def run(
     drafts: Drafts = True,
     qos: QosClass = "standard",
     wait_replica: WaitReplica = 20.0,
+    sub_account: SubAccount = "",
     network: Network = None,
     bundle: Annotated[
         Path | None, typer.Option(help="Write the evidence here, for plait verify.")
@@ -78,6 +82,7 @@ def run(
         drafts=drafts,
         qos=qos,
         replica_wait_s=wait_replica,
+        sub_account=sub_account,
         **_peers(pin, only, ignore),
     )
     if bundle is not None:
@@ -111,6 +116,7 @@ def chat(
     drafts: Drafts = True,
     qos: QosClass = "standard",
     wait_replica: WaitReplica = 20.0,
+    sub_account: SubAccount = "",
     network: Network = None,
 ) -> None:
     """Talk with a model. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
@@ -127,6 +133,7 @@ def chat(
         drafts=drafts,
         qos=qos,
         replica_wait_s=wait_replica,
+        sub_account=sub_account,
         **_peers(pin, only, ignore),
     )
     messages = [{"role": "system", "content": system}] if system else []

@@ -14,6 +14,7 @@ from plait.client.client import AsyncClient, Options
 from plait.client.prompt import Prompt
 from plait.client.streaming import TextStream
 from plait.errors import LocalProtocolError
+from plait.ledger.sub_accounts import BudgetPeriod, SubAccount, SubAccountUse
 from plait.router.plan import Plan
 from plait.router.view import View
 from plait.types import PeerId
@@ -133,6 +134,25 @@ class Client:
     ) -> Embedding:
         """The embedding of a text; see ``AsyncClient.embed``."""
         return self._call(self._client.embed(model, text, options))
+
+    def sub_accounts(self) -> Sequence[SubAccountUse]:
+        """The account's sub-accounts by name, with what each has used."""
+        return self._call(self._client.sub_accounts())
+
+    def set_sub_account(
+        self,
+        name: str,
+        *,
+        limit: int = 0,
+        period: BudgetPeriod | None = None,
+        period_limit: int = 0,
+        closed: bool = False,
+    ) -> SubAccount:
+        """Open, change or close a sub-account; see ``client.sub_accounts``."""
+        order = self._client.set_sub_account(
+            name, limit=limit, period=period, period_limit=period_limit, closed=closed
+        )
+        return self._call(order)
 
     @property
     def is_open(self) -> bool:

@@ -21,11 +21,13 @@ from plait.client.epoch import Order
 from plait.client.generation import Generation, Surroundings
 from plait.client.prompt import Prompt, check_ids, check_lengths, prompt_ids
 from plait.client.streaming import Begun, TextStream, Tokens
+from plait.client.sub_accounts import order_sub_account, read_sub_accounts
 from plait.compute.drafts import AdaptiveDrafter
 from plait.errors import ConfigError, LocalProtocolError, NoRoute, PeerUnreachable
 from plait.ledger.notices import NoticeBoard
 from plait.ledger.service.committee import Ledger, connect
 from plait.ledger.service.notices import NoticeExchange, NoticeFile, Post, posts_of
+from plait.ledger.sub_accounts import BudgetPeriod, SubAccount, SubAccountUse
 from plait.locate import client_dir, network_path
 from plait.model.catalog import LocalModel, load
 from plait.model.tokenizer import Tokenizer
@@ -72,6 +74,8 @@ class Options:
     score_prompt: bool = False
     """Also give the log-probability of each of the prompt's tokens (``Answer.prompt_scores``)."""
     qos: Qos = "standard"
+    sub_account: str = ""
+    """The share of the account whose limits the ledger keeps for this request; empty: none."""
     replica_wait_s: float = 20.0
     """How long to wait for a host when a stage is lost and nobody can take its place."""
 
@@ -260,6 +264,34 @@ class AsyncClient:
         answer = await begun.generation.run(begun.tokenizer.decode)
         return Embedding(_unit(begun.generation.embedding), answer)
 
+    async def sub_accounts(self) -> Sequence[SubAccountUse]:
+        """The account's sub-accounts by name, with what each has used."""
+        return await read_sub_accounts(
+            self.ledger, self.account, self.network.network_id, _clock_ms()
+        )
+
+    async def set_sub_account(
+        self,
+        name: str,
+        *,
+        limit: int = 0,
+        period: BudgetPeriod | None = None,
+        period_limit: int = 0,
+        closed: bool = False,
+    ) -> SubAccount:
+        """Open, change or close a sub-account; see ``client.sub_accounts``."""
+        return await order_sub_account(
+            self.ledger,
+            self.account,
+            self.network.network_id,
+            _clock_ms(),
+            name,
+            limit=limit,
+            period=period,
+            period_limit=period_limit,
+            closed=closed,
+        )
+
     async def audit(self, bundle: bytes, only: Collection[PeerId] = ()) -> list[Audited]:
         """Have what the lottery drew of a bundle audited; see ``client.auditing``."""
         await _entered(self._watch).settled()
@@ -298,6 +330,7 @@ class AsyncClient:
             score=options.score_prompt,
             qos=options.qos,
             replica_wait_ms=round(options.replica_wait_s * 1000),
+            sub_account=options.sub_account,
         )
         watch = _entered(self._watch)
         await watch.settled()

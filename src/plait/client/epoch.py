@@ -40,6 +40,7 @@ class Order:
     If a stage is lost and nobody can take its place, the session waits ``replica_wait_ms``
     for one before it gives up. ``embed`` asks for the prompt's final hidden state, too,
     ``score`` for the log-probabilities of the prompt's ids.
+    ``sub_account`` is the share of the client's account that pays; empty: none.
     """
 
     model: ModelShape
@@ -53,6 +54,7 @@ class Order:
     score: bool = False
     qos: Qos = "standard"
     replica_wait_ms: int = 20_000
+    sub_account: str = ""
     accounting: Accounting = field(default_factory=Accounting)
 
 

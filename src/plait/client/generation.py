@@ -127,7 +127,7 @@ class Generation:
             1,
         )
         self._reserving = Reserving(
-            around.account, around.ledger, self._client_cert, around.clock_ms
+            around.account, around.ledger, self._client_cert, around.clock_ms, order.sub_account
         )
         self._pipeline: Pipeline | None = None
         self._timer: asyncio.TimerHandle | None = None

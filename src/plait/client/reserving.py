@@ -24,7 +24,7 @@ _RETRY_S = 0.5
 
 
 class Reserving:
-    """Carries out ``Reserve`` for one account."""
+    """Carries out ``Reserve`` for one account, or one sub-account of it."""
 
     def __init__(
         self,
@@ -32,11 +32,13 @@ class Reserving:
         ledger: Ledger,
         client_cert: SignedEnvelope,
         clock_ms: Callable[[], int],
+        sub_account: str = "",
     ) -> None:
         self._account = account
         self._ledger = ledger
         self._client_cert = client_cert
         self._clock_ms = clock_ms
+        self._sub_account = sub_account
 
     async def reserve(self, action: Reserve, report: Callable[[Event], None]) -> None:
         """Report ``ReservationSigned``, then ``Granted`` or ``ReserveFailed``."""
@@ -54,6 +56,7 @@ class Reserving:
                     self._clock_ms(),
                     action.ttl_ms,
                     route_digest(action.terms),
+                    sub_account=self._sub_account,
                 )
                 lane.save(sequence, reservation)
                 report(ReservationSigned(epoch, reservation))

@@ -10,6 +10,7 @@ from enum import IntEnum
 
 from plait.envelope import decode, encode
 from plait.errors import LedgerError
+from plait.ledger.sub_accounts import SubAccount, terms_from, terms_message
 from plait.types import U64_MAX, AccountId
 from plait.v1.ledger_pb2 import AccountLimit, JournalEntry, JournalLine
 
@@ -27,6 +28,7 @@ class EntryKind(IntEnum):
     SETTLE = 3
     VOID = 4
     LIMIT = 5
+    SUB_ACCOUNT = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,10 @@ class Entry:
     posted_ms: int
     limit: Limit | None = None
     """Of a LIMIT, which has no lines."""
+    terms: SubAccount | None = None
+    """Of a SUB_ACCOUNT, which has no lines."""
+    sub_account: str = ""
+    """Of a RESERVE: the name of the sub-account that it draws on."""
 
     @property
     def payload(self) -> bytes:
@@ -85,6 +91,8 @@ def entry_message(entry: Entry) -> JournalEntry:
         ],
         posted_ms=entry.posted_ms,
         limit=_limit_message(entry.limit),
+        terms=None if entry.terms is None else terms_message(entry.terms),
+        sub_account=entry.sub_account,
     )
 
 
@@ -99,8 +107,9 @@ def entry_from_payload(payload: bytes) -> Entry:
     message = decode(payload, JournalEntry)
     try:
         kind = EntryKind(message.kind)
+        terms = terms_from(message.terms) if message.HasField("terms") else None
     except ValueError as error:
-        raise LedgerError(f"entry {message.index} has the unknown kind {message.kind}") from error
+        raise LedgerError(f"entry {message.index} is of no known kind: {error}") from error
     return Entry(
         network_id=message.network_id,
         index=message.index,
@@ -114,6 +123,8 @@ def entry_from_payload(payload: bytes) -> Entry:
         limit=Limit(AccountId(message.limit.account), message.limit.credit_limit)
         if message.HasField("limit")
         else None,
+        terms=terms,
+        sub_account=message.sub_account,
     )
 
 
@@ -153,7 +164,7 @@ class Balances:
             return "debits and credits differ"
         if not _has_shape(entry):
             return f"its accounts do not fit the kind {entry.kind.name}"
-        once = entry.kind in (EntryKind.ISSUE, EntryKind.RESERVE, EntryKind.LIMIT)
+        once = entry.kind not in (EntryKind.SETTLE, EntryKind.VOID)
         if once and (len(entry.cause) != 32 or (entry.kind, entry.cause) in self._booked):
             return "its cause is missing or booked twice"
         if entry.limit and self.of(entry.limit.account) < -entry.limit.credit_limit:
@@ -205,7 +216,13 @@ def _has_shape(entry: Entry) -> bool:
     credits = [line.account for line in entry.lines if line.credit]
     if (entry.limit is not None) != (entry.kind is EntryKind.LIMIT):
         return False
+    if (entry.terms is not None) != (entry.kind is EntryKind.SUB_ACCOUNT):
+        return False
+    if entry.sub_account and entry.kind is not EntryKind.RESERVE:
+        return False
     match entry.kind:
+        case EntryKind.SUB_ACCOUNT:
+            return entry.terms is not None and ":" not in entry.terms.account and not entry.lines
         case EntryKind.LIMIT:
             return entry.limit is not None and ":" not in entry.limit.account and not entry.lines
         case EntryKind.ISSUE:

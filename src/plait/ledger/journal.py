@@ -12,10 +12,8 @@ goes back once every payee has released it or its expiry and the grace time have
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 
 from plait.errors import LedgerError
-from plait.identity import public_key_of
 from plait.ledger.balances import (
     EQUITY,
     HOLD,
@@ -39,6 +37,7 @@ from plait.ledger.journal_commands import (
     Release,
     Reserve,
     SetLimit,
+    SetSubAccount,
     Settle,
 )
 from plait.ledger.journal_holds import (
@@ -48,6 +47,14 @@ from plait.ledger.journal_holds import (
     has_expired,
     may_release,
 )
+from plait.ledger.journal_rules import (
+    PAYEES_MAX,
+    is_peer,
+    order_key,
+    reservation_malformed,
+    stale,
+)
+from plait.ledger.sub_accounts import SubAccounts, terms_from
 from plait.types import AccountId, Digest, SessionId
 from plait.v1.ledger_pb2 import (
     BudgetReservation,
@@ -55,6 +62,7 @@ from plait.v1.ledger_pb2 import (
     LimitOrder,
     SessionVoucher,
     SettlementRequest,
+    SubAccountOrder,
 )
 
 __all__ = [
@@ -76,11 +84,11 @@ __all__ = [
     "Release",
     "Reserve",
     "SetLimit",
+    "SetSubAccount",
     "Settle",
 ]
 
 RESERVATION_TTL_MAX_MS = 24 * 3_600_000
-PAYEES_MAX = 64
 FIRST_SEQUENCE = 1
 
 
@@ -90,11 +98,13 @@ class Books:
     def __init__(self, network_id: str) -> None:
         self.network_id = network_id
         self.balances = Balances(network_id)
+        self.sub_accounts = SubAccounts()
         self.frozen: set[AccountId] = set()
         self._sessions: dict[SessionId, dict[int, Hold]] = {}
         self._open: dict[tuple[SessionId, int], Hold] = {}
         self._orders: dict[bytes, tuple[EntryKind, str, int, int]] = {}
         self._reservations: dict[Digest, int] = {}
+        self._sub_account_orders: dict[Digest, int] = {}
         self._lanes: dict[tuple[str, int], list[Digest]] = {}
         self._history: dict[str, list[int]] = {}
 
@@ -104,12 +114,12 @@ class Books:
         """Credit that a reservation may take, microcredits: balance and credit limit."""
         return self.balances.of(account) + self.balances.limit(account)
 
-    def pending(self, account: AccountId) -> int:
-        """Credit of the account that stands in holds, microcredits."""
+    def pending(self, account: AccountId, sub_account: str = "") -> int:
+        """Credit of the account, or of one sub-account, that stands in holds, microcredits."""
         return sum(
             self.balances.of(hold_account(*key))
             for key, hold in self._open.items()
-            if hold.account == account
+            if hold.account == account and sub_account in ("", hold.sub_account)
         )
 
     def next_sequence(self, account: AccountId, lane: int) -> int:
@@ -136,7 +146,10 @@ class Books:
         return bool(holds) and not any((session_id, epoch) in self._open for epoch in holds)
 
     def history(self, account: str) -> tuple[int, ...]:
-        """Indexes of the entries that touch an account, its holds, or a session (in hex)."""
+        """Indexes of the entries that touch an account, its holds, or a session (in hex).
+
+        For a sub-account, ``account/name``.
+        """
         return tuple(self._history.get(account, ()))
 
     # What changes the books.
@@ -148,6 +161,8 @@ class Books:
                 return self._issue(command, now_ms)
             case SetLimit():
                 return self._set_limit(command, now_ms)
+            case SetSubAccount():
+                return self._set_sub_account(command, now_ms)
             case Decline():
                 return self._decline(command, now_ms)
             case Reserve():
@@ -165,15 +180,19 @@ class Books:
         self.balances.post(entry)
         match entry.kind, cause:
             case EntryKind.ISSUE, IssueOrder():
-                self._orders[cause.order_id] = (*_order_key(cause), entry.index)
+                self._orders[cause.order_id] = (*order_key(cause), entry.index)
             case EntryKind.LIMIT, LimitOrder():
-                self._orders[cause.order_id] = (*_order_key(cause), entry.index)
+                self._orders[cause.order_id] = (*order_key(cause), entry.index)
+            case EntryKind.SUB_ACCOUNT, SubAccountOrder():
+                if entry.terms is not None:
+                    self.sub_accounts.set(entry.terms)
+                self._sub_account_orders[Digest(entry.cause)] = entry.index
             case EntryKind.RESERVE, BudgetReservation():
                 self._open_hold(entry, cause)
             case EntryKind.SETTLE, None:
                 self._pay(entry)
             case EntryKind.VOID, None:
-                pass
+                self._give_back(entry.lines[0])
             case _:
                 raise LedgerError(f"entry {entry.index} lacks the object that caused it")
         self._index(entry)
@@ -211,6 +230,25 @@ class Books:
         entry = self._entry(EntryKind.LIMIT, b"", command.digest, (), now_ms)
         return self._ordered(replace(entry, limit=Limit(account, order.credit_limit)), order)
 
+    def _set_sub_account(self, command: SetSubAccount, now_ms: int) -> Accepted | Refusal:
+        order, digest = command.order, command.digest
+        if digest in self._sub_account_orders:
+            return Accepted((), (), self._sub_account_orders[digest])
+        if order.network_id != self.network_id:
+            return Refusal("network", "the order is for another network")
+        try:
+            terms = terms_from(order.terms)
+        except ValueError as error:
+            return Refusal("malformed", f"the period is none: {error}")
+        if terms.account not in self._history or not is_peer(terms.account):
+            return Refusal("account", "nothing was ever booked for this account")
+        reason = self.sub_accounts.order_refused(terms)
+        if reason is not None:
+            return Refusal("sub-account", reason)
+        entry = replace(self._entry(EntryKind.SUB_ACCOUNT, b"", digest, (), now_ms), terms=terms)
+        self.post(entry, order)
+        return Accepted((entry,), (), entry.index)
+
     def _ordered(self, entry: Entry, order: IssueOrder | LimitOrder) -> Accepted | Refusal:
         reason = self.balances.violation(entry)
         if reason is not None:
@@ -224,22 +262,22 @@ class Books:
         """The answer to an order that is booked already or that no account can have."""
         earlier = self._orders.get(order.order_id)
         if earlier is not None:
-            if earlier[:3] == _order_key(order):
+            if earlier[:3] == order_key(order):
                 return Accepted((), (), earlier[3])
             return Refusal("order-id", "the order id is booked with another account or amount")
         if order.network_id != self.network_id:
             return Refusal("network", "the order is for another network")
-        if not _is_peer(order.account) or not 1 <= len(order.order_id) <= 64:
+        if not is_peer(order.account) or not 1 <= len(order.order_id) <= 64:
             return Refusal("malformed", "the account is no peer id or the order id is no id")
         if abs(order.issued_ms - now_ms) > FRESHNESS_MS:
-            return _stale("order")
+            return stale("order")
         return None
 
     def _reserve(self, command: Reserve, now_ms: int) -> Outcome:
         reservation, digest = command.reservation, command.digest
         if digest in self._reservations:
             return Accepted((), (), self._reservations[digest])
-        refusal = self._reservation_malformed(reservation)
+        refusal = reservation_malformed(reservation, self.network_id)
         if refusal is not None:
             return refusal
         account = AccountId(reservation.account)
@@ -254,24 +292,12 @@ class Books:
             return refusal
         hold = hold_account(reservation.session_id, reservation.epoch)
         lines = Line(account, debit=reservation.amount), Line(hold, credit=reservation.amount)
-        entry = self._entry(EntryKind.RESERVE, reservation.session_id, digest, lines, now_ms)
+        entry = replace(
+            self._entry(EntryKind.RESERVE, reservation.session_id, digest, lines, now_ms),
+            sub_account=reservation.sub_account,
+        )
         self.post(entry, reservation)
         return Accepted((entry,), (), entry.index)
-
-    def _reservation_malformed(self, reservation: BudgetReservation) -> Refusal | None:
-        caps = reservation.caps
-        if reservation.network_id != self.network_id:
-            return Refusal("network", "the reservation is for another network")
-        if len(reservation.session_id) != 16 or not _is_peer(reservation.account):
-            return Refusal("malformed", "the session id or the account is not one")
-        payees = {cap.payee for cap in caps}
-        if not 1 <= len(caps) <= PAYEES_MAX or len(payees) != len(caps):
-            return Refusal("malformed", f"it needs 1 to {PAYEES_MAX} payees, each once")
-        if not all(map(_is_peer, payees)):
-            return Refusal("malformed", "a payee is no peer id")
-        if reservation.amount == 0 or sum(cap.microcredits for cap in caps) > reservation.amount:
-            return Refusal("amount", "the amount is zero or less than the caps together")
-        return None
 
     def _reservation_refused(
         self, command: Reserve, account: AccountId, now_ms: int
@@ -285,7 +311,7 @@ class Books:
         ):
             return Refusal("sequence", f"the next number of this lane is {expected}")
         if command.dated and abs(reservation.issued_ms - now_ms) > FRESHNESS_MS:
-            return _stale("reservation")
+            return stale("reservation")
         expired = command.dated and reservation.expires_ms <= now_ms
         if expired or reservation.expires_ms > now_ms + RESERVATION_TTL_MAX_MS:
             return Refusal("expiry", "the reservation has expired or is too long")
@@ -296,6 +322,14 @@ class Books:
             return Refusal(
                 "credit", f"{reservation.amount} asked, {self.available(account)} available"
             )
+        # What a quorum has granted is within the account's credit, and booked whatever is
+        # known here of the share: its limits are its owner's affair.
+        if reservation.sub_account and not command.certified:
+            reason = self.sub_accounts.refusal(
+                account, reservation.sub_account, reservation.amount, now_ms
+            )
+            if reason is not None:
+                return Refusal("budget", reason)
         return None
 
     def _settle(self, command: Settle, now_ms: int) -> Accepted | Refusal:
@@ -448,7 +482,12 @@ class Books:
             granted_ms=entry.posted_ms,
             expires_ms=max(reservation.expires_ms, entry.posted_ms),
             caps={AccountId(cap.payee): cap.microcredits for cap in reservation.caps},
+            sub_account=reservation.sub_account,
         )
+        if hold.sub_account:
+            self.sub_accounts.use(
+                hold.account, hold.sub_account, reservation.amount, hold.granted_ms
+            )
         self._sessions.setdefault(session_id, {})[reservation.epoch] = hold
         self._open[session_id, reservation.epoch] = hold
         self._reservations[hold.reservation] = entry.index
@@ -462,6 +501,11 @@ class Books:
             elif hold is not None:
                 hold.paid[line.account] = hold.paid.get(line.account, 0) + line.credit
 
+    def _give_back(self, line: Line) -> None:
+        hold = self._hold_named(line.account)
+        if hold.sub_account:
+            self.sub_accounts.use(hold.account, hold.sub_account, -line.debit, hold.granted_ms)
+
     def _hold_named(self, account: AccountId) -> Hold:
         _, session_hex, epoch = account.split(":")
         return self._sessions[SessionId(bytes.fromhex(session_hex))][int(epoch)]
@@ -470,9 +514,14 @@ class Books:
         touched = {entry.session_id.hex()} if entry.session_id else set()
         if entry.limit is not None:
             touched.add(entry.limit.account)
+        if entry.terms is not None:
+            touched |= {entry.terms.account, f"{entry.terms.account}/{entry.terms.name}"}
         for line in entry.lines:
             if line.account.startswith(HOLD):
-                touched.add(self._hold_named(line.account).account)
+                hold = self._hold_named(line.account)
+                touched.add(hold.account)
+                if hold.sub_account:
+                    touched.add(f"{hold.account}/{hold.sub_account}")
             else:
                 touched.add(line.account)
         for account in touched:
@@ -481,22 +530,3 @@ class Books:
             if line.account.startswith(HOLD) and self.balances.of(line.account) == 0:
                 _, session_hex, epoch = line.account.split(":")
                 self._open.pop((SessionId(bytes.fromhex(session_hex)), int(epoch)), None)
-
-
-def _order_key(order: IssueOrder | LimitOrder) -> tuple[EntryKind, str, int]:
-    if isinstance(order, IssueOrder):
-        return EntryKind.ISSUE, order.account, order.amount
-    return EntryKind.LIMIT, order.account, order.credit_limit
-
-
-@lru_cache(maxsize=4_096)  # base58 is slow, and the payees are always the same
-def _is_peer(account: str) -> bool:
-    try:
-        public_key_of(account)
-    except ValueError:
-        return False
-    return True
-
-
-def _stale(what: str) -> Refusal:
-    return Refusal("stale", f"the {what} was not signed within two minutes of the ledger's clock")

@@ -15,7 +15,7 @@ from plait.errors import BadSignature, LedgerError, PlaitError
 from plait.ledger.balances import Entry, EntryKind, entry_from_payload
 from plait.ledger.certs import check_key_cert
 from plait.ledger.checkpoint import Checkpoint
-from plait.ledger.journal import Accepted, Books, Issue, Reserve, SetLimit
+from plait.ledger.journal import Accepted, Books, Issue, Reserve, SetLimit, SetSubAccount
 from plait.ledger.journal_holds import Hold, has_expired, may_release
 from plait.ledger.merkle import Tree, leaf_hash
 from plait.types import AccountId, Digest, PeerId, SessionId
@@ -26,6 +26,7 @@ from plait.v1.ledger_pb2 import (
     LimitOrder,
     SessionVoucher,
     SettlementRequest,
+    SubAccountOrder,
 )
 
 
@@ -111,6 +112,8 @@ class JournalAuditor:
             case EntryKind.LIMIT:
                 limit = self._caused(entry, objects, LimitOrder, self.issuer_key)
                 self._decide(entry, SetLimit(limit, Digest(entry.cause)))
+            case EntryKind.SUB_ACCOUNT:
+                self._set_sub_account(entry, objects)
             case EntryKind.RESERVE:
                 self._reserve(entry, objects)
             case EntryKind.SETTLE:
@@ -131,10 +134,16 @@ class JournalAuditor:
             raise LedgerError("the signed object that caused it is missing")
         return open_envelope(envelope, message_class, signer=signer)
 
-    def _decide(self, entry: Entry, command: Issue | SetLimit | Reserve) -> None:
+    def _decide(self, entry: Entry, command: Issue | SetLimit | SetSubAccount | Reserve) -> None:
         outcome = self.books.apply(command, entry.posted_ms)
         if not isinstance(outcome, Accepted) or outcome.entries != (entry,):
             raise LedgerError("it is not what its cause says")
+
+    def _set_sub_account(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+        order = self._caused(entry, objects, SubAccountOrder)
+        signer = objects[Digest(entry.cause)].signer
+        self._check_key(order.terms.account, signer, entry.posted_ms, objects)
+        self._decide(entry, SetSubAccount(order, Digest(entry.cause)))
 
     def _reserve(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
         reservation = self._caused(entry, objects, BudgetReservation)

@@ -10,6 +10,7 @@ from plait.v1.ledger_pb2 import (
     LimitOrder,
     SessionVoucher,
     SettlementRequest,
+    SubAccountOrder,
 )
 
 
@@ -55,6 +56,14 @@ class SetLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class SetSubAccount:
+    """The terms of a sub-account, by the account's owner."""
+
+    order: SubAccountOrder
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
 class Decline:
     """A payee wants nothing, or nothing more, from a session, and shows no voucher."""
 
@@ -67,7 +76,7 @@ class Expire:
     """Void every hold whose grace time is over."""
 
 
-Command = Issue | SetLimit | Reserve | Settle | Decline | Expire
+Command = Issue | SetLimit | SetSubAccount | Reserve | Settle | Decline | Expire
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,4 +116,4 @@ class Fork:
 
 
 Outcome = Accepted | Refusal | Fork
-Cause = IssueOrder | LimitOrder | BudgetReservation | None
+Cause = IssueOrder | LimitOrder | SubAccountOrder | BudgetReservation | None

@@ -14,6 +14,7 @@ from plait.errors import RemoteProtocolError
 from plait.ledger.balances import Entry, entry_from_payload
 from plait.ledger.bundle_fields import read_envelopes, write_envelope
 from plait.ledger.journal_audit import JournalPage
+from plait.ledger.sub_accounts import SubAccount
 from plait.v1.identity_pb2 import SignedEnvelope
 
 
@@ -41,7 +42,23 @@ def plain_entry(entry: Entry) -> dict[str, Any]:
     if entry.limit is not None:
         plain["account"] = entry.limit.account
         plain["credit_limit"] = entry.limit.credit_limit
+    if entry.sub_account:
+        plain["sub_account"] = entry.sub_account
+    if entry.terms is not None:
+        plain["account"] = entry.terms.account
+        plain["sub_account"] = entry.terms.name
+        plain["terms"] = plain_terms(entry.terms)
     return plain
+
+
+def plain_terms(terms: SubAccount) -> dict[str, Any]:
+    """A sub-account's terms for readers; None is no limit."""
+    return {
+        "limit_microcredits": terms.limit or None,
+        "period": None if terms.period is None else terms.period.name.lower(),
+        "period_limit_microcredits": terms.period_limit or None,
+        "closed": terms.closed,
+    }
 
 
 def journal_lines(page: JournalPage, size: int, checkpoint: str) -> Iterator[str]:

@@ -23,6 +23,8 @@ class Hold:
     caps: Mapping[AccountId, int]
     paid: dict[AccountId, int] = field(default_factory=dict)
     released: set[AccountId] = field(default_factory=set)
+    sub_account: str = ""
+    """Name of the sub-account that it draws on."""
 
     def room(self, payee: AccountId) -> int:
         """What the payee's cap leaves."""

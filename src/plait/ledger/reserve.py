@@ -22,11 +22,14 @@ def make_reservation(
     now_ms: int,
     ttl_ms: int,
     route_digest: bytes,
+    *,
+    sub_account: str = "",
 ) -> SignedEnvelope:
     """Ask for the most that the stages that enter in this epoch can still earn.
 
     Each one's cap is its own maximum; the others have theirs from an earlier epoch.
     ``key`` is the client's ledger key; ``sequence`` rises by one per (account, lane).
+    ``sub_account`` is the share of the account whose limits count too.
     Raises ``Overspend`` if the price does not fit 64 bits.
     """
     entered = _entered(terms)
@@ -48,6 +51,7 @@ def make_reservation(
         route_digest=route_digest,
         issued_ms=now_ms,
         expires_ms=now_ms + ttl_ms,
+        sub_account=sub_account,
     )
     return seal(key, reservation)
 

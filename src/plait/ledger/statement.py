@@ -46,6 +46,8 @@ class Statement:
     opening: int
     closing: int
     movements: tuple[Movement, ...]
+    sub_account: str = ""
+    """Of this share of the account alone: then a balance is what it has used, below zero."""
 
     def encoded(self) -> bytes:
         """The document: canonical JSON."""
@@ -55,6 +57,7 @@ class Statement:
             self.period,
             opening_balance=str(self.opening),
             closing_balance=str(self.closing),
+            **_named(self.sub_account),
             movements=[
                 {
                     "index": movement.index,
@@ -87,6 +90,8 @@ class Invoice:
     account: AccountId
     period: Period
     charges: tuple[Charge, ...]
+    sub_account: str = ""
+    """Of this share of the account alone."""
 
     @property
     def total(self) -> int:
@@ -99,6 +104,7 @@ class Invoice:
             "plait.invoice.v1",
             self.account,
             self.period,
+            **_named(self.sub_account),
             total=str(self.total),
             charges=[
                 {
@@ -113,11 +119,16 @@ class Invoice:
         )
 
 
-def make_statement(entries: Iterable[Entry], account: AccountId, period: Period) -> Statement:
+def make_statement(
+    entries: Iterable[Entry], account: AccountId, period: Period, sub_account: str = ""
+) -> Statement:
     """From all entries of the log, from the first on."""
     opening = 0
+    held: set[AccountId] = set()
     movements: list[Movement] = []
     for entry in entries:
+        if sub_account and not _draws_on(entry, sub_account, held):
+            continue
         change = sum(line.credit - line.debit for line in entry.lines if line.account == account)
         if entry.posted_ms < period.from_ms:
             opening += change
@@ -129,15 +140,30 @@ def make_statement(entries: Iterable[Entry], account: AccountId, period: Period)
                 )
             )
     closing = movements[-1].balance if movements else opening
-    return Statement(account, period, opening, closing, tuple(movements))
+    return Statement(account, period, opening, closing, tuple(movements), sub_account)
 
 
-def make_invoice(entries: Iterable[Entry], account: AccountId, period: Period) -> Invoice:
+def _draws_on(entry: Entry, sub_account: str, held: set[AccountId]) -> bool:
+    """Whether an entry fills a hold for a share of an account, or gives back from one.
+
+    ``held`` gathers those holds. They may be of other accounts' shares of this name, whose
+    entries do not change the account.
+    """
+    if entry.kind is EntryKind.RESERVE and entry.sub_account == sub_account:
+        held.add(entry.lines[1].account)
+        return True
+    return entry.kind is EntryKind.VOID and entry.lines[0].account in held
+
+
+def make_invoice(
+    entries: Iterable[Entry], account: AccountId, period: Period, sub_account: str = ""
+) -> Invoice:
     """From all entries of the log, from the first on."""
     held: set[AccountId] = set()
     charges: dict[tuple[bytes, AccountId], Charge] = {}
     for entry in entries:
-        if entry.kind is EntryKind.RESERVE and entry.lines[0].account == account:
+        own = not sub_account or entry.sub_account == sub_account
+        if entry.kind is EntryKind.RESERVE and entry.lines[0].account == account and own:
             held.add(entry.lines[1].account)
         if entry.kind is EntryKind.SETTLE and period.holds(entry):
             own = False
@@ -147,7 +173,7 @@ def make_invoice(entries: Iterable[Entry], account: AccountId, period: Period) -
                 elif own:
                     key = (entry.session_id, line.account)
                     charges[key] = _charged(charges.get(key), entry, line.account, line.credit)
-    return Invoice(account, period, tuple(charges.values()))
+    return Invoice(account, period, tuple(charges.values()), sub_account)
 
 
 def _charged(before: Charge | None, entry: Entry, payee: AccountId, amount: int) -> Charge:
@@ -155,6 +181,10 @@ def _charged(before: Charge | None, entry: Entry, payee: AccountId, amount: int)
     return Charge(
         entry.session_id, payee, first, entry.index, amount + (before.amount if before else 0)
     )
+
+
+def _named(sub_account: str) -> dict[str, JsonValue]:
+    return {"sub_account": sub_account} if sub_account else {}
 
 
 def _document(name: str, account: str, period: Period, **members: JsonValue) -> bytes:

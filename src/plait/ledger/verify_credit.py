@@ -149,9 +149,11 @@ def _check_reserve_entries(parts: BundleParts, entries: Sequence[Entry]) -> None
 def _check_reserve_entry(epoch: EpochParts, entry: Entry, amount: int) -> None:
     if epoch.reservation is None or entry.cause != digest(epoch.reservation.payload):
         raise BadProof("a reserve entry was caused by another reservation")
-    reserved = decode(epoch.reservation.payload, BudgetReservation).amount
-    if amount != reserved:
-        raise BadProof(f"a reserve entry is not of the {reserved} microcredits reserved")
+    reservation = decode(epoch.reservation.payload, BudgetReservation)
+    if amount != reservation.amount:
+        raise BadProof(f"a reserve entry is not of the {reservation.amount} microcredits reserved")
+    if entry.sub_account != reservation.sub_account:
+        raise BadProof("a reserve entry draws on another sub-account than was reserved on")
 
 
 def _filled_hold(parts: BundleParts, entry: Entry) -> tuple[AccountId, int]:

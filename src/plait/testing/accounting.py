@@ -16,16 +16,17 @@ from plait.ledger.certs import make_key_cert
 from plait.ledger.checkpoint import sign_checkpoint
 from plait.ledger.client_books import ClientBooks
 from plait.ledger.handoff import ids_payload
-from plait.ledger.journal import Accepted, Books, Command, Issue, Reserve, Settle
+from plait.ledger.journal import Accepted, Books, Command, Issue, Reserve, SetSubAccount, Settle
 from plait.ledger.merkle import Tree, leaf_hash
 from plait.ledger.opening import opening_to_message, route_digest
 from plait.ledger.progress import Progress
 from plait.ledger.reserve import check_grant, make_reservation
 from plait.ledger.stage_books import StageBooks
+from plait.ledger.sub_accounts import SubAccount, terms_message
 from plait.ledger.terms import SessionTerms, StageTerms
 from plait.network_file import Authority, NetworkFile
 from plait.prices_wire import prices_to_message
-from plait.types import Digest, ModelShape, Prices, Sampling, SessionId, Span
+from plait.types import AccountId, Digest, ModelShape, Prices, Sampling, SessionId, Span
 from plait.v1.bundle_pb2 import ModelManifest
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import (
@@ -34,6 +35,7 @@ from plait.v1.ledger_pb2 import (
     ReservationGrant,
     SessionVoucher,
     SettlementRequest,
+    SubAccountOrder,
 )
 from plait.v1.offer_pb2 import EVIDENCE_LEVEL_STAGE_RECEIPTS, OFFER_STATE_READY, Offer
 
@@ -82,6 +84,7 @@ class Plot:
     prefill_chunk_tokens: int = 3
     prices: Prices = field(default_factory=lambda: Prices(prompt=500_000, output=2_000_000))
     session: str = "session"
+    sub_account: str = ""
 
     @property
     def shape(self) -> ModelShape:
@@ -216,7 +219,14 @@ class PaperSession:
         self.terms = terms_of(plot)
         self.wire = wire
         self.reservation = make_reservation(
-            key_of("client ledger"), self.terms, 0, 1, NOW_MS, HOUR_MS, route_digest(self.terms)
+            key_of("client ledger"),
+            self.terms,
+            0,
+            1,
+            NOW_MS,
+            HOUR_MS,
+            route_digest(self.terms),
+            sub_account=plot.sub_account,
         )
         self.grant = grant_of(self.reservation)
         authority = paper_network().authorities[0]
@@ -303,7 +313,10 @@ class PaperSession:
     def settle(self) -> Evidence:
         """Book the session in a fresh ledger, with some strangers' entries around it."""
         reservation = open_envelope(self.reservation, BudgetReservation)
-        commands: list[Command] = [Reserve(reservation, digest(self.reservation.payload))]
+        commands: list[Command] = []
+        if self.plot.sub_account:
+            commands.append(_open_sub_account(self.plot.sub_account))
+        commands.append(Reserve(reservation, digest(self.reservation.payload)))
         commands += [settlement_of(books) for books in self.stages]
         return evidence_of(commands, self.terms.session_id)
 
@@ -369,6 +382,12 @@ def _issue(name: str, number: int) -> Issue:
         issued_ms=NOW_MS,
     )
     return Issue(order, Digest(digest(encode(order))))
+
+
+def _open_sub_account(name: str) -> SetSubAccount:
+    terms = terms_message(SubAccount(AccountId(key_of("client").peer_id), name, 1))
+    order = SubAccountOrder(network_id=NETWORK_ID, terms=terms, issued_ms=NOW_MS)
+    return SetSubAccount(order, Digest(digest(encode(order))))
 
 
 def _book(commands: Sequence[Command]) -> Iterator[Entry]:

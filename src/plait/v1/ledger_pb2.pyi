@@ -8,6 +8,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class BudgetPeriod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BUDGET_PERIOD_UNSPECIFIED: _ClassVar[BudgetPeriod]
+    BUDGET_PERIOD_DAY: _ClassVar[BudgetPeriod]
+    BUDGET_PERIOD_WEEK: _ClassVar[BudgetPeriod]
+    BUDGET_PERIOD_MONTH: _ClassVar[BudgetPeriod]
+
 class EntryKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ENTRY_KIND_UNSPECIFIED: _ClassVar[EntryKind]
@@ -16,12 +23,18 @@ class EntryKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENTRY_KIND_SETTLE: _ClassVar[EntryKind]
     ENTRY_KIND_VOID: _ClassVar[EntryKind]
     ENTRY_KIND_LIMIT: _ClassVar[EntryKind]
+    ENTRY_KIND_SUB_ACCOUNT: _ClassVar[EntryKind]
+BUDGET_PERIOD_UNSPECIFIED: BudgetPeriod
+BUDGET_PERIOD_DAY: BudgetPeriod
+BUDGET_PERIOD_WEEK: BudgetPeriod
+BUDGET_PERIOD_MONTH: BudgetPeriod
 ENTRY_KIND_UNSPECIFIED: EntryKind
 ENTRY_KIND_ISSUE: EntryKind
 ENTRY_KIND_RESERVE: EntryKind
 ENTRY_KIND_SETTLE: EntryKind
 ENTRY_KIND_VOID: EntryKind
 ENTRY_KIND_LIMIT: EntryKind
+ENTRY_KIND_SUB_ACCOUNT: EntryKind
 
 class PayeeAmount(_message.Message):
     __slots__ = ("payee", "microcredits")
@@ -32,7 +45,7 @@ class PayeeAmount(_message.Message):
     def __init__(self, payee: _Optional[str] = ..., microcredits: _Optional[int] = ...) -> None: ...
 
 class BudgetReservation(_message.Message):
-    __slots__ = ("network_id", "account", "lane", "sequence", "session_id", "epoch", "amount", "caps", "route_digest", "issued_ms", "expires_ms")
+    __slots__ = ("network_id", "account", "lane", "sequence", "session_id", "epoch", "amount", "caps", "route_digest", "issued_ms", "expires_ms", "sub_account")
     NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +57,7 @@ class BudgetReservation(_message.Message):
     ROUTE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ISSUED_MS_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_MS_FIELD_NUMBER: _ClassVar[int]
+    SUB_ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     network_id: str
     account: str
     lane: int
@@ -55,7 +69,8 @@ class BudgetReservation(_message.Message):
     route_digest: bytes
     issued_ms: int
     expires_ms: int
-    def __init__(self, network_id: _Optional[str] = ..., account: _Optional[str] = ..., lane: _Optional[int] = ..., sequence: _Optional[int] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., amount: _Optional[int] = ..., caps: _Optional[_Iterable[_Union[PayeeAmount, _Mapping]]] = ..., route_digest: _Optional[bytes] = ..., issued_ms: _Optional[int] = ..., expires_ms: _Optional[int] = ...) -> None: ...
+    sub_account: str
+    def __init__(self, network_id: _Optional[str] = ..., account: _Optional[str] = ..., lane: _Optional[int] = ..., sequence: _Optional[int] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., amount: _Optional[int] = ..., caps: _Optional[_Iterable[_Union[PayeeAmount, _Mapping]]] = ..., route_digest: _Optional[bytes] = ..., issued_ms: _Optional[int] = ..., expires_ms: _Optional[int] = ..., sub_account: _Optional[str] = ...) -> None: ...
 
 class ReservationGrant(_message.Message):
     __slots__ = ("network_id", "reservation_digest", "account", "session_id", "amount", "granted_ms", "expires_ms", "merge_delay_ms")
@@ -213,15 +228,45 @@ class LimitOrder(_message.Message):
     issued_ms: int
     def __init__(self, network_id: _Optional[str] = ..., account: _Optional[str] = ..., credit_limit: _Optional[int] = ..., order_id: _Optional[bytes] = ..., memo: _Optional[str] = ..., issued_ms: _Optional[int] = ...) -> None: ...
 
+class SubAccountTerms(_message.Message):
+    __slots__ = ("account", "name", "sequence", "limit", "period", "period_limit", "closed")
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    account: str
+    name: str
+    sequence: int
+    limit: int
+    period: BudgetPeriod
+    period_limit: int
+    closed: bool
+    def __init__(self, account: _Optional[str] = ..., name: _Optional[str] = ..., sequence: _Optional[int] = ..., limit: _Optional[int] = ..., period: _Optional[_Union[BudgetPeriod, str]] = ..., period_limit: _Optional[int] = ..., closed: _Optional[bool] = ...) -> None: ...
+
+class SubAccountOrder(_message.Message):
+    __slots__ = ("network_id", "terms", "issued_ms")
+    NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_MS_FIELD_NUMBER: _ClassVar[int]
+    network_id: str
+    terms: SubAccountTerms
+    issued_ms: int
+    def __init__(self, network_id: _Optional[str] = ..., terms: _Optional[_Union[SubAccountTerms, _Mapping]] = ..., issued_ms: _Optional[int] = ...) -> None: ...
+
 class AccountQuery(_message.Message):
-    __slots__ = ("network_id", "account", "issued_ms")
+    __slots__ = ("network_id", "account", "issued_ms", "sub_account")
     NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     ISSUED_MS_FIELD_NUMBER: _ClassVar[int]
+    SUB_ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     network_id: str
     account: str
     issued_ms: int
-    def __init__(self, network_id: _Optional[str] = ..., account: _Optional[str] = ..., issued_ms: _Optional[int] = ...) -> None: ...
+    sub_account: str
+    def __init__(self, network_id: _Optional[str] = ..., account: _Optional[str] = ..., issued_ms: _Optional[int] = ..., sub_account: _Optional[str] = ...) -> None: ...
 
 class AccountLimit(_message.Message):
     __slots__ = ("account", "credit_limit")
@@ -242,7 +287,7 @@ class JournalLine(_message.Message):
     def __init__(self, account: _Optional[str] = ..., debit: _Optional[int] = ..., credit: _Optional[int] = ...) -> None: ...
 
 class JournalEntry(_message.Message):
-    __slots__ = ("network_id", "index", "kind", "session_id", "cause_digest", "lines", "posted_ms", "limit")
+    __slots__ = ("network_id", "index", "kind", "session_id", "cause_digest", "lines", "posted_ms", "limit", "terms", "sub_account")
     NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -251,6 +296,8 @@ class JournalEntry(_message.Message):
     LINES_FIELD_NUMBER: _ClassVar[int]
     POSTED_MS_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    SUB_ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     network_id: str
     index: int
     kind: EntryKind
@@ -259,7 +306,9 @@ class JournalEntry(_message.Message):
     lines: _containers.RepeatedCompositeFieldContainer[JournalLine]
     posted_ms: int
     limit: AccountLimit
-    def __init__(self, network_id: _Optional[str] = ..., index: _Optional[int] = ..., kind: _Optional[_Union[EntryKind, str]] = ..., session_id: _Optional[bytes] = ..., cause_digest: _Optional[bytes] = ..., lines: _Optional[_Iterable[_Union[JournalLine, _Mapping]]] = ..., posted_ms: _Optional[int] = ..., limit: _Optional[_Union[AccountLimit, _Mapping]] = ...) -> None: ...
+    terms: SubAccountTerms
+    sub_account: str
+    def __init__(self, network_id: _Optional[str] = ..., index: _Optional[int] = ..., kind: _Optional[_Union[EntryKind, str]] = ..., session_id: _Optional[bytes] = ..., cause_digest: _Optional[bytes] = ..., lines: _Optional[_Iterable[_Union[JournalLine, _Mapping]]] = ..., posted_ms: _Optional[int] = ..., limit: _Optional[_Union[AccountLimit, _Mapping]] = ..., terms: _Optional[_Union[SubAccountTerms, _Mapping]] = ..., sub_account: _Optional[str] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("reservation", "account_cert")
@@ -314,6 +363,46 @@ class SetLimitResponse(_message.Message):
     ENTRY_INDEX_FIELD_NUMBER: _ClassVar[int]
     entry_index: int
     def __init__(self, entry_index: _Optional[int] = ...) -> None: ...
+
+class SetSubAccountRequest(_message.Message):
+    __slots__ = ("order", "account_cert")
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNT_CERT_FIELD_NUMBER: _ClassVar[int]
+    order: _identity_pb2.SignedEnvelope
+    account_cert: _identity_pb2.SignedEnvelope
+    def __init__(self, order: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., account_cert: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ...) -> None: ...
+
+class SetSubAccountResponse(_message.Message):
+    __slots__ = ("entry_index",)
+    ENTRY_INDEX_FIELD_NUMBER: _ClassVar[int]
+    entry_index: int
+    def __init__(self, entry_index: _Optional[int] = ...) -> None: ...
+
+class ListSubAccountsRequest(_message.Message):
+    __slots__ = ("query", "account_cert")
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNT_CERT_FIELD_NUMBER: _ClassVar[int]
+    query: _identity_pb2.SignedEnvelope
+    account_cert: _identity_pb2.SignedEnvelope
+    def __init__(self, query: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., account_cert: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ...) -> None: ...
+
+class SubAccountState(_message.Message):
+    __slots__ = ("terms", "used_microcredits", "period_used_microcredits", "pending_microcredits")
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    USED_MICROCREDITS_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_USED_MICROCREDITS_FIELD_NUMBER: _ClassVar[int]
+    PENDING_MICROCREDITS_FIELD_NUMBER: _ClassVar[int]
+    terms: SubAccountTerms
+    used_microcredits: int
+    period_used_microcredits: int
+    pending_microcredits: int
+    def __init__(self, terms: _Optional[_Union[SubAccountTerms, _Mapping]] = ..., used_microcredits: _Optional[int] = ..., period_used_microcredits: _Optional[int] = ..., pending_microcredits: _Optional[int] = ...) -> None: ...
+
+class ListSubAccountsResponse(_message.Message):
+    __slots__ = ("sub_accounts",)
+    SUB_ACCOUNTS_FIELD_NUMBER: _ClassVar[int]
+    sub_accounts: _containers.RepeatedCompositeFieldContainer[SubAccountState]
+    def __init__(self, sub_accounts: _Optional[_Iterable[_Union[SubAccountState, _Mapping]]] = ...) -> None: ...
 
 class GetAccountRequest(_message.Message):
     __slots__ = ("query", "account_cert")

@@ -54,6 +54,16 @@ class LedgerServiceStub:
                 request_serializer=plait_dot_v1_dot_ledger__pb2.SetLimitRequest.SerializeToString,
                 response_deserializer=plait_dot_v1_dot_ledger__pb2.SetLimitResponse.FromString,
                 _registered_method=True)
+        self.SetSubAccount = channel.unary_unary(
+                '/plait.v1.LedgerService/SetSubAccount',
+                request_serializer=plait_dot_v1_dot_ledger__pb2.SetSubAccountRequest.SerializeToString,
+                response_deserializer=plait_dot_v1_dot_ledger__pb2.SetSubAccountResponse.FromString,
+                _registered_method=True)
+        self.ListSubAccounts = channel.unary_unary(
+                '/plait.v1.LedgerService/ListSubAccounts',
+                request_serializer=plait_dot_v1_dot_ledger__pb2.ListSubAccountsRequest.SerializeToString,
+                response_deserializer=plait_dot_v1_dot_ledger__pb2.ListSubAccountsResponse.FromString,
+                _registered_method=True)
         self.GetAccount = channel.unary_unary(
                 '/plait.v1.LedgerService/GetAccount',
                 request_serializer=plait_dot_v1_dot_ledger__pb2.GetAccountRequest.SerializeToString,
@@ -108,6 +118,19 @@ class LedgerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetLimit(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetSubAccount(self, request, context):
+        """Opens, changes or closes a sub-account, by order of the account's owner.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSubAccounts(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,6 +197,16 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.SetLimit,
                     request_deserializer=plait_dot_v1_dot_ledger__pb2.SetLimitRequest.FromString,
                     response_serializer=plait_dot_v1_dot_ledger__pb2.SetLimitResponse.SerializeToString,
+            ),
+            'SetSubAccount': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetSubAccount,
+                    request_deserializer=plait_dot_v1_dot_ledger__pb2.SetSubAccountRequest.FromString,
+                    response_serializer=plait_dot_v1_dot_ledger__pb2.SetSubAccountResponse.SerializeToString,
+            ),
+            'ListSubAccounts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSubAccounts,
+                    request_deserializer=plait_dot_v1_dot_ledger__pb2.ListSubAccountsRequest.FromString,
+                    response_serializer=plait_dot_v1_dot_ledger__pb2.ListSubAccountsResponse.SerializeToString,
             ),
             'GetAccount': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAccount,
@@ -314,6 +347,60 @@ class LedgerService:
             '/plait.v1.LedgerService/SetLimit',
             plait_dot_v1_dot_ledger__pb2.SetLimitRequest.SerializeToString,
             plait_dot_v1_dot_ledger__pb2.SetLimitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetSubAccount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.v1.LedgerService/SetSubAccount',
+            plait_dot_v1_dot_ledger__pb2.SetSubAccountRequest.SerializeToString,
+            plait_dot_v1_dot_ledger__pb2.SetSubAccountResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSubAccounts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.v1.LedgerService/ListSubAccounts',
+            plait_dot_v1_dot_ledger__pb2.ListSubAccountsRequest.SerializeToString,
+            plait_dot_v1_dot_ledger__pb2.ListSubAccountsResponse.FromString,
             options,
             channel_credentials,
             insecure,

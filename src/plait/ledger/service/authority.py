@@ -39,6 +39,7 @@ from plait.ledger.journal import (
     Refusal,
     Reserve,
     SetLimit,
+    SetSubAccount,
     Settle,
 )
 from plait.ledger.notices import NoticeBoard, Told
@@ -50,6 +51,7 @@ from plait.ledger.service.records import LedgerStore
 from plait.ledger.service.store import open_store
 from plait.ledger.service.tiles import LogServicer, TileFolder
 from plait.ledger.service.witness import Cosigner, WitnessedLog
+from plait.ledger.sub_accounts import terms_message
 from plait.logs import get_logger
 from plait.network_file import Authority, NetworkFile
 from plait.types import U64_MAX, AccountId, Digest, PeerId, SessionId
@@ -82,6 +84,7 @@ _STATUS = {
     "signature": grpc.StatusCode.PERMISSION_DENIED,
     "stopped": grpc.StatusCode.UNAVAILABLE,
     "credit": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "budget": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "payee": grpc.StatusCode.PERMISSION_DENIED,
     "frozen": grpc.StatusCode.PERMISSION_DENIED,
 }
@@ -262,11 +265,38 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
         return pb.SetLimitResponse(entry_index=index)
 
     @_answered
+    async def SetSubAccount(
+        self, request: pb.SetSubAccountRequest, context: Any
+    ) -> pb.SetSubAccountResponse:
+        """Open, change or close a sub-account, by order of the account's owner."""
+        order = open_envelope(request.order, pb.SubAccountOrder)
+        self._check_signer(request.order, request.account_cert, AccountId(order.terms.account))
+        command = SetSubAccount(order, digest(request.order.payload))
+        outcome = await self._recorder.apply(command, [request.order], request.account_cert)
+        return pb.SetSubAccountResponse(entry_index=_accepted(outcome))
+
+    @_answered
+    async def ListSubAccounts(
+        self, request: pb.ListSubAccountsRequest, context: Any
+    ) -> pb.ListSubAccountsResponse:
+        """An account's sub-accounts, for its owner or the issuer."""
+        account, name = self._queried(request.query, request.account_cert)
+        await self._recorder.durable()
+        names = [name] if name else sorted(self._books.sub_accounts.of(account))
+        return pb.ListSubAccountsResponse(
+            sub_accounts=[
+                self._sub_account(account, one)
+                for one in names
+                if one in self._books.sub_accounts.of(account)
+            ]
+        )
+
+    @_answered
     async def GetAccount(
         self, request: pb.GetAccountRequest, context: Any
     ) -> pb.GetAccountResponse:
         """An account's balances, for its owner or the issuer."""
-        account = self._queried(request.query, request.account_cert)
+        account, _ = self._queried(request.query, request.account_cert)
         await self._recorder.durable()
         return pb.GetAccountResponse(
             available_microcredits=min(max(0, self._books.available(account)), U64_MAX),
@@ -279,12 +309,13 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
     async def GetHistory(
         self, request: pb.GetHistoryRequest, context: Any
     ) -> pb.GetHistoryResponse:
-        """The newest entries that touch an account or its holds."""
-        account = self._queried(request.query, request.account_cert)
+        """The newest entries that touch an account, or one sub-account, or its holds."""
+        account, name = self._queried(request.query, request.account_cert)
         await self._recorder.durable()
         limit = min(request.limit or HISTORY_MAX, HISTORY_MAX)
         entries = []
-        for index in reversed(self._books.history(account)[-limit:]):
+        touched = self._books.history(f"{account}/{name}" if name else account)
+        for index in reversed(touched[-limit:]):
             entries.append(pb.JournalEntry.FromString(self._payload(index)))
         return pb.GetHistoryResponse(entries=entries)
 
@@ -383,8 +414,17 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
             raise _Refused("signature", "the certificate has been replaced by a newer one")
         return serial
 
-    def _queried(self, envelope: SignedEnvelope, cert: SignedEnvelope) -> AccountId:
-        """The account that a fresh query by its owner or the issuer asks for."""
+    def _sub_account(self, account: AccountId, name: str) -> pb.SubAccountState:
+        use = self._books.sub_accounts.used(account, name, self._clock_ms())
+        return pb.SubAccountState(
+            terms=terms_message(use.terms),
+            used_microcredits=use.used,
+            period_used_microcredits=use.period_used,
+            pending_microcredits=self._books.pending(account, name),
+        )
+
+    def _queried(self, envelope: SignedEnvelope, cert: SignedEnvelope) -> tuple[AccountId, str]:
+        """The account and sub-account that a fresh query by its owner or the issuer names."""
         query = open_envelope(envelope, pb.AccountQuery)
         if query.network_id != self._network.network_id:
             raise _Refused("network", "the query is for another network")
@@ -393,7 +433,7 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
         account = AccountId(query.account)
         if envelope.signer != self._network.issuer_key:
             self._check_signer(envelope, cert, account)
-        return account
+        return account, query.sub_account
 
     def _grant(
         self, reservation: pb.BudgetReservation, cause: Digest, index: int

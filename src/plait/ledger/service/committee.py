@@ -36,6 +36,7 @@ from plait.ledger.cosignature import open_cosignatures
 from plait.ledger.notices import Told
 from plait.ledger.service.notices import NoticeExchange
 from plait.ledger.service.remote import DEADLINE_S, AccountState, Evidence, RemoteLedger
+from plait.ledger.sub_accounts import SubAccountUse
 from plait.logs import get_logger
 from plait.network_file import Authority, NetworkFile
 from plait.task_scope import TaskScope
@@ -52,6 +53,10 @@ SLOW_S = 0.2
 """Who answers so late has missed nothing."""
 BACKLOG_MAX = 4_096
 """Messages that wait for one authority; beyond, the newest are not kept."""
+
+_SUFFIXES = (".sub-account", ".learn", ".settle")
+"""Of what waits, in the order in which it is brought."""
+_NOT_READY = ("session", "sequence", "credit")
 
 Result = TypeVar("Result")
 
@@ -191,6 +196,32 @@ class RemoteCommittee:
     async def issue(self, order: SignedEnvelope) -> int:
         """Book an issuer's order with all; those that missed it need it once more."""
         return max(await self._of_quorum(lambda i: self._members[i].issue(order), "issue"))
+
+    async def set_sub_account(self, order: SignedEnvelope, cert: SignedEnvelope) -> int:
+        """Book an owner's terms with all; what was missed is brought later."""
+        terms = pb.SubAccountOrder.FromString(order.payload).terms
+        heard: set[int] = set()
+        name = f"{terms.name}-{terms.sequence:020d}.sub-account"
+
+        async def ask(index: int) -> int:
+            entry = await self._members[index].set_sub_account(order, cert)
+            heard.add(index)
+            self._backlogs[index].drop(name)
+            return entry
+
+        entries = await self._of_quorum(ask, "sub-account")
+        message = pb.SetSubAccountRequest(order=order, account_cert=cert)
+        self._missed(heard, name, message.SerializeToString())
+        return max(entries)
+
+    async def sub_accounts(
+        self, query: SignedEnvelope, cert: SignedEnvelope | None = None
+    ) -> list[SubAccountUse]:
+        """Sub-accounts as the authority has them, of a quorum, that has taken most orders."""
+        answers = await self._of_quorum(
+            lambda i: self._members[i].sub_accounts(query, cert), "sub-accounts"
+        )
+        return max(answers, key=lambda uses: sum(use.terms.sequence for use in uses))
 
     async def account(
         self, query: SignedEnvelope, cert: SignedEnvelope | None = None
@@ -335,16 +366,15 @@ class _Backlog:
     async def bring(self) -> bool:
         """One attempt at all that waits; false if some of it still does."""
         # Names sort reservations by number, and before settlements of what they reserve.
-        names = sorted(p for p in self._folder.iterdir() if p.suffix in (".learn", ".settle"))
-        reservations = [path for path in names if path.suffix == ".learn"]
-        for path in reservations + [path for path in names if path.suffix == ".settle"]:
+        waiting = sorted(self._folder.iterdir())
+        for path in [path for suffix in _SUFFIXES for path in waiting if path.suffix == suffix]:
             try:
                 await self._bring(path)
             except (NetworkError, ProtocolError) as error:
                 log.debug("an authority is still away", reason=str(error))
                 return False
             except LedgerError as error:
-                if str(error).partition(": ")[2].startswith(("session", "sequence", "credit")):
+                if str(error).partition(": ")[2].startswith(_NOT_READY):
                     log.info("an authority is not ready for it yet", reason=str(error))
                     return False
                 log.warning("an authority refuses what it missed", reason=str(error))
@@ -357,6 +387,9 @@ class _Backlog:
         data = path.read_bytes()
         if path.suffix == ".learn":
             await self.member.learn(LearnRequest.FromString(data))
+        elif path.suffix == ".sub-account":
+            order = pb.SetSubAccountRequest.FromString(data)
+            await self.member.set_sub_account(order.order, order.account_cert)
         else:
             message = pb.SettleRequest.FromString(data)
             await self.member.settle(message.request, message.payee_cert, message.voucher)

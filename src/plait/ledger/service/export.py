@@ -32,6 +32,8 @@ def _behind(store: LedgerStore, entry: Entry) -> Iterator[SignedEnvelope]:
     yield cause
     if entry.kind is EntryKind.RESERVE:
         yield from _cert(store, _debited(entry).account, cause.signer, entry.posted_ms)
+    elif entry.terms is not None:
+        yield from _cert(store, entry.terms.account, cause.signer, entry.posted_ms)
 
 
 def _releases(store: LedgerStore, entry: Entry) -> Iterator[SignedEnvelope]:

@@ -43,7 +43,7 @@ from plait.ledger.service.records import (
 from plait.logs import get_logger
 from plait.types import Digest, PeerId
 from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
-from plait.v1.ledger_pb2 import BudgetReservation, IssueOrder, LimitOrder
+from plait.v1.ledger_pb2 import BudgetReservation, IssueOrder, LimitOrder, SubAccountOrder
 
 log = get_logger(__name__)
 
@@ -291,7 +291,7 @@ class Recorder:
         self._serials = {cert.peer: cert.serial for cert in self.store.certs()}
 
     def _cause(self, entry: Entry) -> Cause:
-        if entry.kind not in (EntryKind.ISSUE, EntryKind.RESERVE, EntryKind.LIMIT):
+        if entry.kind in (EntryKind.SETTLE, EntryKind.VOID):
             return None
         envelope = self.store.object(entry.cause)
         if envelope is None or digest(envelope.payload) != entry.cause:
@@ -300,6 +300,8 @@ class Recorder:
             return decode(envelope.payload, IssueOrder)
         if entry.kind is EntryKind.LIMIT:
             return decode(envelope.payload, LimitOrder)
+        if entry.kind is EntryKind.SUB_ACCOUNT:
+            return decode(envelope.payload, SubAccountOrder)
         self._signers[Digest(entry.cause)] = envelope.signer
         return decode(envelope.payload, BudgetReservation)
 

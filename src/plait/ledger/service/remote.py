@@ -21,6 +21,7 @@ from plait.errors import (
     RemoteProtocolError,
 )
 from plait.ledger.journal_audit import JournalPage
+from plait.ledger.sub_accounts import SubAccountUse, terms_from
 from plait.network_file import Authority
 from plait.types import Digest, SessionId
 from plait.v1 import ledger_pb2 as pb
@@ -177,6 +178,31 @@ class RemoteLedger:
         response = await self._call(self._stub.SetLimit, request, pb.SetLimitResponse)
         return response.entry_index
 
+    async def set_sub_account(self, order: SignedEnvelope, cert: SignedEnvelope) -> int:
+        """Book an owner's terms of a sub-account; returns the entry's index."""
+        request = pb.SetSubAccountRequest(order=order, account_cert=cert)
+        response = await self._call(self._stub.SetSubAccount, request, pb.SetSubAccountResponse)
+        return response.entry_index
+
+    async def sub_accounts(
+        self, query: SignedEnvelope, cert: SignedEnvelope | None = None
+    ) -> list[SubAccountUse]:
+        """An account's sub-accounts by name, or the one that the query names if it exists."""
+        request = pb.ListSubAccountsRequest(query=query, account_cert=cert)
+        response = await self._call(self._stub.ListSubAccounts, request, pb.ListSubAccountsResponse)
+        try:
+            return [
+                SubAccountUse(
+                    terms_from(state.terms),
+                    state.used_microcredits,
+                    state.period_used_microcredits,
+                    state.pending_microcredits,
+                )
+                for state in response.sub_accounts
+            ]
+        except ValueError as error:
+            raise self._broken(f"it named an unknown period: {error}") from error
+
     async def export(self, first_index: int = 0) -> AsyncIterator[bytes]:
         """The journal's leaves from an index on."""
         async for page in self.export_pages(first_index):
@@ -229,6 +255,8 @@ def _remedy(details: str) -> str:
     match details.partition(":")[0]:
         case "credit":
             return "ask the network's issuer for credit (plait ledger balance shows yours)"
+        case "budget":
+            return "raise the sub-account's limit (plait ledger sub-account), or wait"
         case "stale":
             return "set this machine's clock"
         case _:
