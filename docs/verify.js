@@ -289,6 +289,7 @@ const RECEIPT = {
   13: ["input_commit", "bytes"], 14: ["output_commit", "bytes"], 15: ["previous_digest", "bytes"],
   16: ["issued_ms", "u64"], 17: ["cached_prompt_tokens", "u64"],
   18: ["rejected_draft_tokens", "u64"], 19: ["replayed_tokens", "u64"],
+  20: ["state_commit", "bytes"],
 };
 const DRAWS = {
   1: ["network_id", "string"], 2: ["session_id", "bytes"], 3: ["epoch", "u32"],
@@ -1184,6 +1185,8 @@ async function checkStageReceipts(epoch, index, found) {
       ensure(same(receipt[name], value), `receipt of stage ${index} chunk ${close.chunk}: it states a different ${name}`);
     }
     ensure(receipt.input_commit.length === 32 && receipt.output_commit.length === 32, "a commitment is 32 bytes");
+    const due = index === terms.stages.length - 1 ? 32 : 0;
+    ensure(receipt.state_commit.length === due, `the commitment to what was drawn from is ${due} bytes`);
     receipts.push(receipt);
     previous = await sha256(envelope.payload);
   }

@@ -74,6 +74,6 @@ def test_taking_a_claimed_id_follows_its_history() -> None:
     honest, audited = (DrawState(sampling, (0,), 1) for _ in range(2))
     drawn = [honest.draw(logits, position).token_id for position in (1, 2, 3)]
     assert drawn == [1, 2, 1]
-    margins = [audited.take(logits, 1 + index, token) for index, token in enumerate(drawn)]
+    margins = [audited.take(logits, 1 + index, token).margin for index, token in enumerate(drawn)]
     assert margins == [0.0, 0.0, 0.0]
-    assert DrawState(sampling, (0,), 1).take(logits, 1, 2) == 1.0
+    assert DrawState(sampling, (0,), 1).take(logits, 1, 2).margin == 1.0

@@ -1,5 +1,7 @@
 """Audits in memory: honest stages are consistent, dishonest ones exposed, tampering refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,13 @@ from plait.ledger.audit_request import lots_of
 from plait.ledger.audit_rules import Finding, Tolerance, judge, tolerance_of
 from plait.ledger.audit_wire import Challenge, read_challenge
 from plait.ledger.lottery import Lot
-from plait.node.auditing import open_tape, sign_verdict, steps_of, verdict_on
+from plait.node.auditing import (
+    open_tape,
+    replay_sampling,
+    sign_verdict,
+    steps_of,
+    verdict_on,
+)
 from plait.node.replaying import distance, replay
 from plait.node.tape import Tape
 from plait.testing.accounting import NOW_MS, key_of
@@ -25,12 +33,12 @@ PROMPT = tuple(range(1, 20))
 SAMPLED = Sampling(temperature_micros=MILLION, seed=7, end_ids=(0,))
 
 
-def swarm_of() -> tuple[PaperSwarm, Docket, list[PeerId]]:
+def swarm_of(sampling: Sampling = SAMPLED) -> tuple[PaperSwarm, Docket, list[PeerId]]:
     """Two hosts of every span, which keep tapes, and a client on the first three."""
     swarm = PaperSwarm(retain_inputs=True)
     peers = [swarm.add(name, SPANS[int(name[1])]) for name in NAMES]
     offers = sign_offers(swarm, NAMES)
-    client = PaperClient(swarm, PROMPT, 30, sampling=SAMPLED)
+    client = PaperClient(swarm, PROMPT, 30, sampling=sampling)
     client.open(*peers[:3])
     return swarm, Docket(client, offers), peers
 
@@ -66,7 +74,7 @@ def _verdict(challenge: Challenge, openings: list[AuditOpening]) -> str:
     steps = steps_of(challenge, openings)
     span = challenge.stage.span
     session = challenge.terms.session_id
-    findings = replay(FakeStage(span), session, steps, span, challenge.sampling)
+    findings = replay(FakeStage(span), session, steps, span, replay_sampling(challenge))
     return verdict_on(challenge, findings)[0]
 
 
@@ -130,6 +138,67 @@ def test_a_stage_that_changes_its_output_is_exposed_where_it_did(index: int) -> 
         assert audit(swarm, docket, lot) == ("exposed" if lied else "consistent"), lot
 
 
+class StateCheat(FakeStage):
+    """A last stage that draws the right ids from final hidden states that are 1 % off."""
+
+    def step(self, batch: list[Work]) -> list[Done]:  # type: ignore[override]
+        return [self._off(one) for one in super().step(batch)]
+
+    def _off(self, done: Done) -> Done:
+        assert done.hidden is not None
+        return replace(done, hidden=(done.hidden * np.float32(1.01)).astype(np.float32))
+
+
+class LogitCheat(StateCheat):
+    """One whose head is off, too little to change an id."""
+
+    def _off(self, done: Done) -> Done:
+        if done.drawn is None:
+            return done
+        totals = tuple(total + 0.01 for total in done.drawn.totals)
+        return replace(done, drawn=replace(done.drawn, totals=totals))
+
+
+class NanCheat(StateCheat):
+    """One that says nothing that could be compared."""
+
+    def _off(self, done: Done) -> Done:
+        if done.drawn is None:
+            return done
+        nans = (float("nan"),) * len(done.drawn.ids)
+        return replace(done, drawn=replace(done.drawn, logprobs=nans))
+
+
+@pytest.mark.parametrize("cheat", [StateCheat, LogitCheat, NanCheat])
+def test_a_last_stage_is_exposed_by_what_it_draws_from_though_its_ids_are_right(
+    cheat: type[FakeStage],
+) -> None:
+    swarm, docket, peers = swarm_of()
+    lying = cheat(SPANS[2])
+    lying._sessions = swarm.nodes[peers[2]].compute._sessions
+    swarm.nodes[peers[2]].compute = lying
+    _run(docket.client)
+    docket.client.close()
+    docket.note_epoch()
+    for lot in lots_of(docket.parts()):
+        # A head has nothing to say about the prompt's first two chunks.
+        lied = lot.stage_index == 2 and (cheat is StateCheat or lot.chunk >= 2)
+        assert audit(swarm, docket, lot) == ("exposed" if lied else "consistent"), lot
+
+
+def test_draws_that_depend_on_the_prompt_are_judged_by_what_they_were_drawn_from() -> None:
+    swarm, docket, _ = swarm_of(replace(SAMPLED, presence_penalty_micros=MILLION))
+    _run(docket.client)
+    docket.client.close()
+    docket.note_epoch()
+    challenge = read_challenge(docket.challenge(Lot(1, 3, 2)), audit_network())
+    assert replay_sampling(challenge) == Sampling()
+    stage = swarm.nodes[challenge.stage.peer]
+    steps = steps_of(challenge, list(open_tape(stage.tape, challenge, stage.peer)))
+    assert not any(step.judge_draws for step in steps)
+    assert audit(swarm, docket, Lot(1, 3, 2)) == "consistent"
+
+
 def test_a_wrong_seed_is_exposed_at_the_last_stage_only() -> None:
     swarm, docket, peers = swarm_of()
     held = swarm.nodes[peers[2]].compute._sessions[docket.client.terms.session_id]
@@ -143,13 +212,15 @@ def test_a_wrong_seed_is_exposed_at_the_last_stage_only() -> None:
     assert exposed == {lot for lot in lots if lot.stage_index == 2 and lot.chunk >= 2}
 
 
-def test_what_is_opened_must_be_what_was_committed_to() -> None:
+@pytest.mark.parametrize("index", [1, 2])
+def test_what_is_opened_must_be_what_was_committed_to(index: int) -> None:
     swarm, docket, peers = finished()
-    lot = Lot(1, 3, 1)
+    lot = Lot(1, 3, index)
     challenge = read_challenge(docket.challenge(lot), audit_network())
-    honest = list(open_tape(swarm.nodes[peers[1]].tape, challenge, peers[1]))
+    honest = list(open_tape(swarm.nodes[peers[index]].tape, challenge, peers[index]))
     assert _verdict(challenge, honest) == "consistent"
-    for change in (_flip, _drop_bytes, _drop_frame, _other_position, _swap, _other_epoch):
+    changes = (_flip, _drop_bytes, _drop_frame, _other_position, _swap, _other_epoch, _flip_state)
+    for change in changes:
         openings = [AuditOpening.FromString(part.SerializeToString()) for part in honest]
         change(openings[0])
         with pytest.raises(BadProof):
@@ -180,9 +251,16 @@ def _other_position(part: AuditOpening) -> None:
     part.received[-1].first_position += 1
 
 
+def _flip_state(part: AuditOpening) -> None:
+    if part.states:
+        part.states[-1].payload = bytes(len(part.states[-1].payload))
+    else:
+        part.states.append(part.sent[-1])
+
+
 def _swap(part: AuditOpening) -> None:
-    part.sent[0].payload_digest, part.sent[1].payload_digest = (
-        part.sent[1].payload_digest,
+    part.sent[0].payload_digest, part.sent[-1].payload_digest = (
+        part.sent[-1].payload_digest,
         part.sent[0].payload_digest,
     )
 

@@ -80,7 +80,7 @@ def check(
     from plait.locate import network_path
     from plait.model import catalog
     from plait.network_file import load_network_file
-    from plait.node.auditing import steps_of, verdict_on
+    from plait.node.auditing import replay_sampling, steps_of, verdict_on
     from plait.node.replaying import replay
     from plait.types import SessionId
     from plait.v1.stage_pb2 import AuditEvidence
@@ -101,7 +101,7 @@ def check(
     dtype = challenge.numeric_class.split("/")[1]
     stage = load_stage(local, challenge.stage.span, dtype, threads)
     session = SessionId(b"plait/rejudging!")
-    findings = replay(stage, session, steps, challenge.stage.span, challenge.sampling)
+    findings = replay(stage, session, steps, challenge.stage.span, replay_sampling(challenge))
     verdict, worst, reason = verdict_on(challenge, findings)
     figures = {
         "outcome": verdict,

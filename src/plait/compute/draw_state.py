@@ -14,6 +14,7 @@ the earlier ones: a stage that takes over is given the history and draws alike. 
 Log-probabilities are the model's own, of the logits before any of this.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,11 +33,17 @@ Top = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A drawn token, the log-probability the model gave it, and the likeliest ones."""
+    """A drawn token, the log-probability the model gave it, and the likeliest ones.
+
+    ``total`` is the logarithm of the sum of exponentials of the model's logits; ``margin`` is
+    how far off a token is that was taken for drawn.
+    """
 
     token_id: int
     logprob: float
     top: Top = ()
+    total: float = 0.0
+    margin: float = 0.0
 
 
 class DrawState:
@@ -78,19 +85,21 @@ class DrawState:
         if sampling.needs_history:
             self._ids.append(token)
         top = top_logprobs(model, total, sampling.top_logprobs) if sampling.top_logprobs else ()
-        return Draw(token, min(0.0, float(model[token] - total)), top)
+        return Draw(token, min(0.0, float(model[token] - total)), top, total)
 
-    def take(self, logits: npt.NDArray[np.float32], position: int, token: int) -> float:
-        """Take ``token`` for the one drawn at ``position``, and return its margin.
+    def take(self, logits: npt.NDArray[np.float32], position: int, token: int) -> Draw:
+        """Take ``token`` for the one drawn at ``position``, and measure its margin.
 
         Raises what ``draw`` raises.
         """
-        margin = draw_margin(
-            self._wanted(exact_logits(logits), position), self.sampling, position, token
-        )
+        model = exact_logits(logits)
+        margin = draw_margin(self._wanted(model, position), self.sampling, position, token)
         if self.sampling.needs_history:
             self._ids.append(token)
-        return margin
+        total = log_total(model)
+        known = 0 <= token < len(model)
+        logprob = min(0.0, float(model[token] - total)) if known else -math.inf
+        return Draw(token, logprob, (), total, margin)
 
     def _wanted(self, model: F64, position: int) -> F64:
         """The logits with penalties, biases and grammar, at the end of the history."""

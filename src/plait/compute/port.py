@@ -64,6 +64,8 @@ class Drawn:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     tops: tuple[tuple[tuple[int, float], ...], ...] = ()
+    totals: tuple[float, ...] = ()
+    """Of each one's logits, the logarithm of the sum of exponentials."""
     margins: tuple[float, ...] = ()
     """Of claimed ids: see ``judging.draw_margin``; 0 is the right one."""
     embedding: tuple[float, ...] = ()
@@ -88,8 +90,8 @@ NOT_SCORED = Scored()
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Outcome of one ``Work``: ``hidden`` from any stage but the last, ``drawn`` and
-    ``scored`` from the last one if it sampled and scored, or ``error``."""
+    """Outcome of one ``Work``: ``hidden`` (from the last stage, after the model's last norm),
+    ``drawn`` and ``scored`` from the last one if it sampled and scored, or ``error``."""
 
     hidden: Hidden | None = None
     drawn: Drawn | None = None

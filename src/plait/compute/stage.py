@@ -260,13 +260,13 @@ class TorchStage:
     def _finished(self, one: _Ready, output: torch.Tensor, logits: torch.Tensor | None) -> Done:
         """Draw if asked to, and only then count the rows as cached."""
         kv, end = one.item.kv, one.work.first_position + one.work.rows
-        if kv.span.end != self._shape.layers:
-            done = Done(hidden=output.contiguous().numpy())
-        else:
+        done = Done()
+        if kv.span.end == self._shape.layers:
             try:
                 done = self._answered(one.work, kv.sampling, output, logits)
             except (PlaitError, RuntimeError, MemoryError) as error:
                 return Done(error=error)
+        done = replace(done, hidden=output.float().contiguous().numpy())
         kv.length = end
         return done
 
@@ -299,11 +299,11 @@ class TorchStage:
         state = self._draws.get(work.session) or DrawState(sampling)
         position = work.first_position + work.rows - len(work.drafts)
         if work.claimed:
-            margins = [
+            taken = [
                 state.take(logits[index], position + index, token)
                 for index, token in enumerate(work.claimed[: len(logits)])
             ]
-            return Drawn(work.claimed, (), margins=tuple(margins))
+            return _drawn(taken)
         draws: list[Draw] = []
 
         def draw(index: int) -> int:
@@ -311,11 +311,17 @@ class TorchStage:
             return draws[-1].token_id
 
         draw_with_drafts(work.drafts, sampling.end_ids, draw)
-        return Drawn(
-            tuple(drawn.token_id for drawn in draws),
-            tuple(drawn.logprob for drawn in draws),
-            tuple(drawn.top for drawn in draws) if sampling.top_logprobs else (),
-        )
+        return _drawn(draws)
+
+
+def _drawn(draws: Sequence[Draw]) -> Drawn:
+    return Drawn(
+        tuple(drawn.token_id for drawn in draws),
+        tuple(drawn.logprob for drawn in draws),
+        tuple(drawn.top for drawn in draws if drawn.top),
+        tuple(drawn.total for drawn in draws),
+        tuple(drawn.margin for drawn in draws),
+    )
 
 
 def _waves(batch: Sequence[Work]) -> Iterable[Sequence[tuple[int, Work]]]:

@@ -5,9 +5,11 @@ and what it sent in the challenged chunk. All of it must lead to the commitments
 signed in its receipts, so it can open nothing but what it committed to. Whoever has the
 layers then computes the same frames and compares.
 
-Activations are compared row by row by relative L2 distance, draws by the margin: how far the
-logits would have to be off for the drawn id to be the right one. The bounds are per dtype
-(``TOLERANCES``), calibrated on honest stages; see docs/ledger.md.
+Activations are compared row by row by relative L2 distance, also those that the last stage
+draws from. Draws are judged by the margin: how far the logits would have to be off for the
+drawn id, and for the two numbers of its logits that the stage committed to, to be the right
+ones. The bounds are per dtype (``TOLERANCES``), calibrated on honest stages; see
+docs/ledger.md.
 """
 
 import hashlib
@@ -78,6 +80,8 @@ class OpenedEpoch:
     receipt: StageReceipt
     received: tuple[Crossing, ...]
     sent: tuple[Crossing, ...]
+    states: tuple[Crossing, ...] = ()
+    """What a last stage drew from, by traversal."""
     previous: StageReceipt | None = None
 
 
@@ -97,6 +101,10 @@ class Step:
     """Of the rows, the last ones that were guesses: the first draw is behind the row before."""
     sent_rows: int = 0
     sent: bytes | None = None
+    state: bytes = b""
+    """What the last stage says it drew from: see ``handoff``."""
+    judge_draws: bool = True
+    """Whether the ids can be judged: not where they depend on ids that nobody opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +125,13 @@ def tolerance_of(numeric_class: str) -> Tolerance:
     return known
 
 
-def check_opening(epochs: Sequence[OpenedEpoch], stage_index: int) -> tuple[Step, ...]:
+def check_opening(
+    epochs: Sequence[OpenedEpoch], stage_index: int, *, judge_draws: bool = True
+) -> tuple[Step, ...]:
     """What is to be replayed, in order; the steps of the challenged chunk have ``sent``.
 
-    Raises ``BadProof`` if what was opened is not what the receipts commit to, or does not
-    reach back to position 0.
+    Without ``judge_draws`` it does not matter which ids a last stage drew. Raises ``BadProof``
+    if what was opened is not what the receipts commit to, or does not reach back to position 0.
     """
     if not epochs:
         raise BadProof("no epoch is opened")
@@ -130,7 +140,7 @@ def check_opening(epochs: Sequence[OpenedEpoch], stage_index: int) -> tuple[Step
         with about(f"epoch {epoch.terms.epoch}"):
             _check_commitments(epoch)
             challenged = number == len(epochs) - 1
-            steps += _steps(epoch, stage_index, challenged=challenged)
+            steps += _steps(epoch, stage_index, challenged=challenged, judge_draws=judge_draws)
     _check_reach(steps)
     if all(step.sent is None for step in steps):
         raise BadProof("nothing of the challenged chunk is compared")
@@ -150,10 +160,16 @@ def judge(findings: Sequence[Finding], tolerance: Tolerance) -> Finding | None:
 
 def _check_commitments(epoch: OpenedEpoch) -> None:
     receipt = epoch.receipt
-    for name, boundary, crossings, commit in (
+    boundaries = [
         ("received", receipt.stage_index, epoch.received, receipt.input_commit),
         ("sent", receipt.stage_index + 1, epoch.sent, receipt.output_commit),
-    ):
+    ]
+    if receipt.stage_index == len(epoch.terms.stages) - 1:
+        state = receipt.stage_index + 2, epoch.states, receipt.state_commit
+        boundaries.append(("drawn from", *state))
+    elif epoch.states:
+        raise BadProof("only a last stage draws")
+    for name, boundary, crossings, commit in boundaries:
         with about(f"what was {name}"):
             if _committed(epoch.terms, boundary, crossings) != commit:
                 raise BadProof("it is not what the receipt commits to")
@@ -172,9 +188,12 @@ def _committed(terms: SessionTerms, boundary: int, crossings: Sequence[Crossing]
     return chain.commit
 
 
-def _steps(epoch: OpenedEpoch, stage_index: int, *, challenged: bool) -> list[Step]:
+def _steps(
+    epoch: OpenedEpoch, stage_index: int, *, challenged: bool, judge_draws: bool
+) -> list[Step]:
     begin = epoch.previous.traversal if epoch.previous is not None else -1
     sent = {one.traversal: one for one in epoch.sent}
+    states = {one.traversal: one for one in epoch.states}
     is_last = stage_index == len(epoch.terms.stages) - 1
     steps = []
     for one in epoch.received:
@@ -199,9 +218,20 @@ def _steps(epoch: OpenedEpoch, stage_index: int, *, challenged: bool) -> list[St
                 one.rows - 1 if one.first_position >= epoch.terms.prompt_tokens else 0,
                 answer.rows if answer is not None else 0,
                 answer.payload if answer is not None else None,
+                _state(states.get(one.traversal)) if answer is not None and is_last else b"",
+                judge_draws,
             )
         )
     return steps
+
+
+def _state(crossing: Crossing | None) -> bytes:
+    """What was drawn from. Nothing, where the stage committed to nothing: that exposes it."""
+    if crossing is None:
+        return b""
+    if crossing.payload is None:
+        raise BadProof(f"what traversal {crossing.traversal} drew from is not opened")
+    return crossing.payload
 
 
 def _check_answer(received: Crossing, sent: Crossing, *, draws: bool, sample: bool) -> None:

@@ -135,17 +135,20 @@ def opened_epochs(
     """What a stage opened, put to the challenge's epochs; raises ``BadProof``."""
     received: dict[int, list[Crossing]] = {epoch.terms.epoch: [] for epoch in challenge.epochs}
     sent: dict[int, list[Crossing]] = {number: [] for number in received}
+    states: dict[int, list[Crossing]] = {number: [] for number in received}
     for part in openings:
         if part.epoch not in received:
             raise BadProof(f"epoch {part.epoch} was not asked for")
         received[part.epoch] += map(_crossing, part.received)
         sent[part.epoch] += map(_crossing, part.sent)
+        states[part.epoch] += map(_crossing, part.states)
     return tuple(
         OpenedEpoch(
             epoch.terms,
             epoch.receipt,
             tuple(received[epoch.terms.epoch]),
             tuple(sent[epoch.terms.epoch]),
+            tuple(states[epoch.terms.epoch]),
             epoch.previous,
         )
         for epoch in challenge.epochs
@@ -153,18 +156,21 @@ def opened_epochs(
 
 
 def opening_parts(
-    epoch: int, received: Sequence[Crossing], sent: Sequence[Crossing]
+    epoch: int,
+    received: Sequence[Crossing],
+    sent: Sequence[Crossing],
+    states: Sequence[Crossing] = (),
 ) -> Iterator[AuditOpening]:
     """What is opened of one epoch, in messages of about a mebibyte."""
     part, size = AuditOpening(epoch=epoch), 0
-    for crossings, name in ((received, "received"), (sent, "sent")):
+    for crossings, name in ((received, "received"), (sent, "sent"), (states, "states")):
         for one in crossings:
             getattr(part, name).append(_crossing_message(one))
             size += len(one.payload or b"") + 64
             if size >= PART_BYTES_MAX:
                 yield part
                 part, size = AuditOpening(epoch=epoch), 0
-    if part.received or part.sent:
+    if part.received or part.sent or part.states:
         yield part
 
 

@@ -1,7 +1,9 @@
 """Hand-off commitments: both ends of a hop hash what crossed it, and must agree.
 
 Boundary 0 is what the driver sends to stage 0 (token ids), boundary i what stage i-1
-sends to stage i (activations), boundary S what the last of S stages draws (token ids).
+sends to stage i (activations), boundary S what the last of S stages draws (token ids), and
+boundary S + 1, of which nobody but that stage knows the other end until an audit, what it
+draws them from: the final hidden states, and for each draw two numbers of its logits.
 Each frame is added, also one without rows or draws. The salt blinds the commitments
 from anybody who could guess the ids.
 """

@@ -33,8 +33,12 @@ def receipt_message(
     output_commit: bytes,
     previous_digest: bytes,
     issued_ms: int,
+    state_commit: bytes = b"",
 ) -> StageReceipt:
-    """The receipt of a stage for a chunk; ``previous_digest`` is ``b""`` for chunk 0."""
+    """The receipt of a stage for a chunk; ``previous_digest`` is ``b""`` for chunk 0.
+
+    ``state_commit`` is the last stage's alone.
+    """
     stage = terms.stages[stage_index]
     return StageReceipt(
         network_id=terms.network_id,
@@ -56,6 +60,7 @@ def receipt_message(
         cached_prompt_tokens=close.counts.cached_prompt,
         rejected_draft_tokens=close.counts.rejected_draft,
         replayed_tokens=stage.replayed,
+        state_commit=state_commit,
     )
 
 
@@ -92,11 +97,15 @@ def check_receipt(
             output_commit=receipt.output_commit,
             previous_digest=previous_digest,
             issued_ms=receipt.issued_ms,
+            state_commit=receipt.state_commit,
         )
         if receipt != expected:
             raise BadProof(f"it states a different {_difference(receipt, expected)}")
         if len(receipt.input_commit) != 32 or len(receipt.output_commit) != 32:
             raise BadProof("a commitment is 32 bytes")
+        due = 32 if stage_index == len(terms.stages) - 1 else 0
+        if len(receipt.state_commit) != due:
+            raise BadProof(f"the commitment to what was drawn from is {due} bytes")
     return receipt
 
 

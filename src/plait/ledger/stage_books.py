@@ -44,6 +44,11 @@ class FrameLog(Protocol):
     ) -> None:
         """Keep what went out for a frame."""
 
+    def drew_from(
+        self, traversal: int, first_position: int, rows: int, payload: bytes, hashed: Digest
+    ) -> None:
+        """Keep what the last stage drew ``rows`` ids from."""
+
 
 class StageBooks:
     """The books of one stage for one epoch. ``key`` is its ledger key, ``cap`` its grant.
@@ -67,6 +72,8 @@ class StageBooks:
         self._cap = cap
         self._input = HandoffChain(terms, stage_index)
         self._output = HandoffChain(terms, stage_index + 1)
+        is_last = stage_index == len(terms.stages) - 1
+        self._state = HandoffChain(terms, stage_index + 2) if is_last else None
         self._fed: dict[int, tuple[int, int, int]] = {}
         """Traversal to first position, end, and rejected drafts before it; not yet paid for."""
         self._replayed = 0
@@ -157,16 +164,31 @@ class StageBooks:
         self._next = first_position + rows
         self._fed[traversal] = (first_position, self._next, self._rejected)
 
-    def sent(self, traversal: int, first_position: int, rows: int, payload: bytes) -> None:
+    def sent(
+        self,
+        traversal: int,
+        first_position: int,
+        rows: int,
+        payload: bytes,
+        state: bytes | None = None,
+    ) -> None:
         """Note what went out for a frame, also if it is empty.
 
         The last stage notes the drawn ids (``handoff.ids_payload``) with their number as
-        ``rows`` and the first position of the frame.
+        ``rows`` and the first position of the frame, and in ``state`` what it drew them from;
+        raises ``LocalProtocolError`` if that is missing.
         """
         hashed = Digest(hashlib.sha256(payload).digest())
         self._output.add_digest(traversal, first_position, rows, hashed)
         if self._frames is not None:
             self._frames.sent(traversal, first_position, rows, payload, hashed)
+        if self._state is not None:
+            if state is None:
+                raise LocalProtocolError("a last stage commits to what it draws from")
+            hashed = Digest(hashlib.sha256(state).digest())
+            self._state.add_digest(traversal, first_position, rows, hashed)
+            if self._frames is not None:
+                self._frames.drew_from(traversal, first_position, rows, state, hashed)
 
     def draw_statement(self, traversal: int) -> SignedEnvelope:
         """Sign all ids drawn up to a traversal, for the last stage.
@@ -356,6 +378,7 @@ class StageBooks:
         output_commit = self._output.commit_at(traversal)
         if input_commit is None or output_commit is None:
             raise LocalProtocolError(f"traversal {traversal} has not passed this stage")
+        state_commit = self._state.commit_at(traversal) if self._state is not None else None
         close = ChunkClose(chunk, traversal, counts)
         receipt = receipt_message(
             self._terms,
@@ -365,6 +388,7 @@ class StageBooks:
             output_commit=output_commit,
             previous_digest=previous,
             issued_ms=now_ms,
+            state_commit=state_commit or b"",
         )
         return _Signed(close, seal(self._key, receipt))
 
@@ -379,6 +403,8 @@ class StageBooks:
             traversal = last.close.traversal
             self._input.forget(traversal)
             self._output.forget(traversal)
+            if self._state is not None:
+                self._state.forget(traversal)
             self._fed = {t: fed for t, fed in self._fed.items() if t > traversal}
         self._voucher, self._sequence, self._earned = envelope, sequence, earned
 

@@ -13,7 +13,13 @@ from plait.ledger.audit_rules import Finding, Verdict
 from plait.ledger.audit_wire import Challenge, read_challenge
 from plait.logs import get_logger
 from plait.network_file import NetworkFile
-from plait.node.auditing import open_tape, sign_verdict, steps_of, verdict_on
+from plait.node.auditing import (
+    open_tape,
+    replay_sampling,
+    sign_verdict,
+    steps_of,
+    verdict_on,
+)
 from plait.node.overload import REPLAY_PRIORITY
 from plait.node.replaying import replay_steps
 from plait.node.tape import Tape
@@ -165,7 +171,7 @@ class Auditing:
         self._sessions += 1
         session = SessionId(b"audit/" + self._sessions.to_bytes(10, "big"))
         tokens = max(step.first_position + step.rows for step in steps)
-        compute.reserve(session, tokens, challenge.sampling, span)
+        compute.reserve(session, tokens, replay_sampling(challenge), span)
         try:
             works = replay_steps(
                 session,

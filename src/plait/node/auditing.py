@@ -15,7 +15,7 @@ from plait.ledger.audit_rules import (
 )
 from plait.ledger.audit_wire import Challenge, opened_epochs, opening_parts
 from plait.node.tape import Tape
-from plait.types import U64_MAX, PeerId
+from plait.types import U64_MAX, PeerId, Sampling
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.stage_pb2 import (
     AUDIT_OUTCOME_CONSISTENT,
@@ -52,19 +52,26 @@ def open_tape(tape: Tape | None, challenge: Challenge, me: PeerId) -> Iterator[A
         sent_from = after + 1 if is_challenged else until + 1
         received = tape.crossings(session, number, "input", until, opened_from=0)
         sent = tape.crossings(session, number, "output", until, opened_from=sent_from)
-        yield from opening_parts(number, received, sent)
+        states = tape.crossings(session, number, "state", until, opened_from=sent_from)
+        yield from opening_parts(number, received, sent, states)
 
 
 def steps_of(challenge: Challenge, openings: Iterable[AuditOpening]) -> tuple[Step, ...]:
-    """What an auditor has to replay.
+    """What an auditor has to replay; raises ``BadProof`` if it is not what was committed to.
 
-    Raises ``BadProof`` if the opening is not what was committed to, or if the draws depend
-    on ids that the auditor is not given.
+    Draws with penalties or a grammar depend on ids that the auditor is not given: then only
+    what they were drawn from is judged.
     """
-    is_last = challenge.lot.stage_index == len(challenge.terms.stages) - 1
-    if is_last and challenge.sampling.needs_history:
-        raise BadProof("draws with penalties or a grammar depend on the prompt's ids")
-    return check_opening(opened_epochs(challenge, openings), challenge.lot.stage_index)
+    return check_opening(
+        opened_epochs(challenge, openings),
+        challenge.lot.stage_index,
+        judge_draws=not challenge.sampling.needs_history,
+    )
+
+
+def replay_sampling(challenge: Challenge) -> Sampling:
+    """The sampling that an auditor replays with."""
+    return Sampling() if challenge.sampling.needs_history else challenge.sampling
 
 
 def verdict_on(challenge: Challenge, findings: Sequence[Finding]) -> tuple[Verdict, Finding, str]:
@@ -81,7 +88,7 @@ def verdict_on(challenge: Challenge, findings: Sequence[Finding]) -> tuple[Verdi
     what = (
         f"activations are {off.distance:.3g} off"
         if not off.distance <= tolerance.distance
-        else f"an id was drawn that is {off.margin:.3g} logits off"
+        else f"an id, or what it was drawn from, is {off.margin:.3g} logits off"
     )
     return "exposed", worst, f"at position {off.first_position} {what}"
 

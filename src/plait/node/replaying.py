@@ -6,6 +6,7 @@ serve others in between.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -124,10 +125,28 @@ def _rows(data: bytes, rows: int, width: int) -> npt.NDArray[np.float32]:
 
 
 def _finding(step: Step, done: Done, *, last_stage: bool, width: int) -> Finding:
-    if last_stage:
-        margins = done.drawn.margins if done.drawn is not None else ()
-        return Finding(step.first_position, margin=max(margins, default=0.0))
     if done.hidden is None:
         raise BadProof("the replay gave no activations")
-    claimed = _rows(step.sent or b"", step.rows, width)
-    return Finding(step.first_position, distance=distance(claimed, done.hidden))
+    size = step.rows * width * _BYTES_PER_VALUE
+    claimed = step.state if last_stage else step.sent or b""
+    drawn = done.drawn.ids if done.drawn is not None else ()
+    if len(claimed) != size + 2 * len(drawn) * _BYTES_PER_VALUE:
+        # It committed to what no stage of this model can compute.
+        return Finding(step.first_position, inf, inf)
+    rows = distance(_rows(claimed[:size], step.rows, width), done.hidden)
+    return Finding(step.first_position, rows, _margin(step, done, claimed[size:]))
+
+
+def _margin(step: Step, done: Done, claimed: bytes) -> float:
+    """The least change of logits that would make the draws, and what is said of them, right."""
+    if done.drawn is None:
+        return 0.0
+    logprobs, totals = np.frombuffer(claimed, "<f4").astype(np.float64).reshape(-1, 2).T
+    right = np.array(done.drawn.totals)
+    # Neither can move further than the logits do.
+    off = np.maximum(
+        np.abs(totals - right), np.abs(logprobs + totals - np.array(done.drawn.logprobs) - right)
+    )
+    draws = max(done.drawn.margins, default=0.0) if step.judge_draws else 0.0
+    # What is not a number stays one, and is beyond every bound.
+    return float(np.max([draws, *off]))

@@ -7,13 +7,15 @@ position overwrites it and forgets what lay behind, as in the KV cache.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from plait.errors import CapacityError
 from plait.types import SessionId
 
-Kind = Literal["output", "input"]
-"""``input`` is kept only where a node is told to, for audits."""
+Kind = Literal["output", "input", "state"]
+"""``input``, and ``state`` of a last stage, are kept for audits alone."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Key = tuple[SessionId, Kind]
 

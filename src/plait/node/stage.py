@@ -53,6 +53,7 @@ from plait.node.wire import (
     fault_message,
     onward_frame,
     result_message,
+    state_of,
 )
 from plait.router.view import View
 from plait.types import PeerId, SessionId
@@ -462,12 +463,12 @@ class Stage:
 
     def _answer(self, job: Job, done: Done, residence_us: int) -> None:
         session, frame, books = job.session, job.frame, job.session.require_books()
-        drawn = done.drawn
-        ids = drawn.ids if drawn is not None else ()
-        books.sent(frame.traversal, frame.first_position, len(ids), ids_payload(ids))
+        ids = done.drawn.ids if done.drawn is not None else ()
+        place = frame.traversal, frame.first_position
+        books.sent(*place, len(ids), ids_payload(ids), state_of(done))
         receipts = [*frame.receipts, *self._receipt(job)]
         draws = books.draw_statement(frame.traversal) if ids else None
-        answer = result_message(frame, drawn, receipts, draws, residence_us, done.scored)
+        answer = result_message(frame, done.drawn, receipts, draws, residence_us, done.scored)
         self._send(job, lambda: self._links.send_up(session.terms.client, answer))
 
     def _receipt(self, job: Job) -> list[SignedEnvelope]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from plait.errors import CapacityError
 from plait.ledger.audit_rules import Crossing
-from plait.node.retained import Key, Kind, SpillStore
+from plait.node.retained import KINDS, Key, Kind, SpillStore
 from plait.types import Digest, SessionId
 
 SESSIONS_MAX = 4096
@@ -43,7 +43,7 @@ class EpochTape:
     def __init__(self, tape: "Tape", session: SessionId) -> None:
         self._tape = tape
         self._session = session
-        self.marks: dict[Kind, list[_Mark]] = {"input": [], "output": []}
+        self.marks: dict[Kind, list[_Mark]] = {kind: [] for kind in KINDS}
 
     def received(
         self, traversal: int, first_position: int, rows: int, payload: bytes, hashed: Digest
@@ -56,6 +56,12 @@ class EpochTape:
     ) -> None:
         """Keep what went out for a frame."""
         self._keep("output", Crossing(traversal, first_position, rows, hashed), payload)
+
+    def drew_from(
+        self, traversal: int, first_position: int, rows: int, payload: bytes, hashed: Digest
+    ) -> None:
+        """Keep what the last stage drew ``rows`` ids from."""
+        self._keep("state", Crossing(traversal, first_position, rows, hashed), payload)
 
     def _keep(self, kind: Kind, crossing: Crossing, payload: bytes) -> None:
         offset = self._tape.append((self._session, kind), payload)
@@ -193,5 +199,5 @@ class Tape:
         self.bytes_kept -= sum(held.sizes.values())
         held.sizes.clear()
         held.epochs.clear()
-        for kind in ("input", "output"):
+        for kind in KINDS:
             self._spill.drop((session, kind))

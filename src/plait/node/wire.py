@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from plait.compute.port import NOT_SCORED, Drawn, Scored
+from plait.compute.port import NOT_SCORED, Done, Drawn, Scored
 from plait.errors import RemoteProtocolError
 from plait.ledger.handoff import ids_payload
 from plait.ledger.terms import DRAFTS_MAX
@@ -185,6 +185,19 @@ def decode_activations(message: stage_pb2.Activations, width: int) -> Activation
 def payload_of(hidden: Activations) -> bytes:
     """Activations as they cross a hop."""
     return np.ascontiguousarray(hidden, dtype="<f4").tobytes()
+
+
+def state_of(done: Done) -> bytes:
+    """What a last stage draws from, as it commits to it.
+
+    The final hidden states, fp32 little-endian [rows, width]; then for each draw the
+    log-probability, and the logarithm of the sum of exponentials of the model's logits.
+    """
+    rows = b"" if done.hidden is None else payload_of(done.hidden)
+    if done.drawn is None:
+        return rows
+    pairs = np.array([done.drawn.logprobs, done.drawn.totals], dtype="<f4")
+    return rows + np.ascontiguousarray(pairs.T).tobytes()
 
 
 def onward_frame(

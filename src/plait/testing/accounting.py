@@ -265,7 +265,8 @@ class PaperSession:
             books.admit(taken)
             books.received(traversal, first_position, rows, payload)
             payload, sent_rows = self._computed(index, frame)
-            books.sent(traversal, first_position, sent_rows, payload)
+            state = b"what was drawn from" if index == len(self.stages) - 1 else None
+            books.sent(traversal, first_position, sent_rows, payload, state)
             if close_chunk:
                 now_ms = NOW_MS + 10 * traversal
                 receipts.append(books.close_chunk(traversal, taken.counts, now_ms))

@@ -176,8 +176,9 @@ class FakeStage:
             return Done(hidden=_hidden(rows))
         scored = _scored(work, rows, session.sampling.top_logprobs)
         if not work.sample:
-            return Done(scored=scored)
-        return Done(drawn=self._drawn(work, rows, session.sampling), scored=scored)
+            return Done(hidden=_hidden(rows), scored=scored)
+        drawn = self._drawn(work, rows, session.sampling)
+        return Done(hidden=_hidden(rows), drawn=drawn, scored=scored)
 
     def _drawn(self, work: Work, rows: Sequence[bytes], sampling: Sampling) -> Drawn:
         seed = b"" if sampling.greedy else sampling.seed.to_bytes(8, "big")
@@ -192,10 +193,13 @@ class FakeStage:
         if work.claimed:
             right = [draw(index) for index in range(len(work.claimed))]
             wrong = zip(work.claimed, right, strict=True)
-            return Drawn(work.claimed, (), margins=tuple(float(a != b) for a, b in wrong))
+            margins = tuple(float(a != b) for a, b in wrong)
+            count = len(right)
+            return Drawn(work.claimed, (-1.0,) * count, (), (0.0,) * count, margins)
         draw_with_drafts(work.drafts, sampling.end_ids, draw)
         embedding = tuple(_hidden(rows[-1:])[0].tolist()) if work.embedding else ()
-        return Drawn(tuple(ids), (-1.0,) * len(ids), embedding=embedding)
+        count = len(ids)
+        return Drawn(tuple(ids), (-1.0,) * count, totals=(0.0,) * count, embedding=embedding)
 
 
 def _scored(work: Work, rows: Sequence[bytes], tops: int) -> Scored:

@@ -366,7 +366,8 @@ class PaperCourse:
             last = index == len(epoch.books) - 1
             payload = ids_payload(ids) if last else _activations(index, frame)
             rows = len(ids) if last else frame.rows
-            books.sent(frame.traversal, frame.first_position, rows, payload)
+            state = _activations(index, frame) if last else None
+            books.sent(frame.traversal, frame.first_position, rows, payload, state)
             if frame.close_chunk:
                 receipts.append(books.close_chunk(frame.traversal, taken.counts, NOW_MS))
         return ids, receipts

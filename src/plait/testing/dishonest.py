@@ -60,7 +60,7 @@ class CopiesInput(Dishonest):
         """Compute for the cache's sake, and send the neighbour's output."""
         done = self.honest.step(batch)
         return [
-            Done(hidden=work.hidden) if one.hidden is not None else one
+            one if one.drawn is not None else replace(one, hidden=work.hidden)
             for work, one in zip(batch, done, strict=True)
         ]
 

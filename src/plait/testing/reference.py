@@ -145,7 +145,7 @@ def _traverse(
         (done,) = stage.step([work])
         if done.error is not None:
             raise done.error
-        if done.hidden is not None:
+        if done.hidden is not None and stage is not stages[-1]:
             run.boundaries[-1].append(done.hidden)
             work = Work(SESSION, position, None, done.hidden, sample=True)
     assert done.drawn is not None

@@ -93,7 +93,7 @@ class ReservationGrant(_message.Message):
     def __init__(self, network_id: _Optional[str] = ..., reservation_digest: _Optional[bytes] = ..., account: _Optional[str] = ..., session_id: _Optional[bytes] = ..., amount: _Optional[int] = ..., granted_ms: _Optional[int] = ..., expires_ms: _Optional[int] = ..., merge_delay_ms: _Optional[int] = ...) -> None: ...
 
 class StageReceipt(_message.Message):
-    __slots__ = ("network_id", "session_id", "epoch", "stage_index", "chunk", "start_layer", "end_layer", "model_digest", "numeric_class", "traversal", "prompt_tokens", "output_tokens", "input_commit", "output_commit", "previous_digest", "issued_ms", "cached_prompt_tokens", "rejected_draft_tokens", "replayed_tokens")
+    __slots__ = ("network_id", "session_id", "epoch", "stage_index", "chunk", "start_layer", "end_layer", "model_digest", "numeric_class", "traversal", "prompt_tokens", "output_tokens", "input_commit", "output_commit", "previous_digest", "issued_ms", "cached_prompt_tokens", "rejected_draft_tokens", "replayed_tokens", "state_commit")
     NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +113,7 @@ class StageReceipt(_message.Message):
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REJECTED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STATE_COMMIT_FIELD_NUMBER: _ClassVar[int]
     network_id: str
     session_id: bytes
     epoch: int
@@ -132,7 +133,8 @@ class StageReceipt(_message.Message):
     cached_prompt_tokens: int
     rejected_draft_tokens: int
     replayed_tokens: int
-    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., stage_index: _Optional[int] = ..., chunk: _Optional[int] = ..., start_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., numeric_class: _Optional[str] = ..., traversal: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., input_commit: _Optional[bytes] = ..., output_commit: _Optional[bytes] = ..., previous_digest: _Optional[bytes] = ..., issued_ms: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., rejected_draft_tokens: _Optional[int] = ..., replayed_tokens: _Optional[int] = ...) -> None: ...
+    state_commit: bytes
+    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., stage_index: _Optional[int] = ..., chunk: _Optional[int] = ..., start_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., numeric_class: _Optional[str] = ..., traversal: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., input_commit: _Optional[bytes] = ..., output_commit: _Optional[bytes] = ..., previous_digest: _Optional[bytes] = ..., issued_ms: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., rejected_draft_tokens: _Optional[int] = ..., replayed_tokens: _Optional[int] = ..., state_commit: _Optional[bytes] = ...) -> None: ...
 
 class DrawStatement(_message.Message):
     __slots__ = ("network_id", "session_id", "epoch", "traversal", "output_commit")

@@ -197,14 +197,16 @@ class AuditCrossing(_message.Message):
     def __init__(self, traversal: _Optional[int] = ..., first_position: _Optional[int] = ..., rows: _Optional[int] = ..., payload_digest: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class AuditOpening(_message.Message):
-    __slots__ = ("epoch", "received", "sent")
+    __slots__ = ("epoch", "received", "sent", "states")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     SENT_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     received: _containers.RepeatedCompositeFieldContainer[AuditCrossing]
     sent: _containers.RepeatedCompositeFieldContainer[AuditCrossing]
-    def __init__(self, epoch: _Optional[int] = ..., received: _Optional[_Iterable[_Union[AuditCrossing, _Mapping]]] = ..., sent: _Optional[_Iterable[_Union[AuditCrossing, _Mapping]]] = ...) -> None: ...
+    states: _containers.RepeatedCompositeFieldContainer[AuditCrossing]
+    def __init__(self, epoch: _Optional[int] = ..., received: _Optional[_Iterable[_Union[AuditCrossing, _Mapping]]] = ..., sent: _Optional[_Iterable[_Union[AuditCrossing, _Mapping]]] = ..., states: _Optional[_Iterable[_Union[AuditCrossing, _Mapping]]] = ...) -> None: ...
 
 class AuditVerdict(_message.Message):
     __slots__ = ("network_id", "session_id", "epoch", "chunk", "stage_index", "peer_id", "auditor_peer_id", "outcome", "receipt_digest", "numeric_class", "distance_ppb", "margin_micros", "position", "reason", "issued_ms")
