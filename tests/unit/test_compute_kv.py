@@ -1,10 +1,12 @@
-"""Keys and values in pages: sharing, copying on write, parking, and a bound that holds.
+"""Keys and values in pages: sharing, copying on write, keeping on disk, and a bound that holds.
 
 Slow because torch takes seconds to import.
 """
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,12 +14,16 @@ import pytest
 from plait.compute.load import load_stage
 from plait.compute.pages import PAGE_TOKENS, prefix_hashes
 from plait.compute.port import Done, Work
+from plait.compute.spill import DiskRoom
 from plait.errors import CapacityError, LocalProtocolError
 from plait.model import catalog
 from plait.model.local import LocalModel
 from plait.types import Sampling, SessionId, Span
 
 if TYPE_CHECKING:
+    import torch
+
+    from plait.compute.kv import KvCache
     from plait.compute.stage import TorchStage
 
 pytestmark = pytest.mark.slow
@@ -130,27 +136,6 @@ def test_what_is_not_cached_can_neither_be_published_nor_adopted_over(stage: "To
         stage.adopt_prefix(ONE, ALICE, HASHES)
 
 
-def test_a_parked_session_goes_on_as_if_nothing_had_happened(stage: "TorchStage") -> None:
-    prefilled(stage, ONE)
-    wanted = step(stage, ONE, 53, (9,))
-    stage.park(ONE)
-    assert stage.kv_tokens_free == stage.kv_tokens_total
-    (refused,) = stage.step([Work(ONE, 53, (9,), None, sample=True)])
-    assert isinstance(refused.error, LocalProtocolError)
-    stage.reserve(TWO, 18 * PAGE_TOKENS, Sampling())
-    step(stage, TWO, 0, tuple(range(100, 260)))
-    with pytest.raises(CapacityError):
-        stage.resume(ONE)
-    stage.free(TWO)
-    stage.resume(ONE)
-    stage.resume(ONE)
-    assert step(stage, ONE, 53, (9,)) == wanted
-    stage.park(ONE)
-    stage.free(ONE)
-    stage.resume(ONE)
-    assert stage.kv_tokens_free == stage.kv_tokens_total
-
-
 def test_scattered_pages_hold_what_neighbouring_ones_do(local: LocalModel) -> None:
     stage = load_stage(local, Span(0, 8), "int4", kv_tokens_max=6 * PAGE_TOKENS)
     small = [SessionId(bytes([index]) * 16) for index in range(6)]
@@ -166,27 +151,113 @@ def test_scattered_pages_hold_what_neighbouring_ones_do(local: LocalModel) -> No
     assert again == wanted
 
 
-def test_the_room_on_disk_is_bounded(local: LocalModel) -> None:
-    from plait.compute.kv import KvCache, KvLayout
-    from plait.compute.spill import Spill
+def kept(cache: "KvCache", session: SessionId, names: tuple[bytes, ...]) -> None:
+    """A session of as many pages as names, kept for a second, that has ended."""
+    tokens = len(names) * PAGE_TOKENS
+    cache.reserve(session, tokens, Sampling())
+    kv = cache.get(session)
+    assert kv is not None
+    kv.prepare(0, tokens)
+    cache.data[..., : cache.tokens_total, :] = torch_rows(cache)
+    kv.length = tokens
+    cache.publish(session, ALICE, names, keep_ms=1000)
+    cache.free(session)
 
-    spill = Spill(bytes_max=10_000)
-    cache = KvCache(KvLayout(Span(0, 2), 2, 8), 640, spill=spill)
-    assert cache.layout.position_bytes == 256
-    for session, length in ((ONE, 30), (TWO, 20)):
-        cache.reserve(session, 40, Sampling())
-        kv = cache.get(session)
-        assert kv is not None
-        kv.length = length
-    cache.park(ONE)
-    assert spill.bytes_used == 30 * 256
-    with pytest.raises(CapacityError, match="disk"):
-        cache.park(TWO)
-    cache.free(ONE)
-    cache.park(TWO)
-    assert spill.bytes_used == 20 * 256
-    cache.resume(TWO)
-    assert spill.bytes_used == 0
+
+def torch_rows(cache: "KvCache") -> "torch.Tensor":
+    import torch
+
+    return torch.arange(cache.data.numel(), dtype=torch.float32).reshape(cache.data.shape)
+
+
+def test_a_kept_prefix_comes_back_from_disk_when_its_room_was_needed(stage: "TorchStage") -> None:
+    wanted = prefilled(stage, ONE)
+    stage.publish_prefix(ONE, ALICE, HASHES, keep_ms=60_000)
+    stage.park_prefixes()
+    assert stage.prefixes.cached_tokens == stage.prefixes.parked_tokens == 48
+    stage.free(ONE)
+    stage.reserve(TWO, 20 * PAGE_TOKENS, Sampling())
+    step(stage, TWO, 0, tuple(range(100, 260)))
+    assert (stage.prefixes.cached_tokens, stage.prefixes.parked_tokens) == (0, 48)
+    stage.free(TWO)
+    stage.reserve(THREE, 80, Sampling())
+    assert stage.adopt_prefix(THREE, BOB, HASHES) == 0
+    assert stage.adopt_prefix(THREE, ALICE, HASHES) == 48
+    assert step(stage, THREE, 48, PROMPT[48:]) == wanted
+    assert stage.prefixes.cached_tokens == 48  # and is in memory again
+    stage.free(THREE)
+    assert stage.kv_tokens_free == stage.kv_tokens_total
+
+
+def test_kept_prefixes_expire_and_the_room_on_disk_is_bounded() -> None:
+    from plait.compute.kv import PREFIX_IDLE_MS, KvCache, KvLayout
+
+    now_ms = [0]
+    layout = KvLayout(Span(0, 2), 2, 8)
+    page_bytes = layout.position_bytes * PAGE_TOKENS
+    cache = KvCache(
+        layout, 8 * PAGE_TOKENS, disk=DiskRoom(bytes_max=3 * page_bytes), clock_ms=lambda: now_ms[0]
+    )
+    kept(cache, ONE, (b"a", b"b"))
+    cache.park()
+    assert cache.prefixes.parked_bytes == 2 * page_bytes
+    now_ms[0] = 500
+    kept(cache, TWO, (b"c", b"d"))
+    cache.park()
+    assert cache.prefixes.parked_bytes == 3 * page_bytes  # the longest unused page made room
+    now_ms[0] = 1000
+    cache.park()
+    assert cache.prefixes.parked_bytes == 2 * page_bytes
+    now_ms[0] = 1500
+    cache.park()
+    assert cache.prefixes.parked_bytes == 0
+    assert cache.prefixes.cached_tokens == 4 * PAGE_TOKENS
+    now_ms[0] = PREFIX_IDLE_MS + 501
+    cache.park()
+    assert cache.prefixes.cached_tokens == 0
+
+
+def test_a_slot_that_is_being_read_is_not_given_away() -> None:
+    from plait.compute.kv import KvCache, KvLayout
+
+    layout = KvLayout(Span(0, 1), 1, 2)
+    disk = DiskRoom(bytes_max=layout.position_bytes * PAGE_TOKENS)
+    cache = KvCache(layout, 4 * PAGE_TOKENS, disk=disk)
+    kept(cache, ONE, (b"a",))
+    cache.park()
+    cache.reserve(THREE, 4 * PAGE_TOKENS, Sampling())
+    cache.free(THREE)
+    cache.reserve(TWO, 2 * PAGE_TOKENS, Sampling())
+    assert cache.adopt(TWO, ALICE, (b"a",)) == PAGE_TOKENS
+    kept(cache, THREE, (b"b",))
+    cache.park()
+    kv = cache.get(TWO)
+    assert kv is not None
+    kv.prepare(PAGE_TOKENS, 1)
+    rows = torch_rows(cache)[..., :PAGE_TOKENS, :]
+    at = kv.pages[0] * PAGE_TOKENS
+    assert cache.data[..., at : at + PAGE_TOKENS, :].equal(rows)
+
+
+def test_a_disk_that_fails_ends_the_session_and_nothing_else(tmp_path: Path) -> None:
+    from plait.compute.kv import KvCache, KvLayout
+
+    cache = KvCache(KvLayout(Span(0, 1), 1, 2), 4 * PAGE_TOKENS, disk=DiskRoom(tmp_path))
+    kept(cache, ONE, (b"a",))
+    cache.park()
+    cache.reserve(THREE, 4 * PAGE_TOKENS, Sampling())
+    cache.free(THREE)
+    cache.reserve(TWO, 2 * PAGE_TOKENS, Sampling())
+    assert cache.adopt(TWO, ALICE, (b"a",)) == PAGE_TOKENS
+    os.ftruncate(cache._file._descriptor, 0)
+    kv = cache.get(TWO)
+    assert kv is not None
+    with pytest.raises(CapacityError, match="too short"):
+        kv.prepare(PAGE_TOKENS, 1)
+    assert kv.length == 0
+    cache.free(TWO)
+    assert cache.tokens_free == cache.tokens_total
+    assert cache.prefixes.parked_bytes == 0
 
 
 def test_pages_freed_during_a_step_are_given_back_after_it() -> None:
@@ -249,19 +320,3 @@ def test_a_flood_of_sessions_stays_within_the_limit() -> None:
     assert granted >= 32
     assert granted + refused == 1000
     assert grown_kb <= limit_kb + 32 * 1024
-
-
-def test_the_size_of_what_was_parked_is_checked() -> None:
-    import torch
-
-    from plait.compute.spill import Spill
-
-    spill = Spill()
-    spill.write(ONE, [torch.ones(2), torch.zeros(4)])
-    found = [torch.zeros(3), torch.ones(3)]
-    spill.read(ONE, found)
-    assert [strip.tolist() for strip in found] == [[1, 1, 0], [0, 0, 0]]
-    for size in (5, 7):
-        with pytest.raises(LocalProtocolError, match="24 bytes"):
-            spill.read(ONE, [torch.ones(size)])
-    spill.drop(ONE)

@@ -40,9 +40,10 @@ def test_a_prefix_outlives_its_session_until_the_room_is_needed() -> None:
     assert all(map(table.shared, pages))
     table.release(pages)
     assert table.available == 4
-    assert table.find([b"a", b"b", b"x"]) == pages[:2]
+    assert [table.page_of(key) for key in (b"a", b"b", b"x")] == [*pages[:2], None]
     assert len(table.allocate(2)) == 2
-    assert table.find(keys) == pages[:2]  # the end of the prefix went first
+    # The end of the prefix went first.
+    assert [table.page_of(key) for key in keys] == [*pages[:2], None]
     table.hold(pages[:2])
     with pytest.raises(CapacityError):
         table.allocate(1)
@@ -54,9 +55,25 @@ def test_the_longest_unused_prefix_goes_first() -> None:
         pages = table.allocate(1)
         table.file([key], pages)
         table.release(pages)
-    table.find([b"a"])
+    table.used([b"a"])
     table.allocate(2)
-    assert [len(table.find([key])) for key in (b"a", b"b", b"c")] == [1, 0, 1]
+    assert [table.page_of(key) is not None for key in (b"a", b"b", b"c")] == [True, False, True]
+
+
+def test_a_prefix_that_is_of_no_use_for_long_expires() -> None:
+    table = PageTable(4)
+    old, new = table.allocate(2), table.allocate(1)
+    table.file([b"a", b"b"], old, now_ms=10)
+    table.file([b"c"], new, now_ms=20)
+    table.release(old[:1])
+    table.used([b"b"], now_ms=30)
+    table.expire(20)
+    assert [table.page_of(key) for key in (b"a", b"b", b"c")] == [None, old[1], new[0]]
+    table.expire(31)
+    assert table.filed == 0
+    assert table.available == 2  # the session that holds the page keeps it
+    table.release((*old[1:], *new))
+    assert table.available == 4
 
 
 def test_what_is_not_held_cannot_be_released_or_shared() -> None:
@@ -81,6 +98,11 @@ def test_a_hash_names_all_ids_up_to_its_page() -> None:
     assert prefix_hashes(ids[:31]) == hashes[:1]
     changed = prefix_hashes([7, *ids[1:]])
     assert not set(changed) & set(hashes)
+
+
+def test_chains_of_different_salts_have_nothing_in_common() -> None:
+    chains = [prefix_hashes(range(64), salt) for salt in (b"", b"one user", b"another")]
+    assert len({name for chain in chains for name in chain}) == 12
 
 
 def test_keys_differ_by_tenant_span_and_node() -> None:
@@ -138,8 +160,10 @@ class Sessions(RuleBasedStateMachine):
     @rule(data=st.data())
     def adopt(self, data: st.DataObject) -> None:
         keys, pages = data.draw(st.sampled_from(self.published))
-        found = self.table.find(keys)
-        assert found == pages[: len(found)]
+        known = [self.table.page_of(key) for key in keys]
+        found = tuple(page for page in known if page is not None)
+        assert set(found) <= set(pages)
+        self.table.used(keys)
         if found:
             self.table.hold(found)
             self.held.append(found)

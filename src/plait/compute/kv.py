@@ -2,22 +2,29 @@
 
 Room is granted in whole pages when a session is reserved, so a session that was let in
 never runs out and the cache never grows. Prefixes are shared page by page and copied when
-somebody writes to them (``pages.py``). A session whose pages lie next to each other, as they
-mostly do, is read in place; one that shares a prefix is put together for each layer.
+somebody writes to them (``pages.py``); those that are to be kept are also on disk
+(``kept.py``). A session whose pages lie next to each other, as they mostly do, is read in
+place; one that shares a prefix is put together for each layer.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from secrets import token_bytes
 
 import torch
 
+from plait.compute.kept import KeptPages
 from plait.compute.pages import PAGE_TOKENS, Pages, PageTable, pages_for, prefix_key, runs
-from plait.compute.spill import Spill
-from plait.errors import LocalProtocolError
+from plait.compute.port import PrefixUse
+from plait.compute.spill import DiskRoom, PageFile
+from plait.errors import CapacityError, LocalProtocolError
 from plait.types import Sampling, SessionId, Span
+
+PREFIX_IDLE_MS = 900_000
+"""A published prefix that was of no use for so long leaves the memory, needed or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,15 @@ class KvLayout:
     def position_bytes(self) -> int:
         """Memory of one position, in fp32."""
         return len(self.span) * 2 * self.heads * self.head_size * 4
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """A page of a prefix: its number, or the slot on disk that holds it."""
+
+    key: bytes
+    page: int | None
+    slot: int | None = None
 
 
 class SessionKv:
@@ -49,7 +65,7 @@ class SessionKv:
         self.length = 0
         self.sampling = sampling
         self.pages = pages
-        self.adopted: Pages = ()
+        self.adopted: tuple[Adopted, ...] = ()
         """Pages of a published prefix, until the first write shows how many are used."""
         self._cache = cache
         self._slices = _slices(pages)
@@ -85,30 +101,6 @@ class SessionKv:
         here = torch.cat(self._parts(of_layer, end), 2)[:, None]
         return here[0], here[1]
 
-    def save(self, spill: Spill, session: SessionId) -> None:
-        """Write what is valid to disk. Raises ``CapacityError``."""
-        spill.write(session, self._strips())
-
-    def load(self, spill: Spill, session: SessionId, length: int) -> None:
-        """Read back what ``save`` wrote, into pages that nobody shares."""
-        self.length = length
-        spill.read(session, self._strips())
-
-    def _strips(self) -> list[torch.Tensor]:
-        """What is valid, in pieces that lie in one place of memory each."""
-        parts = self._parts(self._of_span(), self.length)
-        return [
-            part[layer, which, head]
-            for layer in range(len(self.span))
-            for which in range(2)
-            for head in range(self._cache.layout.heads)
-            for part in parts
-        ]
-
-    def _of_span(self) -> torch.Tensor:
-        first = self._cache.layout.span.start
-        return self._cache.data[self.span.start - first : self.span.end - first]
-
     def _parts(self, data: torch.Tensor, end: int) -> list[torch.Tensor]:
         """Views of the positions up to ``end``, of data whose last but one are positions."""
         return [
@@ -134,7 +126,14 @@ class KvCache:
     pages of what is computed from being given away meanwhile.
     """
 
-    def __init__(self, layout: KvLayout, tokens_max: int, *, spill: Spill | None = None) -> None:
+    def __init__(
+        self,
+        layout: KvLayout,
+        tokens_max: int,
+        *,
+        disk: DiskRoom = DiskRoom(),  # noqa: B008 - frozen
+        clock_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000,
+    ) -> None:
         pages = tokens_max // PAGE_TOKENS
         self.layout = layout
         self.data = torch.empty(
@@ -146,8 +145,9 @@ class KvCache:
         )
         self._table = PageTable(pages)
         self._sessions: dict[SessionId, SessionKv] = {}
-        self._parked: dict[SessionId, SessionKv] = {}
-        self._spill = spill or Spill()
+        self._file = PageFile(disk, layout.position_bytes * PAGE_TOKENS)
+        self._kept = KeptPages(self._file)
+        self._clock_ms = clock_ms
         self._computing: set[SessionId] = set()
         self._late: list[SessionKv] = []
         self._secret = token_bytes(32)
@@ -172,7 +172,7 @@ class KvCache:
         """
         span = span or self.layout.span
         with self._lock:
-            known = self._sessions.get(session) or self._parked.get(session)
+            known = self._sessions.get(session)
             if known is None:
                 pages = self._table.allocate(pages_for(tokens))
                 self._sessions[session] = SessionKv(self, tokens, sampling, span, pages)
@@ -180,21 +180,17 @@ class KvCache:
             if known.span != span:
                 raise LocalProtocolError("a session cannot change its layers")
             if tokens > known.tokens:
-                if session in self._sessions:
-                    more = pages_for(tokens) - len(known.pages)
-                    known.pages += self._table.allocate(more)
+                known.pages += self._table.allocate(pages_for(tokens) - len(known.pages))
                 known.tokens = tokens
             known.sampling = sampling
 
     def get(self, session: SessionId) -> SessionKv | None:
-        """A session's cache, None if it was never reserved, is parked or is freed."""
+        """A session's cache, None if it was never reserved or is freed."""
         return self._sessions.get(session)
 
     def free(self, session: SessionId) -> None:
         """Give a session's pages back; nothing happens if it is unknown."""
         with self._lock:
-            self._spill.drop(session)
-            self._parked.pop(session, None)
             gone = self._sessions.pop(session, None)
             if gone is None:
                 return
@@ -219,40 +215,77 @@ class KvCache:
 
     def _release(self, gone: SessionKv) -> None:
         self._table.release(gone.pages)
-        self._table.release(gone.adopted)
+        self._let_go(gone.adopted)
+
+    def _let_go(self, adopted: Iterable[Adopted]) -> None:
+        for one in adopted:
+            if one.page is not None:
+                self._table.release([one.page])
+            if one.slot is not None:
+                self._file.release(one.slot)
 
     # Shared prefixes ----------------------------------------------------------------
+
+    @property
+    def prefixes(self) -> PrefixUse:
+        """What published prefixes take in memory and on disk."""
+        with self._lock:
+            parked = self._kept.parked * PAGE_TOKENS
+            return PrefixUse(self._table.filed * PAGE_TOKENS, parked, self._file.bytes_used)
 
     def adopt(self, session: SessionId, tenant: str, hashes: Sequence[bytes]) -> int:
         """Let a new session start with a prefix the tenant published; returns its tokens.
 
         The pages are held until the first write, which may begin at or before that
-        position and uses the part up to there.
+        position and uses the part up to there. Only then is the disk read.
         """
         with self._lock:
             kv = self._known(session)
             if kv.length or kv.adopted:
                 raise LocalProtocolError("a session with tokens cannot adopt a prefix")
             keys = [prefix_key(self._secret, tenant, kv.span, name) for name in hashes]
-            kv.adopted = self._table.find(keys)[: len(kv.pages)]
-            self._table.hold(kv.adopted)
+            kv.adopted = tuple(self._found(keys[: len(kv.pages)]))
             kv.length = len(kv.adopted) * PAGE_TOKENS
+            self._table.used([one.key for one in kv.adopted], self._clock_ms())
             return kv.length
 
-    def publish(self, session: SessionId, tenant: str, hashes: Sequence[bytes]) -> None:
-        """Keep the session's first pages for the tenant, one hash for each."""
+    def _found(self, keys: Sequence[bytes]) -> Iterator[Adopted]:
+        for key in keys:
+            page, slot = self._table.page_of(key), None
+            if page is not None:
+                self._table.hold([page])
+            else:
+                slot = self._kept.find(key)
+                if slot is None:
+                    return
+            yield Adopted(key, page, slot)
+
+    def publish(
+        self, session: SessionId, tenant: str, hashes: Sequence[bytes], keep_ms: int = 0
+    ) -> None:
+        """Keep the session's first pages for the tenant, one hash for each.
+
+        They go when their room is needed; with ``keep_ms`` they are also put on disk, for
+        so long.
+        """
         with self._lock:
             kv = self._known(session)
             if len(hashes) * PAGE_TOKENS > kv.length or kv.adopted:
                 raise LocalProtocolError("a prefix that is not cached cannot be published")
             keys = [prefix_key(self._secret, tenant, kv.span, name) for name in hashes]
-            self._table.file(keys, kv.pages[: len(hashes)])
+            now_ms = self._clock_ms()
+            self._table.file(keys, kv.pages[: len(hashes)], now_ms)
+            if keep_ms > 0:
+                self._kept.keep(keys, kv.span, now_ms + keep_ms)
 
     def make_writable(self, kv: SessionKv, first_position: int, end: int) -> None:
-        """Settle which adopted pages are used, and copy shared ones in [first, end)."""
+        """Settle which adopted pages are used, and copy shared ones in [first, end).
+
+        Raises ``CapacityError`` if no page is free for a copy, or the disk fails.
+        """
+        if kv.adopted:
+            self._settle(kv, pages_for(first_position))
         with self._lock:
-            if kv.adopted:
-                self._settle(kv, pages_for(first_position))
             for index in range(first_position // PAGE_TOKENS, pages_for(end)):
                 page = kv.pages[index]
                 if self._table.published_by_sole_holder(page):
@@ -261,12 +294,34 @@ class KvCache:
                     self._copy(kv, index, kept=index * PAGE_TOKENS < first_position)
 
     def _settle(self, kv: SessionKv, used: int) -> None:
-        used = min(used, len(kv.adopted))
-        unused, spare = kv.adopted[used:], kv.pages[:used]
-        kv.pages = kv.adopted[:used] + kv.pages[used:]
-        kv.adopted = ()
-        self._table.release(unused)
-        self._table.release(spare)
+        """Take the pages in memory for the session's own; read those on disk into its own."""
+        with self._lock:
+            adopted, kv.adopted = kv.adopted, ()
+            used = min(used, len(adopted))
+            self._let_go(adopted[used:])
+            pages = list(kv.pages)
+            for index, one in enumerate(adopted[:used]):
+                if one.page is not None:
+                    self._table.release([pages[index]])
+                    pages[index] = one.page
+            kv.pages = tuple(pages)
+        on_disk = [
+            (page, one)
+            for page, one in zip(pages, adopted[:used], strict=False)
+            if one.slot is not None
+        ]
+        try:
+            for page, one in on_disk:
+                self._read(kv.span, page, one)
+        except CapacityError:
+            kv.length = 0  # nothing of the prefix may be built upon
+            raise
+        finally:
+            with self._lock:
+                self._let_go(one for _, one in on_disk)
+        with self._lock:
+            self._table.file([one.key for _, one in on_disk], [page for page, _ in on_disk])
+            self._table.used([one.key for one in adopted[:used]], self._clock_ms())
 
     def _copy(self, kv: SessionKv, index: int, *, kept: bool) -> None:
         shared = kv.pages[index]
@@ -277,45 +332,72 @@ class KvCache:
         kv.pages = (*kv.pages[:index], page, *kv.pages[index + 1 :])
         self._table.release([shared])
 
-    # Parking ------------------------------------------------------------------------
+    # Prefixes on disk ---------------------------------------------------------------
 
-    def park(self, session: SessionId) -> None:
-        """Write a session that is not computed to disk and give its pages back.
+    def park(self) -> None:
+        """Write to disk what is to be kept, and forget what is past its time.
 
-        Raises ``CapacityError`` when the disk space for that is used up.
+        Takes as long as the disk does: call it from a thread that nobody waits for.
         """
         with self._lock:
-            kv = self._known(session)
-            if session in self._computing or kv.adopted:
-                raise LocalProtocolError("a session at work cannot be parked")
-            kv.save(self._spill, session)
-            del self._sessions[session]
-            self._table.release(kv.pages)
-            kv.pages = ()
-            self._parked[session] = kv
+            now_ms = self._clock_ms()
+            self._kept.expire(now_ms)
+            self._table.expire(now_ms - PREFIX_IDLE_MS)
+            wishes = self._kept.wishes()
+        for key, span in wishes:
+            self._park_page(key, span)
 
-    def resume(self, session: SessionId) -> None:
-        """Bring a parked session back; nothing happens if it is not parked.
-
-        Raises ``CapacityError``, and leaves it parked, when too few pages are free.
-        """
+    def _park_page(self, key: bytes, span: Span) -> None:
         with self._lock:
-            kv = self._parked.get(session)
-            if kv is None:
+            page, slot = self._table.page_of(key), None
+            if page is not None:
+                slot = self._taken_slot()
+            if page is None or slot is None:
+                self._kept.forget_wish(key)
                 return
-            pages = self._table.allocate(pages_for(kv.tokens))
-            granted = SessionKv(self, kv.tokens, kv.sampling, kv.span, pages)
-            try:
-                granted.load(self._spill, session, kv.length)
-            except Exception:
-                self._table.release(pages)
-                raise
-            self._spill.drop(session)
-            del self._parked[session]
-            self._sessions[session] = granted
+            self._table.hold([page])
+        try:
+            self._file.write(slot, _bytes_of(self._page(span, page).contiguous()))
+        except CapacityError:
+            with self._lock:
+                self._kept.forget_wish(key)
+                self._file.release(slot)
+        else:
+            with self._lock:
+                self._kept.written(key, slot)
+        finally:
+            with self._lock:
+                self._table.release([page])
+
+    def _taken_slot(self) -> int | None:
+        try:
+            return self._kept.take_slot()
+        except CapacityError:
+            return None
+
+    def _read(self, span: Span, page: int, one: Adopted) -> None:
+        assert one.slot is not None
+        here = self._page(span, page)
+        there = torch.empty(here.shape)
+        try:
+            self._file.read(one.slot, _bytes_of(there))
+        except CapacityError:
+            with self._lock:
+                self._kept.drop(one.key)
+            raise
+        here.copy_(there)
+
+    def _page(self, span: Span, page: int) -> torch.Tensor:
+        """One page's numbers in the layers of a span."""
+        first, at = self.layout.span.start, page * PAGE_TOKENS
+        return self.data[span.start - first : span.end - first, ..., at : at + PAGE_TOKENS, :]
 
     def _known(self, session: SessionId) -> SessionKv:
         kv = self._sessions.get(session)
         if kv is None:
             raise LocalProtocolError(f"session {session.hex()} holds no KV pages")
         return kv
+
+
+def _bytes_of(numbers: torch.Tensor) -> memoryview:
+    return numbers.numpy().data.cast("B")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from plait.compute.grammar import Vocabulary
+from plait.compute.spill import DiskRoom
 from plait.errors import ConfigError
 from plait.model.gguf_reader import GgufFile
 from plait.model.local import LocalModel
@@ -49,11 +50,13 @@ def load_stage(
     kv_tokens_max: int = KV_TOKENS_MAX,
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    disk: DiskRoom = DiskRoom(),  # noqa: B008 - frozen
 ) -> "TorchStage":
     """Read, verify and load the span's tensors, and nothing else of the file.
 
     ``dtype`` is one of ``DTYPES``, or ``AUTO`` to choose the fastest here whose answers are
-    as good. ``progress`` gets (layers loaded, layers to load). Sets torch's thread count for the
+    as good. ``progress`` gets (layers loaded, layers to load); ``disk`` is where prefixes are
+    kept. Sets torch's thread count for the
     whole process. Raises ``ConfigError`` for a span, dtype, or number that cannot be, and
     ``ModelError`` naming the tensor that does not match the manifest.
     """
@@ -71,6 +74,7 @@ def load_stage(
         local.manifest.shape,
         kv_tokens_max=kv_tokens_max,
         threads=threads,
+        disk=disk,
         vocabulary=Vocabulary(lambda: Tokenizer.load(local), local.manifest.vocabulary_size),
     )
 

@@ -7,7 +7,9 @@ Prefixes. A client names the full pages of a prompt by a hash chain over its tok
 (``prefix_hashes``), the same for every stage, since only the first one sees ids. A stage
 files a page under a key made from that name, its tenant (the peer id of the authenticated
 client) and a secret of its own (``prefix_key``). So a tenant finds only pages it published
-itself, can learn nothing of others' prompts, and can mislead nobody but itself.
+itself, can learn nothing of others' prompts, and can mislead nobody but itself. A client
+that serves several users begins each one's chain with another salt, which keeps them apart
+in the same way.
 """
 
 import hashlib
@@ -32,10 +34,10 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE_TOKENS)
 
 
-def prefix_hashes(ids: Sequence[int]) -> tuple[bytes, ...]:
-    """One hash per full page of ``ids``, each over all ids up to that page's end."""
+def prefix_hashes(ids: Sequence[int], salt: bytes = b"") -> tuple[bytes, ...]:
+    """One hash per full page of ``ids``, each over ``salt`` and all ids up to that page's end."""
     hashes: list[bytes] = []
-    chained = _CHAIN_LABEL
+    chained = hashlib.sha256(_CHAIN_LABEL + salt).digest()[:HASH_BYTES]
     for end in range(PAGE_TOKENS, len(ids) + 1, PAGE_TOKENS):
         page = b"".join(token.to_bytes(4, "big") for token in ids[end - PAGE_TOKENS : end])
         chained = hashlib.sha256(chained + page).digest()[:HASH_BYTES]
@@ -62,6 +64,7 @@ class PageTable:
         self._free = list(range(total))  # ascending
         self._filed: OrderedDict[bytes, int] = OrderedDict()
         """Key to page, the longest unused first."""
+        self._used_ms: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
         self._idle = 0
         """Filed pages that nobody but the table holds."""
@@ -118,7 +121,7 @@ class PageTable:
             elif self._only_filed(page):
                 self._idle += 1
 
-    def file(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
+    def file(self, keys: Sequence[bytes], pages: Sequence[int], now_ms: int = 0) -> None:
         """Publish held pages under their keys, the first page of the prefix first.
 
         A key that is known keeps its page, and so does a page that has a key.
@@ -130,17 +133,29 @@ class PageTable:
                 self._filed[key] = page
                 self._keys[page] = key
                 self._holders[page] += 1
-        self._used(keys)
+        self.used(keys, now_ms)
 
-    def find(self, keys: Sequence[bytes]) -> Pages:
-        """The pages of the longest published part of a prefix, from its start."""
-        pages = []
-        for key in keys:
-            if key not in self._filed:
+    def page_of(self, key: bytes) -> int | None:
+        """The page published under a key."""
+        return self._filed.get(key)
+
+    def used(self, keys: Sequence[bytes], now_ms: int = 0) -> None:
+        """Note that a prefix was of use, so that others are given up before it."""
+        # Last pages first: without its start, the end of a prefix is of no use.
+        for key in reversed(keys):
+            if key in self._filed:
+                self._filed.move_to_end(key)
+                self._used_ms[key] = now_ms
+
+    def expire(self, before_ms: int) -> None:
+        """Publish no more what was last of use before that time."""
+        stale = []
+        for key, page in self._filed.items():
+            if self._used_ms[key] >= before_ms:
                 break
-            pages.append(self._filed[key])
-        self._used(keys[: len(pages)])
-        return tuple(pages)
+            stale.append(page)
+        for page in stale:
+            self.withdraw(page)
 
     def withdraw(self, page: int) -> None:
         """Take a page out of the published ones; nothing happens if it is not there."""
@@ -150,18 +165,13 @@ class PageTable:
         if self._only_filed(page):
             self._idle -= 1
         del self._filed[key], self._keys[page]
+        del self._used_ms[key]
         self._holders[page] -= 1
         if not self._holders[page]:
             self._free.insert(bisect_left(self._free, page), page)
 
     def _only_filed(self, page: int) -> bool:
         return self._holders[page] == 1 and page in self._keys
-
-    def _used(self, keys: Sequence[bytes]) -> None:
-        # Last pages first: without its start, the end of a prefix is of no use.
-        for key in reversed(keys):
-            if key in self._filed:
-                self._filed.move_to_end(key)
 
     def _evict(self, count: int) -> None:
         if count <= 0:

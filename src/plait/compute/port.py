@@ -99,6 +99,15 @@ class Done:
     scored: Scored = NOT_SCORED
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixUse:
+    """Tokens of published prefixes in memory, whose room any session may take, and on disk."""
+
+    cached_tokens: int = 0
+    parked_tokens: int = 0
+    parked_bytes: int = 0
+
+
 def draw_with_drafts(
     drafts: Sequence[int], end_ids: Sequence[int], draw: Callable[[int], int]
 ) -> int:
@@ -177,20 +186,20 @@ class StageCompute(Protocol):
         lies behind its start is given up. Nobody else's pages are ever found.
         """
 
-    def publish_prefix(self, session: SessionId, tenant: str, hashes: Sequence[bytes]) -> None:
+    def publish_prefix(
+        self, session: SessionId, tenant: str, hashes: Sequence[bytes], keep_ms: int = 0
+    ) -> None:
         """Keep the session's first ``len(hashes)`` pages, which are cached, for the tenant,
-        beyond the session's end and until their room is needed. Not while a work of the
-        session is under way."""
+        beyond the session's end and until their room is needed; with ``keep_ms`` also on
+        disk, for so long. Not while a work of the session is under way."""
 
-    def park(self, session: SessionId) -> None:
-        """Move a session without work under way to disk and give its pages back.
+    def park_prefixes(self) -> None:
+        """Write to disk what ``publish_prefix`` was told to keep, and forget what is past
+        its time. Takes as long as the disk: call it now and then, off the event loop."""
 
-        Raises ``CapacityError`` when there is no room on disk.
-        """
-
-    def resume(self, session: SessionId) -> None:
-        """Bring a parked session back, before its next work; nothing happens if it is not
-        parked. Raises ``CapacityError``, leaving it parked, when the pages are not free."""
+    @property
+    def prefixes(self) -> PrefixUse:
+        """What published prefixes take."""
 
     def numeric_class(self) -> str:
         """Weights, precision, kernels and threads: equal classes agree to rounding."""

@@ -1,74 +1,112 @@
-"""Room on disk for what parked sessions have cached.
+"""Room on disk for the KV pages of kept prefixes: one file of equal slots.
 
-Each session's numbers are in one file that has no name, so nobody else can open it and
-nothing is left when the process ends, however it does. Sizes are checked on reading.
+The file has no name, so nobody else can open it and nothing is left when the process ends,
+however it does. Slots are counted references, as pages are: one that is being read is not
+given away. Reading and writing need no lock; everything else does.
 """
 
+import os
 import tempfile
-from collections.abc import Sequence
+import weakref
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
-
-import torch
 
 from plait.errors import CapacityError, LocalProtocolError
-from plait.types import SessionId
 
-BYTES_MAX = 4 << 30
-_BUFFER_BYTES = 1 << 16  # larger pieces pass it by
+BYTES_MAX = 1 << 30
 
 
-class Spill:
+@dataclass(frozen=True, slots=True)
+class DiskRoom:
     """At most ``bytes_max`` on disk, in ``folder`` or the system's temporary one."""
 
-    def __init__(self, folder: Path | None = None, bytes_max: int = BYTES_MAX) -> None:
-        self._folder = folder
-        self._bytes_max = bytes_max
-        self._files: dict[SessionId, tuple[IO[bytes], int]] = {}
+    folder: Path | None = None
+    bytes_max: int = BYTES_MAX
+
+
+class PageFile:
+    """Slots of ``slot_bytes`` each, as many as the room holds."""
+
+    def __init__(self, room: DiskRoom, slot_bytes: int) -> None:
+        self._room = room
+        self._slot_bytes = slot_bytes
+        self._slots_max = room.bytes_max // slot_bytes
+        self._holders: Counter[int] = Counter()
+        self._free: list[int] = []
+        self._descriptor = -1
+
+    @property
+    def slots(self) -> int:
+        """Slots in use."""
+        return len(self._holders)
 
     @property
     def bytes_used(self) -> int:
-        """What is on disk."""
-        return sum(size for _, size in self._files.values())
+        """What they take."""
+        return self.slots * self._slot_bytes
 
-    def write(self, session: SessionId, strips: Sequence[torch.Tensor]) -> None:
-        """Store a session's numbers, fp32 on the CPU. Raises ``CapacityError``."""
-        self.drop(session)
-        views = [_bytes_of(strip) for strip in strips]
-        size = sum(len(view) for view in views)
-        if self.bytes_used + size > self._bytes_max:
-            raise CapacityError("the disk space for parked sessions is used up")
-        file: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115 - open until dropped
-            dir=self._folder, buffering=_BUFFER_BYTES
-        )
+    def take(self) -> int | None:
+        """A slot with one holder, or None when all are in use.
+
+        Raises ``CapacityError`` if there can be no file.
+        """
+        if self.slots >= self._slots_max:
+            return None
+        if self._descriptor < 0:
+            self._descriptor = self._opened()
+        # All slots below the number in use that are not held were given back.
+        slot = self._free.pop() if self._free else self.slots
+        self._holders[slot] = 1
+        return slot
+
+    def hold(self, slot: int) -> None:
+        """One more holder."""
+        self._check_held(slot)
+        self._holders[slot] += 1
+
+    def release(self, slot: int) -> None:
+        """One holder less; a slot that nobody holds is free. The last one shrinks the file."""
+        self._check_held(slot)
+        self._holders[slot] -= 1
+        if self._holders[slot]:
+            return
+        del self._holders[slot]
+        self._free.append(slot)
+        if not self._holders:
+            self._free.clear()
+            os.ftruncate(self._descriptor, 0)
+
+    def write(self, slot: int, data: memoryview) -> None:
+        """Store up to a slot's size. Raises ``CapacityError`` if the disk does not take it."""
         try:
-            for view in views:
-                file.write(view)
-            file.flush()
+            written = os.pwrite(self._descriptor, data, slot * self._slot_bytes)
         except OSError as error:
-            file.close()
-            raise CapacityError(f"a session could not be parked: {error}") from error
-        self._files[session] = (file, size)
+            raise CapacityError(f"a prefix could not be parked: {error}") from error
+        if written != len(data):
+            raise CapacityError("a prefix could not be parked: the disk is full")
 
-    def read(self, session: SessionId, strips: Sequence[torch.Tensor]) -> None:
-        """Fill ``strips`` with a session's numbers; raises ``LocalProtocolError`` unless
-        they are as many as were written."""
-        file, size = self._files[session]
-        views = [_bytes_of(strip) for strip in strips]
-        wanted = sum(len(view) for view in views)
-        if wanted != size:
-            raise LocalProtocolError(f"a parked session has {size} bytes, not {wanted}")
-        file.seek(0)
-        for view in views:
-            if file.readinto(view) != len(view):  # type: ignore[attr-defined]
-                raise LocalProtocolError("a parked session's file is too short")
+    def read(self, slot: int, data: memoryview) -> None:
+        """Fill ``data`` from a slot. Raises ``CapacityError`` if it cannot be read."""
+        try:
+            count = os.preadv(self._descriptor, [data], slot * self._slot_bytes)
+        except OSError as error:
+            raise CapacityError(f"a parked prefix cannot be read: {error}") from error
+        if count != len(data):
+            raise CapacityError("a parked prefix cannot be read: the file is too short")
 
-    def drop(self, session: SessionId) -> None:
-        """Forget a session; nothing happens if it is unknown."""
-        file, _ = self._files.pop(session, (None, 0))
-        if file is not None:
-            file.close()
+    def _opened(self) -> int:
+        folder = self._room.folder
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+                descriptor = os.dup(file.fileno())
+        except OSError as error:
+            raise CapacityError(f"prefixes cannot be parked: {error}") from error
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
-
-def _bytes_of(strip: torch.Tensor) -> memoryview:
-    return strip.numpy().data.cast("B")
+    def _check_held(self, slot: int) -> None:
+        if slot not in self._holders:
+            raise LocalProtocolError(f"slot {slot} is not held")

@@ -14,9 +14,18 @@ from plait.compute.admission import check_work
 from plait.compute.draw_state import Draw, DrawState
 from plait.compute.grammar import Vocabulary
 from plait.compute.kv import KvCache, KvLayout
-from plait.compute.port import NOT_SCORED, Done, Drawn, Scored, Work, draw_with_drafts
+from plait.compute.port import (
+    NOT_SCORED,
+    Done,
+    Drawn,
+    PrefixUse,
+    Scored,
+    Work,
+    draw_with_drafts,
+)
 from plait.compute.ragged import Item
 from plait.compute.sampling import score
+from plait.compute.spill import DiskRoom
 from plait.errors import LocalProtocolError, PlaitError, RemoteProtocolError
 from plait.model.config import LlamaConfig
 from plait.types import ModelShape, Sampling, SessionId, Span
@@ -73,11 +82,12 @@ class TorchStage:
         kv_tokens_max: int,
         threads: int,
         vocabulary: Vocabulary | None = None,
+        disk: DiskRoom = DiskRoom(),  # noqa: B008 - frozen
     ) -> None:
         self._model = model
         self._shape = shape
         self._threads = threads
-        self._kv = KvCache(model.layout, kv_tokens_max)
+        self._kv = KvCache(model.layout, kv_tokens_max, disk=disk)
         self._vocabulary = vocabulary
         self._draws: dict[SessionId, DrawState] = {}
 
@@ -139,17 +149,20 @@ class TorchStage:
         """Start with cached pages of the tenant; see ``StageCompute.adopt_prefix``."""
         return self._kv.adopt(session, tenant, hashes)
 
-    def publish_prefix(self, session: SessionId, tenant: str, hashes: Sequence[bytes]) -> None:
-        """Keep the session's first pages for the tenant."""
-        self._kv.publish(session, tenant, hashes)
+    def publish_prefix(
+        self, session: SessionId, tenant: str, hashes: Sequence[bytes], keep_ms: int = 0
+    ) -> None:
+        """Keep the session's first pages for the tenant; see ``StageCompute``."""
+        self._kv.publish(session, tenant, hashes, keep_ms)
 
-    def park(self, session: SessionId) -> None:
-        """Move an idle session to disk; see ``StageCompute.park``."""
-        self._kv.park(session)
+    def park_prefixes(self) -> None:
+        """Write to disk what is to be kept there; see ``StageCompute``."""
+        self._kv.park()
 
-    def resume(self, session: SessionId) -> None:
-        """Bring a parked session back; nothing happens if it is not parked."""
-        self._kv.resume(session)
+    @property
+    def prefixes(self) -> PrefixUse:
+        """What published prefixes take."""
+        return self._kv.prefixes
 
     @torch.inference_mode()
     def step(self, batch: Sequence[Work]) -> list[Done]:

@@ -13,12 +13,13 @@ import numpy as np
 
 from plait.compute.admission import check_work
 from plait.compute.pages import PAGE_TOKENS
-from plait.compute.port import Done, Drawn, Hidden, Scored, Work, draw_with_drafts
+from plait.compute.port import Done, Drawn, Hidden, PrefixUse, Scored, Work, draw_with_drafts
 from plait.errors import CapacityError, LocalProtocolError, PlaitError
 from plait.types import Digest, ModelShape, Sampling, SessionId, Span
 
 WIDTH = 16
 VOCABULARY_SIZE = 256
+PREFIX_PAGES_MAX = 64
 
 FAKE_SHAPE = ModelShape(
     name="fake", digest=Digest(bytes(32)), layers=4, head_cost_layers=1, bytes_per_row=4 * WIDTH
@@ -57,7 +58,6 @@ class FakeStage:
         self._draws = draws
         self._sessions: dict[SessionId, _Session] = {}
         self._faults: dict[SessionId, Exception] = {}
-        self._parked: dict[SessionId, _Session] = {}
         self._prefixes: dict[tuple[str, Span, bytes], list[list[bytes]]] = {}
 
     @property
@@ -86,7 +86,6 @@ class FakeStage:
     def free(self, session: SessionId) -> None:
         """Forget a session; nothing happens if it is unknown."""
         self._sessions.pop(session, None)
-        self._parked.pop(session, None)
 
     def adopt_prefix(self, session: SessionId, tenant: str, hashes: Sequence[bytes]) -> int:
         """Start with the pages that the tenant published."""
@@ -99,28 +98,26 @@ class FakeStage:
                 layer.extend(known)
         return len(held.hashes[0])
 
-    def publish_prefix(self, session: SessionId, tenant: str, hashes: Sequence[bytes]) -> None:
-        """Keep the session's first pages for the tenant."""
+    def publish_prefix(
+        self, session: SessionId, tenant: str, hashes: Sequence[bytes], keep_ms: int = 0
+    ) -> None:
+        """Keep the session's first pages for the tenant; the oldest go when there are many."""
         held = self._known(session)
         if len(hashes) * PAGE_TOKENS > len(held.hashes[0]):
             raise LocalProtocolError("a prefix that is not cached cannot be published")
         for index, name in enumerate(hashes):
             at = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
             self._prefixes[tenant, held.span, name] = [layer[at] for layer in held.hashes]
+        while len(self._prefixes) > PREFIX_PAGES_MAX:
+            del self._prefixes[next(iter(self._prefixes))]
 
-    def park(self, session: SessionId) -> None:
-        """Put a session aside; its tokens are free meanwhile."""
-        self._parked[session] = self._known(session)
-        del self._sessions[session]
+    def park_prefixes(self) -> None:
+        """There is no disk."""
 
-    def resume(self, session: SessionId) -> None:
-        """Bring a parked session back. Raises ``CapacityError``."""
-        parked = self._parked.get(session)
-        if parked is None:
-            return
-        if parked.tokens > self.kv_tokens_free:
-            raise CapacityError(f"{parked.tokens} tokens needed, {self.kv_tokens_free} free")
-        self._sessions[session] = self._parked.pop(session)
+    @property
+    def prefixes(self) -> PrefixUse:
+        """What is published."""
+        return PrefixUse(len(self._prefixes) * PAGE_TOKENS)
 
     def _known(self, session: SessionId) -> _Session:
         held = self._sessions.get(session)
