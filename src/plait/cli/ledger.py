@@ -21,6 +21,7 @@ from plait.cli.ledger_connection import (
     query,
 )
 from plait.cli.ledger_journal import audit, export, invoice, statement
+from plait.cli.ledger_judge import judge
 from plait.cli.ledger_sub_accounts import plain_use, sub_account, sub_account_line, sub_accounts
 from plait.errors import ConfigError
 
@@ -350,6 +351,7 @@ def _read_bytes(path: Path) -> bytes:
 
 app.command()(sub_account)
 app.command()(sub_accounts)
+app.command()(judge)
 app.command()(audit)
 app.command()(export)
 app.command()(statement)

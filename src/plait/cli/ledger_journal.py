@@ -52,7 +52,7 @@ def audit(
     from plait.ledger.journal_audit import JournalAuditor, audit_journal
 
     named, file = authority(network), network_file(network)
-    source = _read(journal) if journal else _fetch(network)
+    source = read_journal_file(journal) if journal else _fetch(network)
     if not source.checkpoint:
         raise ConfigError(f"{journal} has no checkpoint", remedy="export it again, whole")
     signed = open_checkpoint(source.checkpoint, named.log_origin, named.log_key)
@@ -168,11 +168,12 @@ def _milliseconds(text: str) -> int:
 def _entries(journal: Path | None, network: Path | None) -> "list[Entry]":
     from plait.ledger.balances import entry_from_payload
 
-    source = _read(journal) if journal else _fetch(network)
+    source = read_journal_file(journal) if journal else _fetch(network)
     return [entry_from_payload(payload) for page in source.pages for payload in page.entries]
 
 
-def _read(path: Path) -> "JournalFile":
+def read_journal_file(path: Path) -> "JournalFile":
+    """An exported journal; raises ``ConfigError`` if it cannot be read."""
     from plait.ledger.journal_file import read_journal
 
     try:

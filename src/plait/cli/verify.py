@@ -43,7 +43,9 @@ def verify(
     from plait.network_file import load_network_file
 
     trusted = load_network_file(network_path(network))
-    report = verify_bundle(_read(bundle), trusted, _replay_with(threads) if replay else None)
+    report = verify_bundle(
+        read_bundle_file(bundle), trusted, _replay_with(threads) if replay else None
+    )
     typer.echo(report.to_json() if json else "\n".join(report.lines()))
     raise typer.Exit(report.exit_code)
 
@@ -77,7 +79,8 @@ def _replay_with(threads: int) -> "Replay":
     return replayed
 
 
-def _read(path: Path) -> bytes:
+def read_bundle_file(path: Path) -> bytes:
+    """A bundle's bytes, one too many of a file that is longer; raises ``ConfigError``."""
     from plait.ledger.bundle import BUNDLE_BYTES_MAX
 
     try:
