@@ -113,3 +113,16 @@ def test_a_template_without_tools_is_told_in_words() -> None:
     assert told[3] == {"role": "user", "content": "<tool_response>\nrain\n</tool_response>"}
     assert introduced(messages[1:2], [CLOCK])[0]["role"] == "system"
     assert introduced(messages[:2], []) == messages[:2]
+
+
+def test_a_forced_call_that_is_cut_keeps_what_there_is_of_its_arguments() -> None:
+    reader = CallReader(chosen([WEATHER, CLOCK], "required", None))
+    assert reader.push('{"name": "weather", "arguments": {"city": "Os') == ("", [])
+    text, [call] = reader.flush()
+    assert (text, call.name, call.arguments) == ("", "weather", '{"city": "Os')
+    assert reader.cut
+    for whole in (CALL, '{"name": "wea', "no call"):
+        reader = CallReader(chosen([WEATHER], "required", None))
+        reader.push(whole)
+        reader.flush()
+        assert not reader.cut

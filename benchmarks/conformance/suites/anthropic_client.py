@@ -13,7 +13,8 @@ TOOLS = [
         "description": "Tell the weather.",
         "input_schema": {
             "type": "object",
-            "properties": {"degrees": {"type": "integer"}},
+            # Bounded, so that any model ends within the limit of tokens.
+            "properties": {"degrees": {"type": "integer", "minimum": -99, "maximum": 99}},
             "required": ["degrees"],
             "additionalProperties": False,
         },

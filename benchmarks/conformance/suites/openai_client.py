@@ -7,13 +7,17 @@ import os
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 MODEL = os.environ["PLAIT_MODEL"]
 MESSAGES = [{"role": "user", "content": "Is it 21 degrees?"}]
 PARAMETERS = {
     "type": "object",
-    "properties": {"city": {"type": "string"}, "degrees": {"type": "integer"}},
+    # Bounded, so that any model ends within the limit of tokens.
+    "properties": {
+        "city": {"type": "string", "maxLength": 12},
+        "degrees": {"type": "integer", "minimum": -99, "maximum": 99},
+    },
     "required": ["city", "degrees"],
     "additionalProperties": False,
 }
@@ -21,8 +25,8 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": PARA
 
 
 class Weather(BaseModel):
-    city: str
-    degrees: int
+    city: str = Field(max_length=12)
+    degrees: int = Field(ge=-99, le=99)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +123,17 @@ def test_json_schema(client):
     assert isinstance(answer.choices[0].message.parsed.degrees, int)
 
 
+def test_what_the_limit_cuts_says_so(client):
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(
+            model=MODEL, messages=MESSAGES, response_format=Weather, max_tokens=2
+        )
+    answer = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, tools=TOOLS, tool_choice="required", max_tokens=2
+    )
+    assert answer.choices[0].finish_reason == "length"
+
+
 def test_json_object(client):
     answer = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, response_format={"type": "json_object"}, max_tokens=300
@@ -138,6 +153,17 @@ def test_completions(client):
     assert len(logprobs.token_logprobs) == len(logprobs.tokens) > 0
 
 
+def test_scores_of_a_prompt(client):
+    answer = client.completions.create(
+        model=MODEL, prompt="The sea is blue.", echo=True, logprobs=1, max_tokens=1, temperature=0
+    )
+    known = answer.choices[0].logprobs
+    assert known.token_logprobs[0] is None
+    assert all(value <= 0 for value in known.token_logprobs[1:])
+    assert "".join(known.tokens[:-1]) == "The sea is blue."
+    assert known.text_offset[:2] == [0, len(known.tokens[0])]
+
+
 def test_responses(client):
     answer = client.responses.create(model=MODEL, input="Why?", instructions="Be brief.")
     assert answer.output_text
@@ -146,10 +172,11 @@ def test_responses(client):
 
 def test_responses_stream(client):
     with client.responses.stream(model=MODEL, input="Why?") as stream:
-        kinds = [event.type for event in stream]
-        final = stream.get_final_response()
-    assert kinds[0] == "response.created"
-    assert final.output_text
+        events = list(stream)
+    assert events[0].type == "response.created"
+    # An answer that the limit cuts is incomplete, and the SDK's helper wants complete ones.
+    assert events[-1].type in ("response.completed", "response.incomplete")
+    assert events[-1].response.output_text
 
 
 def test_responses_tools(client):

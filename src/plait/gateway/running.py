@@ -302,7 +302,9 @@ class _Reader:
         reason: Reason = (
             "length" if self._job.echo_only or answer.finish_reason == "length" else "stop"
         )
-        reason = "stop" if self.stopped else "tool_calls" if self._calls.calls else reason
+        if self._calls.calls and not self._calls.cut:
+            reason = "tool_calls"
+        reason = "stop" if self.stopped else reason
         cost, count = answer.cost_microcredits, answer.completion_tokens
         return Outcome(reason, count, cost, answer, self._stops.found)
 

@@ -7,6 +7,7 @@ drawn under a grammar, as that object alone.
 """
 
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from plait.types import Grammar
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _CALL_CHARACTERS_MAX = 65_536
+_BEGUN = re.compile(r'\{\s*"name":\s*"([^"]+)",\s*"arguments":\s*(.*)', re.DOTALL)
 
 _INTRODUCTION = (
     "You may call functions to help with the user's request. These exist, as JSON, between "
@@ -116,6 +118,8 @@ class CallReader:
         self._held = ""
         self._inside = False
         self.calls: list[ToolCall] = []
+        self.cut = False
+        """Whether the last call is a forced one that the limit of tokens cut."""
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
         """The text that may go out, and the calls that are now complete."""
@@ -154,6 +158,9 @@ class CallReader:
         """What was held back, once the answer is over: a call after all, or text."""
         held, self._held = self._held, ""
         found = self._read(held) if self._forced or self._inside else []
+        if self._forced and not found and (begun := _BEGUN.match(held)):
+            # As OpenAI has it: the arguments end where the answer did.
+            self.cut, found = True, [ToolCall(call_id(), begun[1], begun[2])]
         self.calls += found
         if found:
             return "", found
