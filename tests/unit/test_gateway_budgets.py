@@ -2,21 +2,30 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from plait.errors import CapacityError, SessionLost
+from plait.envelope import digest, encode, seal
+from plait.errors import CapacityError, LedgerError, SessionLost
 from plait.gateway.app import Gateway
-from plait.gateway.budgets import Key, Rate, day_of, period_start
+from plait.gateway.budgets import Key, Rate, Share, Team, day_of, period_start
 from plait.gateway.config import GatewayConfig
 from plait.gateway.key_store import KEYS_FILE, Cashier, KeyStore, OverBudget, Spent, has_keys
+from plait.gateway.port import Ask, Stream
+from plait.gateway.upstream import limits_of
+from plait.ledger.journal import Books, Command, Issue, Refusal, Reserve, SetSubAccount
+from plait.ledger.sub_accounts import SubAccount, terms_message
 from plait.model import catalog
+from plait.testing.accounting import key_of
 from plait.testing.upstream import FakeUpstream, peer_at
-from plait.types import Span
+from plait.types import AccountId, Span
+from plait.v1.ledger_pb2 import BudgetReservation, IssueOrder, PayeeAmount, SubAccountOrder
 
 MODEL = "tiny-random"
 WEDNESDAY_MS = 1_795_564_800_000  # 2026-11-25
@@ -99,11 +108,11 @@ def test_holds_count_like_money_and_settle_to_what_was_used(store: KeyStore) -> 
     key = Key(id="k", budget=100, period="day")
     first = hold(store, key, 60)
     assert isinstance(first, int)
-    assert hold(store, key, 41) == OverBudget(41, 40)
+    assert hold(store, key, 41) == OverBudget(41, 40, 100, "day")
     assert isinstance(hold(store, key, 40), int)
     store.transact([lambda: store.settle(first, Spent(3, 4, 10))])
     assert store.spent(key, WEDNESDAY_MS) == 50
-    assert hold(store, key, 51) == OverBudget(51, 50)
+    assert hold(store, key, 51) == OverBudget(51, 50, 100, "day")
     store.transact([lambda: store.settle(first, Spent(3, 4, 10))])  # twice is once
     assert store.spent(key, WEDNESDAY_MS) == 50
 
@@ -114,7 +123,7 @@ def test_a_hold_nobody_settles_is_charged_in_full(path: Path, store: KeyStore) -
     hold(store, key, 60)
     other = KeyStore(path)  # another process, after a crash
     assert other.spent(key, WEDNESDAY_MS) == 60
-    assert hold(other, key, 41, WEDNESDAY_MS + 2_000) == OverBudget(41, 40)
+    assert hold(other, key, 41, WEDNESDAY_MS + 2_000) == OverBudget(41, 40, 100, "day")
     [row] = other.usage()
     assert (row.cost, row.requests, row.day) == (60, 1, "2026-11-25")
     assert other.spent(key, WEDNESDAY_MS + DAY_MS) == 0
@@ -296,6 +305,143 @@ async def test_a_key_keeps_to_its_models_peers_and_rate(path: Path) -> None:
     served.gateway.close()
 
 
+# At the ledger ------------------------------------------------------------------------
+
+OWNER, PAYEE, ISSUER = key_of("owner"), key_of("payee"), key_of("issuer")
+ACCOUNT = AccountId(OWNER.peer_id)
+
+
+@dataclass
+class Ledgered(FakeUpstream):
+    """Every answer first reserves its limit in real books, which keep the shares' limits."""
+
+    books: Books = field(default_factory=lambda: Books("net"))
+    now_ms: int = WEDNESDAY_MS
+    sessions: int = 0
+
+    def fund(self, amount: int) -> None:
+        order = IssueOrder(
+            network_id="net",
+            account=ACCOUNT,
+            amount=amount,
+            order_id=b"1",
+            issued_ms=self.now_ms,
+        )
+        self.apply(Issue(order, digest(encode(seal(ISSUER, order)))))
+
+    def apply(self, command: Command) -> None:
+        outcome = self.books.apply(command, self.now_ms)
+        if isinstance(outcome, Refusal):
+            raise LedgerError(f"the ledger refused: {outcome.code}: {outcome.reason}")
+
+    async def set_share(self, share: Share) -> None:
+        await super().set_share(share)
+        known = self.books.sub_accounts.of(ACCOUNT).get(share.name)
+        number = known.sequence + 1 if known else 1
+        terms = SubAccount(ACCOUNT, share.name, number, *limits_of(share))
+        order = SubAccountOrder(network_id="net", terms=terms_message(terms))
+        self.apply(SetSubAccount(order, digest(encode(order))))
+
+    def stream(self, ask: Ask) -> Stream:
+        self.sessions += 1
+        amount = ask.options.max_price or 0
+        message = BudgetReservation(
+            network_id="net",
+            account=ACCOUNT,
+            sequence=self.books.next_sequence(ACCOUNT, 0),
+            session_id=self.sessions.to_bytes(16),
+            amount=amount,
+            caps=[PayeeAmount(payee=PAYEE.peer_id, microcredits=amount)],
+            issued_ms=self.now_ms,
+            expires_ms=self.now_ms + 60_000,
+            sub_account=ask.options.sub_account,
+        )
+        self.apply(Reserve(message, digest(encode(message))))
+        return super().stream(ask)
+
+
+def price_of(upstream: FakeUpstream) -> int:
+    price = upstream.plan(MODEL, 18, _options(3)).predicted.price_microcredits
+    return round(1.5 * price) + 1
+
+
+async def test_the_ledger_keeps_a_budget_that_two_gateways_do_not_know_of(tmp_path: Path) -> None:
+    """The same key on two machines: each file allows all of it, the ledger allows it once."""
+    upstream = Ledgered()
+    most = upstream.cost = price_of(upstream)
+    upstream.fund(10_000 * most)
+    one, other = tmp_path / "one" / KEYS_FILE, tmp_path / "other" / KEYS_FILE
+    secret = made(one, budget=20 * most, period="month")
+    other.parent.mkdir()
+    shutil.copy(one, other)
+    gateways = [Served(one, upstream), Served(other, upstream)]
+    replies = await asyncio.gather(
+        *(gateways[number % 2].chat(secret, max_tokens=3) for number in range(200))
+    )
+    statuses = [status for status, _, _ in replies]
+    assert (statuses.count(200), statuses.count(402)) == (20, 180)
+    by_ledger = [body for status, _, body in replies if status == 402 and "ledger" in str(body)]
+    assert by_ledger
+    assert all(body["error"]["code"] == "insufficient_quota" for body in by_ledger)
+    use = upstream.books.sub_accounts.used(ACCOUNT, "key-0", upstream.now_ms)
+    assert (use.period_used, use.terms.period_limit) == (20 * most, 20 * most)
+    # The next month has its own.
+    upstream.now_ms += 31 * DAY_MS
+    assert upstream.books.sub_accounts.used(ACCOUNT, "key-0", upstream.now_ms).period_used == 0
+    for gateway in gateways:
+        gateway.gateway.close()
+
+
+async def test_a_share_is_ordered_once_and_again_when_the_budget_changes(path: Path) -> None:
+    upstream = FakeUpstream()
+    secret = made(path, team="physics")
+    served = Served(path, upstream)
+    assert (await served.chat(secret))[0] == 200
+    assert (upstream.shares, upstream.asked[-1].options.sub_account) == ([], "")
+    store = KeyStore(path)
+    for budget in (10**9, 10**8):
+        store.set_team(Team("physics", budget, "week"))
+        for _ in range(2):
+            assert (await served.chat(secret))[0] == 200
+    assert [(share.budget, share.period) for share in upstream.shares] == [
+        (10**9, "week"),
+        (10**8, "week"),
+    ]
+    name = upstream.shares[0].name
+    assert "physics" not in name  # the log is public
+    assert {ask.options.sub_account for ask in upstream.asked} == {"", name}
+    own = made(path, team="physics", budget=10**7, period="day")
+    assert (await served.chat(own))[0] == 200
+    assert upstream.shares[-1] == Share("key-1", 10**7, "day")
+    store.close()
+    served.gateway.close()
+
+
+def test_a_team_budget_bounds_all_its_keys_together(path: Path, store: KeyStore) -> None:
+    store.set_team(Team("physics", 100, "day"))
+    secrets = [
+        store.create(Key(id="a", team="physics")),
+        store.create(Key(id="b", team="physics", budget=90, period="day")),
+        store.create(Key(id="c", team="maths")),
+    ]
+    first, second, third = (store.find(secret) for secret in secrets)
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert (first.pool, third.pool) == (Team("physics", 100, "day"), None)
+    number = hold(store, first, 60)
+    assert isinstance(number, int)
+    assert hold(store, second, 41) == OverBudget(41, 40, 100, "day", "the key's team")
+    assert hold(store, second, 91) == OverBudget(91, 90, 90, "day")
+    assert isinstance(hold(store, third, 10**6), int)
+    store.revoke("a", WEDNESDAY_MS)
+    store.transact([lambda: store.settle(number, Spent(1, 1, 50))])
+    assert hold(store, second, 51) == OverBudget(51, 50, 100, "day", "the key's team")
+    assert isinstance(hold(store, second, 50), int)
+    # A new day, but what is held still counts.
+    assert store.spent_by_team(Team("physics", 100, "day"), WEDNESDAY_MS + DAY_MS) == 50
+
+
 # The commands -------------------------------------------------------------------------
 
 
@@ -323,6 +469,10 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [listed] = json.loads(runner.invoke(keys.app, ["ls", "--json"]).stdout)
     assert (listed["budget"], "key" in listed) == (9, False)
     assert "editor" in runner.invoke(keys.app, ["ls"]).stdout
+    told = runner.invoke(keys.app, ["team", "a", "--budget", "70", "--period", "week", "--json"])
+    assert json.loads(told.stdout) == {"team": "a", "budget": 70, "period": "week"}
+    [listed] = json.loads(runner.invoke(keys.app, ["ls", "--json"]).stdout)
+    assert (listed["team_budget"], listed["team_period"]) == (70, "week")
     app = _as_app(usage_command.usage)
     [row] = json.loads(runner.invoke(app, ["--by", "team,day", "--json"]).stdout)
     assert row == {

@@ -67,6 +67,33 @@ def create(
     typer.echo(secret)
 
 
+@app.command("team")
+def set_team(
+    name: Annotated[str, typer.Argument(help="The team, as keys create --team names it.")],
+    budget: Annotated[int, typer.Option(min=0, help="Most microcredits of all its keys.")],
+    period: Annotated[
+        Literal["day", "week", "month", "total"], typer.Option(help="Of the budget, in UTC.")
+    ] = "month",
+    network: NetworkOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a team a budget, or another one: it bounds all its keys together.
+
+    Example: plait keys team physics --budget 20000000 --period month
+    """
+    from plait.gateway.budgets import Team
+
+    store = open_store(network)
+    try:
+        store.set_team(Team(name, budget, period))
+    finally:
+        store.close()
+    if as_json:
+        emit_json({"team": name, "budget": budget, "period": period})
+    else:
+        status(f"team {name} may spend {budget} microcredits per {period}")
+
+
 @app.command("ls")
 def list_keys(network: NetworkOption = None, as_json: JsonOption = False) -> None:
     """List keys with what they have spent in their period.
@@ -138,6 +165,8 @@ def described(key: Any, spent: int) -> dict[str, Any]:
         "models": sorted(key.models),
         "peers": sorted(key.peers),
         "qos": key.qos,
+        "team_budget": None if key.pool is None else key.pool.budget,
+        "team_period": None if key.pool is None else key.pool.period,
         "created_ms": key.created_ms,
         "revoked_ms": key.revoked_ms,
     }

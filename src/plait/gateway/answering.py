@@ -35,6 +35,7 @@ from plait.gateway.running import (
     Place,
     run_job,
 )
+from plait.gateway.shares import Shares
 from plait.gateway.till import Till, predicted_cost
 from plait.task_scope import TaskScope
 
@@ -57,6 +58,7 @@ class Desk:
     bundles: BundleStore
     in_progress: InProgress
     cashier: Cashier | None
+    shares: Shares
 
     def count_sessions(self) -> None:
         """Show in the metrics how many answers are in progress and wait."""
@@ -86,7 +88,7 @@ class Answering:
         self._jobs = jobs
         self._request_id, self._owner = request_id, owner
         self._stream = stream
-        self._till = Till(desk.cashier, key, desk.upstream)
+        self._till = Till(desk.cashier, desk.shares, key, desk.upstream)
         self._events = Events(jobs)
         self._results = [Result(job) for job in jobs]
         self._unfinished = len(jobs)

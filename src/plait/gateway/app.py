@@ -49,6 +49,7 @@ from plait.gateway.requests import (
 )
 from plait.gateway.responses_api import ResponsesDialect, ResponsesRequest
 from plait.gateway.running import InProgress
+from plait.gateway.shares import Shares
 from plait.gateway.shelf import Shelf, Shelved, facts_of
 from plait.gateway.till import permitted
 from plait.router.explain import explain
@@ -73,7 +74,13 @@ class Gateway:
         self._shelf = Shelf(upstream)
         self._bundles = BundleStore(config.bundles_max, config.bundle_bytes_max)
         self._desk = Desk(
-            upstream, config, self._metrics, self._bundles, self.in_progress, self.cashier
+            upstream,
+            config,
+            self._metrics,
+            self._bundles,
+            self.in_progress,
+            self.cashier,
+            Shares(upstream),
         )
         self._created = int(time.time())
         self._chat_body = decoder(ChatRequest)

@@ -1,5 +1,6 @@
 """What a key may do and has left. Pure: values and ``now``, no store and no clock."""
 
+import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -10,10 +11,29 @@ Period = Literal["day", "week", "month", "total"]
 _RATE_WINDOW_S = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class Team:
+    """Keys that share a budget: microcredits per period, for all of them together."""
+
+    name: str
+    budget: int
+    period: Period = "month"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A budget as the ledger keeps it: a sub-account, and its limit."""
+
+    name: str
+    budget: int
+    period: Period
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
     """An API key's terms. ``budget`` is microcredits per period, ``rate`` requests a minute;
-    None is no limit. ``models`` and ``peers`` empty: all."""
+    None is no limit. ``models`` and ``peers`` empty: all. ``pool`` is its team's budget, which
+    bounds it too."""
 
     id: str
     label: str = ""
@@ -26,6 +46,23 @@ class Key:
     qos: Qos = "standard"
     created_ms: int = 0
     revoked_ms: int | None = None
+    pool: Team | None = None
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether what it may spend is limited."""
+        return self.budget is not None or self.pool is not None
+
+    @property
+    def share(self) -> Share | None:
+        """Its own budget at the ledger, or else its team's: a session draws on one."""
+        if self.budget is not None:
+            return Share(self.id, self.budget, self.period)
+        if self.pool is None:
+            return None
+        # The ledger's log is public: it gets no team's name.
+        number = hashlib.sha256(self.pool.name.encode()).hexdigest()[:12]
+        return Share(f"team-{number}", self.pool.budget, self.pool.period)
 
     def allows(self, model: str) -> bool:
         """Whether the key may use a model."""

@@ -33,7 +33,7 @@ async def embeddings(
 ) -> Response:
     """The response; raises ``ApiError`` or ``PlaitError``. What was computed is charged."""
     jobs = permitted(await _jobs(request, model, desk.config), key)
-    till = Till(desk.cashier, key, desk.upstream)
+    till = Till(desk.cashier, desk.shares, key, desk.upstream)
     place = desk.in_progress.enter(Events(jobs), min(len(jobs), _AT_ONCE))
     if place is None:
         raise too_many(desk.in_progress)

@@ -14,7 +14,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 import apsw
 
 from plait.errors import ConfigError
-from plait.gateway.budgets import Key, day_of, period_start
+from plait.gateway.budgets import Key, Period, Team, day_of, period_start
 from plait.logs import get_logger
 
 log = get_logger(__name__)
@@ -40,6 +40,9 @@ CREATE TABLE IF NOT EXISTS keys (
 CREATE TABLE IF NOT EXISTS holds (
   id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, model TEXT NOT NULL,
   amount INTEGER NOT NULL CHECK (amount >= 0), day TEXT NOT NULL, expires_ms INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS teams (
+  name TEXT PRIMARY KEY, budget INTEGER NOT NULL CHECK (budget >= 0), period TEXT NOT NULL
 ) STRICT;
 CREATE INDEX IF NOT EXISTS holds_by_key ON holds (key);
 CREATE TABLE IF NOT EXISTS usage (
@@ -62,10 +65,13 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class OverBudget:
-    """A hold that was refused: what is asked, and what is left."""
+    """A hold that was refused: what is asked, what is left, and of whose budget."""
 
     amount: int
     left: int
+    budget: int
+    period: Period
+    whose: str = "the key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +131,31 @@ class KeyStore:
 
     def all_keys(self) -> list[Key]:
         """All keys, revoked ones too, the oldest first."""
-        return [_key(row) for row in self._rows(f"{_SELECT} ORDER BY created_ms, id")]
+        teams = {team.name: team for team in self.teams()}
+        rows = self._rows(f"{_SELECT} ORDER BY created_ms, id")
+        return [_with_pool(_key(row), teams) for row in rows]
 
     def find(self, secret: str) -> Key | None:
         """The key in use that a secret opens."""
         rows = self._rows(f"{_SELECT} WHERE digest = ? AND revoked_ms IS NULL", _digest(secret))
-        return _key(rows[0]) if rows else None
+        if not rows:
+            return None
+        key = _key(rows[0])
+        return _with_pool(key, {team.name: team for team in self.teams(key.team)})
+
+    def set_team(self, team: Team) -> None:
+        """Give a team its budget, or another one."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO teams VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET "
+                "budget = excluded.budget, period = excluded.period",
+                (team.name, team.budget, team.period),
+            )
+
+    def teams(self, name: str | None = None) -> list[Team]:
+        """All teams with a budget, or the one named."""
+        rows = self._rows("SELECT name, budget, period FROM teams ORDER BY name")
+        return [Team(*row) for row in rows if name in (None, row[0])]
 
     # Holds --------------------------------------------------------------------------
 
@@ -140,7 +165,13 @@ class KeyStore:
         if key.budget is not None:
             left = key.budget - self.spent(key, now_ms)
             if amount > left:
-                return OverBudget(amount, max(left, 0))
+                return OverBudget(amount, max(left, 0), key.budget, key.period)
+        if key.pool is not None:
+            left = key.pool.budget - self.spent_by_team(key.pool, now_ms)
+            if amount > left:
+                return OverBudget(
+                    amount, max(left, 0), key.pool.budget, key.pool.period, "the key's team"
+                )
         self._db.execute(
             "INSERT INTO holds (key, model, amount, day, expires_ms) VALUES (?, ?, ?, ?, ?)",
             (key.id, model, amount, day_of(now_ms), now_ms + ttl_ms),
@@ -160,6 +191,19 @@ class KeyStore:
             "SELECT coalesce(sum(cost), 0) FROM usage WHERE key = ? AND day >= ?", key.id, start
         )
         [(held,)] = self._rows("SELECT coalesce(sum(amount), 0) FROM holds WHERE key = ?", key.id)
+        return int(used) + int(held)
+
+    def spent_by_team(self, team: Team, now_ms: int) -> int:
+        """Microcredits used or held in the team's period, by all its keys, revoked ones too."""
+        members = "(SELECT id FROM keys WHERE json_extract(terms, '$.team') = ?)"
+        [(used,)] = self._rows(
+            f"SELECT coalesce(sum(cost), 0) FROM usage WHERE key IN {members} AND day >= ?",
+            team.name,
+            period_start(team.period, now_ms),
+        )
+        [(held,)] = self._rows(
+            f"SELECT coalesce(sum(amount), 0) FROM holds WHERE key IN {members}", team.name
+        )
         return int(used) + int(held)
 
     def usage(self, since: str = "", until: str = "9999-99-99") -> list[UsageRow]:
@@ -328,6 +372,10 @@ def _terms(key: Key) -> str:
             "qos": key.qos,
         }
     )
+
+
+def _with_pool(key: Key, teams: dict[str, Team]) -> Key:
+    return replace(key, pool=teams[key.team]) if key.team in teams else key
 
 
 def _key(row: tuple[Any, ...]) -> Key:

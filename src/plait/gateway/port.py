@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from plait.client import Answer, Embedding, Options, TextDelta
+from plait.gateway.budgets import Share
 from plait.router.plan import Plan
 from plait.router.view import View
 from plait.types import Qos, Sampling
@@ -50,6 +51,10 @@ class Upstream(Protocol):
 
     def stream(self, ask: Ask) -> Stream:
         """Begin a generation."""
+        ...
+
+    async def set_share(self, share: Share) -> None:
+        """Give a share of the account its limit. Raises ``LedgerError`` or ``NetworkError``."""
         ...
 
     async def embed(self, ask: Ask) -> Embedding:

@@ -11,10 +11,15 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from plait.client import AsyncClient
-from plait.errors import ConfigError
+from plait.errors import ConfigError, PlaitError
 from plait.gateway.app import Gateway
 from plait.gateway.config import GatewayConfig
+from plait.gateway.key_store import KeyStore
 from plait.gateway.upstream import ClientUpstream
+from plait.logs import get_logger
+from plait.task_scope import TaskScope
+
+log = get_logger(__name__)
 
 _BACKLOG = 1024
 _LAST_WORDS_S = 5
@@ -69,7 +74,8 @@ async def _serve(
     announce: Callable[[str], None],
 ) -> None:
     async with AsyncClient(network, account=account) as client:
-        gateway = Gateway(ClientUpstream(client), client.network.network_id, config)
+        upstream = ClientUpstream(client)
+        gateway = Gateway(upstream, client.network.network_id, config)
         server = _Server(server_config(gateway.app()))
 
         def stop() -> None:
@@ -82,9 +88,28 @@ async def _serve(
         host, port = listener.getsockname()[:2]
         announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         try:
-            await server.serve(sockets=[listener])
+            async with TaskScope() as tasks:
+                tasks.create_task(_close_revoked(upstream, config), name="revoked keys")
+                await server.serve(sockets=[listener])
         finally:
             gateway.close()
+
+
+async def _close_revoked(upstream: ClientUpstream, config: GatewayConfig) -> None:
+    """Close the sub-accounts of keys that were revoked: an account may have so many open."""
+    if config.key_store is None:
+        return
+    store = KeyStore(config.key_store)
+    try:
+        names = {key.id for key in store.all_keys() if key.revoked_ms and key.budget is not None}
+    finally:
+        store.close()
+    if not names:
+        return
+    try:
+        await upstream.close_shares(names)
+    except PlaitError as error:
+        log.info("sub-accounts of revoked keys stay open", reason=str(error))
 
 
 class _Server(uvicorn.Server):

@@ -9,6 +9,7 @@ from plait.gateway.failure import ApiError
 from plait.gateway.key_store import Cashier, OverBudget, Spent
 from plait.gateway.orders import Job
 from plait.gateway.port import Upstream
+from plait.gateway.shares import Shares
 from plait.gateway.shelf import cost_of
 from plait.types import PeerId, TokenCounts
 
@@ -46,35 +47,42 @@ def _with(job: Job, options: Options, key: Key) -> Job:
 class Till:
     """Holds and settles the money of one request. ``open`` before the work, ``close`` after."""
 
-    def __init__(self, cashier: Cashier | None, key: Key | None, upstream: Upstream) -> None:
-        self._cashier, self._key, self._upstream = cashier, key, upstream
+    def __init__(
+        self, cashier: Cashier | None, shares: Shares, key: Key | None, upstream: Upstream
+    ) -> None:
+        self._cashier, self._shares, self._key = cashier, shares, key
+        self._upstream = upstream
         self._hold: int | None = None
 
     async def open(self, jobs: list[Job]) -> list[Job]:
         """Hold what the jobs may cost at most; each is then routed within its share.
 
-        Raises ``ApiError`` (402) when the key's budget does not allow it, and what planning
-        raises when there is no route.
+        Raises ``ApiError`` (402) when the key's budget does not allow it, what planning raises
+        when there is no route, and what the ledger does when it will not keep the limit.
         """
         if self._cashier is None or self._key is None:
             return jobs
         priced = jobs
         amount = 0
-        if self._key.budget is not None:
+        share = self._key.share
+        if share is not None:
             priced = [self._bounded(job) for job in jobs]
             amount = sum(job.ask.options.max_price or 0 for job in priced)
         hold = await self._cashier.hold(self._key, jobs[0].model.name, amount)
         if isinstance(hold, OverBudget):
             raise ApiError(
                 402,
-                f"this may cost {hold.amount} microcredits, and the key has {hold.left} left of "
-                f"{self._key.budget} per {self._key.period}",
+                f"this may cost {hold.amount} microcredits, and {hold.whose} has {hold.left} left "
+                f"of {hold.budget} per {hold.period}",
                 kind="insufficient_quota",
                 code="insufficient_quota",
                 remedy="ask for fewer tokens (max_tokens), or wait for the next period",
             )
         self._hold = hold
-        return priced
+        if share is None:
+            return priced
+        await self._shares.ensure(share)
+        return [_drawing_on(job, share.name) for job in priced]
 
     def close(self, spent: Spent) -> None:
         """Settle what was used."""
@@ -90,6 +98,11 @@ class Till:
         limit = most if options.max_price is None else min(most, options.max_price)
         bounded = replace(options, max_price=limit)
         return replace(job, ask=replace(job.ask, options=bounded))
+
+
+def _drawing_on(job: Job, share: str) -> Job:
+    options = replace(job.ask.options, sub_account=share)
+    return replace(job, ask=replace(job.ask, options=options))
 
 
 def predicted_cost(upstream: Upstream, job: Job, delivered: int) -> int | None:

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
 from plait.client import Answer, Embedding, Options, RouteStep, Score, TextDelta, Top
+from plait.gateway.budgets import Share
 from plait.gateway.port import Ask, Stream
 from plait.model import catalog
 from plait.router.cost import Prediction
@@ -46,6 +47,7 @@ class FakeUpstream:
     cost: int = 7
     spans: tuple[Span, ...] = (Span(0, 5), Span(5, 8))
     asked: list[Ask] = field(default_factory=list)
+    shares: list[Share] = field(default_factory=list)
     cancelled: int = 0
     started: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -68,6 +70,10 @@ class FakeUpstream:
         self.asked.append(ask)
         self.started.set()
         return FakeStream(self, ask)
+
+    async def set_share(self, share: Share) -> None:
+        """Note it."""
+        self.shares.append(share)
 
     async def embed(self, ask: Ask) -> Embedding:
         """The vector, whatever is asked; the error after as many as ``after`` says."""
