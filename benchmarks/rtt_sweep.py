@@ -1,4 +1,4 @@
-"""Time per token against distance: three stages, round trips of 0, 5, 20 and 100 ms.
+"""Time per token against distance, without drafts: three stages, round trips of 0 to 100 ms.
 
     python benchmarks/rtt_sweep.py [--model smollm2-135m] [--rounds 3] [--tokens 48]
                                    [--rtts 0,5,20,100]
@@ -79,12 +79,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rtts", default="0,5,20,100", help="Milliseconds; the first must be 0.")
     arguments = parser.parse_args()
     rtts = [float(text) for text in arguments.rtts.split(",")]
-    options = Options(max_tokens=arguments.tokens)
+    options = Options(max_tokens=arguments.tokens, drafts=False)
     tpot_ms: dict[float, list[float]] = {rtt: [] for rtt in rtts}
     measured_ms: dict[float, list[float]] = {rtt: [] for rtt in rtts}
     answers = set()
@@ -93,7 +94,8 @@ def main() -> None:
         directory = Path(scratch) / "net"
         where = ("--dir", str(directory))
         shape = ("--stages", str(STAGES), "--replicas", "1", "--wan", "lan")
-        plait("testnet", "up", "--detach", "--model", arguments.model, *shape, *where)
+        named = ("--model", arguments.model, "--dtype", arguments.dtype)
+        plait("testnet", "up", "--detach", *named, *shape, *where)
         try:
             backend = request(directory, "status")["wan"]["backend"]
             measure_links(directory)  # meanwhile the nodes get to know each other
@@ -113,6 +115,7 @@ def main() -> None:
     report = {
         "benchmark": "rtt_sweep",
         "model": arguments.model,
+        "dtype": arguments.dtype,
         "backend": backend,
         "stages": STAGES,
         "rounds": arguments.rounds,
