@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 from plait.client.account import Account, open_account
 from plait.client.answer import Answer, Embedding
 from plait.client.auditing import Audited, audit_bundle
+from plait.client.demand import Demand
 from plait.client.dialer import Dialer
 from plait.client.driver import Deliver
 from plait.client.epoch import Order
@@ -134,6 +135,7 @@ class AsyncClient:
         self._watch: NetworkWatch | None = None
         self._ledger: Ledger | None = None
         self._dialer: Dialer | None = None
+        self._demand = Demand()
         self._notices: NoticeBoard | None = None
         serial = len(self.network.authorities) > 1
         self.account: Account = open_account(self._folder, serial=serial)
@@ -350,6 +352,7 @@ class AsyncClient:
             envelopes=watch.envelopes,
             changed=watch.changed,
             revoked=lambda: _entered(self._notices).revoked,
+            demand=self._demand,
             clock_ms=_clock_ms,
             monotonic_s=time.monotonic,
         )

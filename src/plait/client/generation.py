@@ -34,6 +34,7 @@ from plait.client.actions import (
     Viewed,
 )
 from plait.client.answer import Answer, RouteStep, Score
+from plait.client.demand import Demand
 from plait.client.dialer import Dialer
 from plait.client.driver import (
     Deliver,
@@ -84,6 +85,7 @@ class Surroundings:
     envelopes: Callable[[], Sequence[SignedEnvelope]]
     changed: Callable[[], Awaitable[None]]
     revoked: Callable[[], Mapping[PeerId, int]]
+    demand: Demand
     clock_ms: Callable[[], int]
     monotonic_s: Callable[[], float]
 
@@ -117,6 +119,7 @@ class Generation:
             ),
             secrets.token_bytes,
             drafter,
+            around.demand,
         )
         self._client_cert = make_key_cert(
             around.account.peer_key,

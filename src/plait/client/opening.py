@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from plait.client.actions import CloseStages, Granted, OpenStages, Reserve, StageOpened
 from plait.client.calls import Calls
+from plait.client.demand import Demand
 from plait.client.epoch import Epoch, Order, Party, first_terms, session_ms_max
 from plait.client.reroute import Asked, plan_first
 from plait.envelope import seal
@@ -25,6 +26,8 @@ from plait.v1.identity_pb2 import SignedEnvelope
 
 ATTEMPTS_MAX = 6
 """Routes tried before the first token is due."""
+CAPACITY = "capacity"
+"""The code of a refusal that another moment may change."""
 OPEN_TIMEOUT_MS = 5_000
 REOPEN_TIMEOUT_MS = 2_000
 
@@ -33,34 +36,54 @@ class Opening:
     """One session's openings, the first and those of its reroutes."""
 
     def __init__(
-        self, order: Order, party: Party, asked: Asked, entropy: Callable[[int], bytes]
+        self,
+        order: Order,
+        party: Party,
+        asked: Asked,
+        entropy: Callable[[int], bytes],
+        demand: Demand,
     ) -> None:
         self._order = order
+        self._demand = demand
         self._party = party
         self._asked = asked
         self._entropy = entropy
         self._attempts = 0
         self._refusal: CapacityError | None = None
         self._may_soon_agree = False
+        self._refused_ms = 0
         self._opened_by: dict[PeerId, tuple[bytes, SignedEnvelope]] = {}
 
     def first_epoch(self, view: View, avoid: Collection[PeerId], now_ms: int) -> Epoch | None:
         """The epoch to open first; None if who refused may agree in a moment.
 
-        Raises ``NoRoute``, or ``CapacityError`` if there was a route until it was refused.
+        Raises ``NoRoute``, or ``CapacityError`` if there was a route until it was refused, if
+        there is none but through stages that have just refused another session of this client,
+        or if its retries are used up.
         """
+        busy = self._demand.busy(self._order.qos, now_ms)
         try:
-            chosen = plan_first(self._asked, view, avoid, now_ms)
+            chosen = plan_first(self._asked, view, {*avoid, *busy}, now_ms)
         except NoRoute as error:
-            if self._refusal is None:
+            if self._refusal is None and not busy:
                 raise
-            if self._may_soon_agree:
+            if self._refusal is None:
+                raise CapacityError(
+                    f"{len(busy)} stages have no room for now",
+                    retry_after_s=min(busy.values()) / 1000,
+                ) from error
+            if self._may_soon_agree and now_ms < self._refused_ms + self._order.replica_wait_ms:
                 return None
             raise CapacityError(
                 f"no pipeline took the session: {self._refusal}",
                 retry_after_s=self._refusal.retry_after_s,
                 remedy="try again in a moment, or: plait route MODEL --explain",
             ) from error
+        if self._refusal is not None and not self._demand.may_retry(now_ms):
+            raise CapacityError(
+                f"this client's retries are used up; the last refusal: {self._refusal}",
+                retry_after_s=self._refusal.retry_after_s,
+            )
         terms = first_terms(self._order, self._party, chosen, self._entropy)
         offers = tuple(stage.offer for stage in chosen.stages)
         return self.epoch(terms, chosen, offers, now_ms)
@@ -77,8 +100,9 @@ class Opening:
         )
         return Epoch(terms, seal(key, message), offers, chosen)
 
-    def ask_stages(self, epoch: Epoch, drawn: Sequence[int]) -> OpenStages:
+    def ask_stages(self, epoch: Epoch, drawn: Sequence[int], now_ms: int) -> OpenStages:
         """What makes every stage hold its share of an epoch."""
+        self._demand.asking(epoch.entered, self._order.qos, now_ms)
         ids = (*self._order.prompt_ids, *drawn)
         timeout_ms = OPEN_TIMEOUT_MS if epoch.number == 1 else REOPEN_TIMEOUT_MS
         return OpenStages(epoch.terms, epoch.opening, epoch.offers, ids, timeout_ms)
@@ -95,6 +119,7 @@ class Opening:
 
     def opened(self, epoch: Epoch) -> Reserve | None:
         """Every stage holds its share: complete the terms; None if there is nothing to reserve."""
+        self._demand.taken(epoch.entered, self._order.qos)
         stages = tuple(
             replace(stage, ledger_key=stage.ledger_key or self._opened_by[stage.peer][0])
             for stage in epoch.terms.stages
@@ -117,9 +142,14 @@ class Opening:
         epoch.grant = event.grant
         return epoch
 
-    def refused(self, epoch: Epoch, calls: Calls) -> CloseStages:
+    def refused(self, epoch: Epoch, calls: Calls, now_ms: int) -> CloseStages:
         """Some stage did not take a first epoch: note why, and let go of the others."""
-        first = calls.first_failure
+        first, qos = calls.first_failure, self._order.qos
+        for one in calls.failed.values():
+            if one.code == CAPACITY:
+                self._demand.refused(one.peer, qos, one.retry_after_ms, now_ms)
+        self._demand.let_go(epoch.peers, qos)
+        self._refused_ms = now_ms
         self._refusal = CapacityError(
             f"{first.peer}: {first.reason}", retry_after_s=first.retry_after_ms / 1000
         )

@@ -47,6 +47,7 @@ from plait.client.actions import (
 )
 from plait.client.calls import Answer, Calls
 from plait.client.credit import BoundedCredit
+from plait.client.demand import Demand
 from plait.client.driver import (
     Drafter,
     Driver,
@@ -97,7 +98,8 @@ class _Phase(Enum):
 
 
 class SessionCore:
-    """One session. ``entropy`` gives unguessable bytes for its id and salts."""
+    """One session. ``entropy`` gives unguessable bytes for its id and salts; ``demand`` is
+    shared by all sessions of the client."""
 
     def __init__(
         self,
@@ -105,6 +107,7 @@ class SessionCore:
         party: Party,
         entropy: Callable[[int], bytes],
         drafter: Drafter | None = None,
+        demand: Demand | None = None,
     ) -> None:
         self.order = order
         self.epochs: list[Epoch] = []
@@ -125,7 +128,8 @@ class SessionCore:
         self._phase = _Phase.PLANNING
         self._now_ms = 0
         self._out: list[Action] = []
-        self._opening = Opening(order, party, self._asked, entropy)
+        self._demand = demand or Demand()
+        self._opening = Opening(order, party, self._asked, entropy, self._demand)
         self._newest: Epoch | None = None
         self._driven = 0
         self._calls = Calls("open", 0)
@@ -162,6 +166,7 @@ class SessionCore:
         self._now_ms, self._out = now_ms, []
         match event:
             case Started():
+                self._demand.request(now_ms)
                 self._out.append(AskView())
             case Viewed():
                 self._on_view(event)
@@ -266,7 +271,7 @@ class SessionCore:
         self._newest = epoch
         self._phase = _Phase.OPENING
         self._await("open", epoch.peers)
-        ask = self._opening.ask_stages(epoch, self.driver.drawn)
+        ask = self._opening.ask_stages(epoch, self.driver.drawn, self._now_ms)
         self._out += [ask, SetTimer(self._now_ms + ask.timeout_ms)]
 
     def _take_cert(self, event: StageOpened) -> None:
@@ -327,7 +332,7 @@ class SessionCore:
     def _try_another_route(self, calls: Calls) -> None:
         """Nothing was delivered yet: let go of everybody and begin anew."""
         epoch = self.epoch
-        self._out += [self._opening.refused(epoch, calls), SetTimer(None)]
+        self._out += [self._opening.refused(epoch, calls, self._now_ms), SetTimer(None)]
         for peer, kind in calls.kinds.items():
             self._recovery.exclude(epoch, peer, kind, self._now_ms)
         self._books = None
@@ -574,6 +579,7 @@ class SessionCore:
         epoch, stays = self.epoch, {stage.peer for stage in terms.stages}
         gone = tuple(peer for peer in epoch.peers if peer not in stays)
         if gone:
+            self._demand.ended(gone, self.order.qos)
             self._out.append(LeaveStages(epoch.number, gone, self.books.voucher))
 
     def _wait_for_a_replica(self, error: PlaitError) -> None:
@@ -644,6 +650,10 @@ class SessionCore:
     def _close(self, peers: tuple[PeerId, ...], reason: str) -> None:
         self._keep_evidence()
         voucher = self._books.voucher if self._books is not None else None
+        if self._driven:
+            self._demand.ended(peers, self.order.qos)
+        else:
+            self._demand.let_go(peers, self.order.qos)
         self._phase = _Phase.OVER
         self._out += [
             SetTimer(None),

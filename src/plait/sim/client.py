@@ -36,6 +36,7 @@ from plait.client.actions import (
     Ticked,
     Viewed,
 )
+from plait.client.demand import Demand
 from plait.client.driver import Deliver, Embedded
 from plait.client.epoch import Order, Party
 from plait.client.session import SessionCore
@@ -116,11 +117,13 @@ class ClientHost(Swarming):
         self._wires = wires
         self._watches, self._addresses = watches, addresses
         self._issued = False
+        self.demand = Demand()
 
     def on_start(self) -> None:
         """Watch the network, get credit, go on with the next request."""
         self.lanes.unlock_all()
         self.running_session = None
+        self.demand = Demand()
         self._started_us = self.engine.now_us
         self.gossip = GossipPeer(
             self,
@@ -217,6 +220,7 @@ class _Session:
                 ledger_key=key_of(f"{host.name} ledger"),
             ),
             host.engine.random.randbytes,
+            demand=host.demand,
         )
 
     def start(self) -> None:
