@@ -7,9 +7,10 @@ import pytest
 
 from plait.errors import LedgerError, PeerUnreachable
 from plait.identity import SigningKey
+from plait.ledger.settling import RESERVATION_WAIT_MS
 from plait.ledger.stage_books import StageBooks
 from plait.node.sessions import StageSession
-from plait.node.settlement import RESERVATION_WAIT_MS, Settler
+from plait.node.settlement import Settler
 from plait.task_scope import TaskScope
 from plait.testing.accounting import NOW_MS, PaperSession, Plot, cert_of, key_of
 from plait.types import Microcredits, Sampling
@@ -107,6 +108,18 @@ async def test_a_settlement_waits_for_a_reservation_that_is_late(tmp_path: Path)
         subject = settler(tmp_path, ledger, tasks)
         assert not await subject.settle(session_with_voucher())
         await subject.retry_once()
+        assert spooled(tmp_path) == [""]
+        await subject.retry_once()
+    assert spooled(tmp_path) == []
+
+
+async def test_a_voucher_beyond_the_cap_waits_for_the_reservation_of_an_earlier_stint(
+    tmp_path: Path,
+) -> None:
+    late = LedgerError("the ledger refuses: cap: 32 paid, and nothing more is reserved")
+    async with TaskScope() as tasks:
+        subject = settler(tmp_path, FakeLedger(late), tasks)
+        assert not await subject.settle(session_with_voucher())
         assert spooled(tmp_path) == [""]
         await subject.retry_once()
     assert spooled(tmp_path) == []

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from plait.errors import LedgerError, PlaitError
 from plait.identity import SigningKey
 from plait.ledger.service.committee import Ledger
+from plait.ledger.settling import may_still_be_paid
 from plait.logs import get_logger
 from plait.node.sessions import StageSession
 from plait.task_scope import TaskScope
@@ -26,9 +27,6 @@ from plait.v1.ledger_pb2 import SettlementRequest, SettleRequest
 log = get_logger(__name__)
 
 RETRY_S = 5.0
-RESERVATION_WAIT_MS = 600_000
-"""How long a settlement waits for the reservation that pays it."""
-_UNRESERVED = ("payee", "session")
 
 
 class Settler:
@@ -137,11 +135,8 @@ class Settler:
         return True
 
     def _may_come(self, message: SettleRequest, error: LedgerError) -> bool:
-        """Whether what is missing may still come: a stage that entered by a reroute starts on
-        a reservation that its client is only about to bring to the ledger."""
-        code = str(error).partition("refuses: ")[2].partition(":")[0]
         issued_ms = SettlementRequest.FromString(message.request.payload).issued_ms
-        return code in _UNRESERVED and self._clock_ms() < issued_ms + RESERVATION_WAIT_MS
+        return may_still_be_paid(str(error), issued_ms, self._clock_ms())
 
     async def _present_quietly(self, path: Path) -> None:
         try:

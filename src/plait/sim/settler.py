@@ -7,16 +7,19 @@ from dataclasses import dataclass, field
 
 from plait.envelope import open_envelope
 from plait.errors import LedgerError, PlaitError
+from plait.ledger.settling import may_still_be_paid
 from plait.ledger.stage_books import StageBooks
 from plait.sim.authority import LEDGER
 from plait.sim.engine import S
 from plait.sim.host import Host
 from plait.sim.network import Wires
 from plait.v1.identity_pb2 import SignedEnvelope
-from plait.v1.ledger_pb2 import SessionVoucher, SettleRequest, SettleResponse
+from plait.v1.ledger_pb2 import SessionVoucher, SettlementRequest, SettleRequest, SettleResponse
 
 RETRY_US = 5 * S
 DEADLINE_US = 5 * S
+RESERVATION_WAIT_MS = 20_000
+"""As the node's, but within a run."""
 
 
 @dataclass(slots=True)
@@ -85,7 +88,11 @@ class SpooledSettler:
     def _answered(self, name: str, message: SettleRequest, answer: object) -> None:
         self._presenting.discard(name)
         if isinstance(answer, LedgerError):
+            issued_ms = SettlementRequest.FromString(message.request.payload).issued_ms
+            now_ms = self._host.now_ms()
             if name in self._disk.granted:
+                if may_still_be_paid(str(answer), issued_ms, now_ms, RESERVATION_WAIT_MS):
+                    return
                 self._refused.append((self._host.name, str(answer)))
         elif isinstance(answer, PlaitError):
             return
