@@ -2,18 +2,22 @@
 
     python benchmarks/audit.py PART [--model smollm2-135m] [--seconds 240] [--json FILE]
 
-PART is honest (fp32, also with another number of threads and with the prefix computed in
-one go), cheats (each kind of dishonest stage in the fp32 class), lower (bf16, int4, int8:
-honest in batches, and what cheats look like), or tiny. Sessions run through three stages of
-this process; each chunk of each stage is replayed alone by a host of the same layers. The
-hashes and signatures around it are not part of this: the unit tests have those. Results are
-put into FILE by part; with ``honest`` and ``tiny``, --seconds bounds the time.
+PART is honest (honest stages of --dtype, until --target chunks are audited), cheats (each
+kind of dishonest stage in the fp32 class), threads (an auditor with another number of
+threads), or lower (bf16, int4, int8: honest in batches, and what cheats look like).
+Sessions run through three stages of this process, --batch of them together; each chunk of
+each stage is then replayed frame by frame by a host of the same layers, --replay-batch
+sessions together, and all frames of a session once more as one prompt. The hashes and
+signatures around it are not part of this: the unit tests have those. Results are put into
+FILE by part. ``honest`` saves after each round and goes on from there when it is called
+again; it also ends after --seconds. Progress is on stderr.
 """
 
 import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +34,8 @@ from plait.ledger.handoff import ids_payload
 from plait.ledger.lottery import Lot, chunks_to_exposure, is_drawn
 from plait.model import catalog
 from plait.model.tokenizer import Tokenizer
-from plait.node.replaying import distance, replay
+from plait.node.replaying import distance, replay, replay_steps
+from plait.node.wire import state_of
 from plait.testing.dishonest import CHEATS
 from plait.testing.reference import equal_spans
 from plait.types import MILLION, Digest, Sampling, SessionId
@@ -105,9 +110,10 @@ class Pipeline:
                 received = payload_of(work)
                 last = index == len(self.stages) - 1
                 sent = ids_payload(outcome.drawn.ids) if last else outcome.hidden.tobytes()
+                state = state_of(outcome) if last else b""
                 rows = 1 if last else work.rows
                 one.steps[index].append(
-                    Step(work.first_position, work.rows, received, last, 0, rows, sent)
+                    Step(work.first_position, work.rows, received, last, 0, rows, sent, state)
                 )
                 if last:
                     one.drawn += outcome.drawn.ids
@@ -128,6 +134,42 @@ def audit(stage: Any, one: Session, index: int) -> dict[int, list[Finding]]:
     """Replay a stage's frames alone; the findings of each chunk."""
     session = SessionId(bytes(reversed(one.id)))
     findings = replay(stage, session, one.steps[index], stage.span, one.sampling)
+    return by_chunk(one, index, findings)
+
+
+def audit_together(
+    stage: Any, sessions: Sequence[Session], index: int
+) -> list[dict[int, list[Finding]]]:
+    """The same of several sessions, whose frames are computed in one batch."""
+    replays, works = [], []
+    for one in reversed(sessions):  # another order than when they were generated
+        session = SessionId(bytes(reversed(one.id)))
+        tokens = max(step.first_position + step.rows for step in one.steps[index])
+        stage.reserve(session, tokens, one.sampling, stage.span)
+        steps = replay_steps(
+            session,
+            one.steps[index],
+            first_stage=index == 0,
+            last_stage=index == STAGES - 1,
+            width=stage.width,
+        )
+        replays.append((one, session, steps))
+        works.append(next(steps))
+    found = {}
+    while works:
+        waiting, works = zip(works, stage.step(works), strict=True), []
+        for work, done in waiting:
+            one, _, steps = next(item for item in replays if item[1] == work.session)
+            try:
+                works.append(steps.send(done))
+            except StopIteration as end:
+                found[one.id] = end.value
+                stage.free(work.session)
+    return [by_chunk(one, index, found[one.id]) for one in sessions]
+
+
+def by_chunk(one: Session, index: int, findings: Sequence[Finding]) -> dict[int, list[Finding]]:
+    """Findings put to their chunks."""
     chunks: dict[int, list[Finding]] = {}
     for step, finding in zip(one.steps[index], findings, strict=True):
         chunks.setdefault(one.chunk_of(step), []).append(finding)
@@ -148,7 +190,10 @@ def audit_merged(stage: Any, one: Session, index: int) -> list[float]:
     stage.reserve(session, rows, one.sampling, stage.span)
     [done] = stage.step([Work(session, 0, ids, hidden)])
     stage.free(session)
-    sent = b"".join(step.sent or b"" for step in one.steps[index])
+    size = stage.width * 4
+    sent = b"".join(
+        (step.state or step.sent or b"")[: step.rows * size] for step in one.steps[index]
+    )
     claimed = np.frombuffer(sent, "<f4").reshape(-1, stage.width)
     return [distance(a[None], b[None]) for a, b in zip(claimed, done.hidden, strict=True)]
 
@@ -193,10 +238,9 @@ class Tally:
 
     def add(self, findings: Sequence[Finding], *, last: bool) -> None:
         """Count one audited chunk."""
+        self.distances += [one.distance for one in findings]
         if last:
             self.margins += [one.margin for one in findings]
-        else:
-            self.distances += [one.distance for one in findings]
         self.exposed.append(judge(findings, self._tolerance) is not None)
 
     def figures(self) -> dict[str, Any]:
@@ -216,25 +260,58 @@ def load(local: Any, dtype: str, threads: int = 1) -> list[Any]:
 
 
 def honest_part(
-    local: Any, seconds: float, dtype: str, batch: int, seed: int = 1
-) -> dict[str, Any]:
-    """Honest sessions until the time is up."""
-    stages = load(local, dtype)
-    pipeline, tally = Pipeline(stages), Tally(dtype)
-    ends = time.monotonic() + seconds
-    merged: list[float] = []
-    sessions = 0
-    while time.monotonic() < ends:
-        group = sessions_of(local, batch, seed + sessions)
+    local: Any, arguments: argparse.Namespace, known: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Honest sessions until enough chunks are audited or the time is up; totals each round.
+
+    ``known`` are the totals of earlier calls: it goes on with other sessions.
+    """
+    stages = load(local, arguments.dtype)
+    pipeline = Pipeline(stages)
+    total = known or {"sessions": 0, "chunks": 0, "exposed": 0}
+    ends = time.monotonic() + arguments.seconds
+    while total["chunks"] < arguments.target and time.monotonic() < ends:
+        tally, merged = Tally(arguments.dtype), []
+        group = sessions_of(local, arguments.batch, arguments.seed + total["sessions"])
         pipeline.run(group, TOKENS)
-        for one in group:
-            for index, stage in enumerate(stages):
-                for findings in audit(stage, one, index).values():
-                    tally.add(findings, last=index == STAGES - 1)
-                if index < STAGES - 1:
-                    merged += audit_merged(stage, one, index)
-        sessions += len(group)
-    return {"sessions": sessions, "batch": batch, **tally.figures(), "merged": shown(merged)}
+        for index, stage in enumerate(stages):
+            for start in range(0, len(group), arguments.replay_batch):
+                some = group[start : start + arguments.replay_batch]
+                for chunks in audit_together(stage, some, index):
+                    for findings in chunks.values():
+                        tally.add(findings, last=index == STAGES - 1)
+            merged += [value for one in group for value in audit_merged(stage, one, index)]
+        total = added(total, len(group), tally, merged)
+        yield total
+
+
+def added(
+    total: dict[str, Any], sessions: int, tally: Tally, merged: Sequence[float]
+) -> dict[str, Any]:
+    """Totals with one more round. Of distances and margins the largest is kept."""
+    found = dict(total)
+    found["sessions"] += sessions
+    found["chunks"] += len(tally.exposed)
+    found["exposed"] += sum(tally.exposed)
+    for name, values in (
+        ("distance", tally.distances),
+        ("margin_logits", tally.margins),
+        ("as_one_prompt_distance", merged),
+    ):
+        found[f"{name}_max"] = max([found.get(f"{name}_max", 0.0), *values])
+        found[f"{name}_zero"] = found.get(f"{name}_zero", 0) + sum(one == 0.0 for one in values)
+        found[f"{name}_count"] = found.get(f"{name}_count", 0) + len(values)
+    # With none exposed of n, the rate is below 3/n with 95 % confidence (the rule of three).
+    found["false_positive_rate_95_below"] = None if found["exposed"] else 3.0 / found["chunks"]
+    return found
+
+
+def honest_rounds(local: Any, dtype: str, batch: int, seconds: float) -> dict[str, Any]:
+    """An honest part with other settings, from nothing."""
+    settings = argparse.Namespace(
+        dtype=dtype, seconds=seconds, target=10**9, batch=batch, replay_batch=1, seed=1
+    )
+    return list(honest_part(local, settings, {}))[-1]
 
 
 def other_threads(local: Any, dtype: str) -> dict[str, Any]:
@@ -297,6 +374,7 @@ PLACES = {
     "int8": (0, 1, 2),
     "skipped-layer": (0, 1, 2),
     "matrix": (0, 1, 2),
+    "head": (2,),
     "copied-output": (1,),
     "seed": (2,),
     "prompt": (0,),
@@ -305,7 +383,11 @@ PLACES = {
 
 
 def cheats_part(
-    local: Any, dtype: str = "fp32", count: int = 4, cheats: Sequence[str] = ()
+    local: Any,
+    dtype: str = "fp32",
+    count: int = 4,
+    cheats: Sequence[str] = (),
+    stages: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Each cheat (or those named) at each stage where it can be."""
     honest = load(local, dtype)
@@ -314,12 +396,14 @@ def cheats_part(
         if cheats and cheat not in cheats:
             continue
         for index in places:
+            if stages and index not in stages:
+                continue
             if dtype != "fp32" and cheat not in ("copied-output", "seed", "prompt", "int8"):
                 continue  # they need the modules of the fp32 class
             tally = exposures(local, honest, dtype, cheat, index, count)
             name = f"{cheat} at stage {index}"
             found[name] = {**tally.figures(), "lottery": until_exposed(tally.exposed)}
-            print(name, json.dumps(found[name]), flush=True)
+            print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
     return found
 
 
@@ -328,53 +412,63 @@ def lower_part(local: Any, seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for dtype in ("bf16", "int4", "int8"):
         found[dtype] = {
-            "honest_alone": honest_part(local, seconds / 6, dtype, 1),
-            "honest_batch_8": honest_part(local, seconds / 6, dtype, 8),
+            "honest_alone": honest_rounds(local, dtype, 1, seconds / 6),
+            "honest_batch_8": honest_rounds(local, dtype, 8, seconds / 6),
             "cheats": cheats_part(local, dtype, 2),
         }
-        print(dtype, json.dumps(found[dtype]), flush=True)
+        print(dtype, json.dumps(found[dtype]), file=sys.stderr, flush=True)
     return found
 
 
-def parts(arguments: argparse.Namespace, local: Any) -> Iterator[tuple[str, Any]]:
-    """The results of what was asked for."""
+def parts(
+    arguments: argparse.Namespace, local: Any, known: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """The results of what was asked for; of ``honest`` the totals after each round."""
     match arguments.part:
         case "honest":
-            yield "honest_fp32", honest_part(local, arguments.seconds, "fp32", 4, arguments.seed)
+            name = (
+                f"honest {arguments.model} {arguments.dtype}, "
+                f"{arguments.batch} together, replayed {arguments.replay_batch} together"
+            )
+            for total in honest_part(local, arguments, known.get(name, {})):
+                yield name, total
+        case "threads":
             yield "other_threads_fp32", other_threads(local, "fp32")
         case "cheats":
-            yield "cheats_fp32", cheats_part(local, "fp32", arguments.count, arguments.cheat)
+            found = cheats_part(local, "fp32", arguments.count, arguments.cheat, arguments.stage)
+            yield "cheats_fp32", {**known.get("cheats_fp32", {}), **found}
         case "lower":
             yield "lower", lower_part(local, arguments.seconds)
-        case "tiny":
-            yield (
-                "honest_tiny_fp32",
-                honest_part(local, arguments.seconds, "fp32", 4, arguments.seed),
-            )
 
 
 def main() -> None:
     """Run one part and put its results into the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("honest", "cheats", "lower", "tiny"))
+    parser.add_argument("part", choices=("honest", "cheats", "threads", "lower"))
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="fp32", choices=tuple(TOLERANCES))
     parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--target", type=int, default=2_000, help="chunks, with honest")
+    parser.add_argument("--batch", type=int, default=4, help="sessions generated together")
+    parser.add_argument("--replay-batch", type=int, default=1, help="and replayed together")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=4, help="sessions of each cheat")
     parser.add_argument("--cheat", nargs="*", default=(), choices=tuple(PLACES))
+    parser.add_argument("--stage", nargs="*", type=int, default=(), help="cheats at these only")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    local = catalog.load("tiny-random" if arguments.part == "tiny" else arguments.model)
-    known = {}
+    local = catalog.load(arguments.model)
+    known: dict[str, Any] = {}
     if arguments.json is not None and arguments.json.exists():
         known = json.loads(arguments.json.read_text())
-    for name, figures in parts(arguments, local):
-        print(name, json.dumps(figures), flush=True)
-        earlier = known.get(name) if arguments.cheat else None
-        known[name] = {**(earlier or {}), **figures}
-    known["model"] = arguments.model
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    found: dict[str, Any] = {}
+    for name, figures in parts(arguments, local, known):
+        found = {name: figures}
+        known |= found
+        print(name, json.dumps(figures), file=sys.stderr, flush=True)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

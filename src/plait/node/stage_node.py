@@ -406,6 +406,9 @@ class StageNode:
             "retained_bytes": core.retained.memory_bytes,
             "spill_bytes": core.retained.spill_bytes,
             "spill_files": len(self._spill),
+            "audit_sessions_kept": len(core.tape) if core.tape is not None else 0,
+            "audit_bytes_kept": core.tape.bytes_kept if core.tape is not None else 0,
+            "audit_bytes_max": self._me.config.tape_mb * MEBIBYTE,
             "settlements_waiting": self._settler.waiting,
             "links": self._stage.links,
         }

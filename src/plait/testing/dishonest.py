@@ -150,6 +150,16 @@ def changes_matrix(honest: TorchStage) -> TorchStage:
     return _sharing(honest, model, layers)
 
 
+def changes_head(honest: TorchStage) -> TorchStage:
+    """The same stage with the head's matrix 1 % off: the hidden states are right."""
+    model: Any = copy.copy(honest._model)
+    head = copy.deepcopy(model._head)
+    noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1))
+    head.weight.data += 0.01 * head.weight.data.square().mean().sqrt() * noise
+    model._head = head
+    return _sharing(honest, model, _layers(model))
+
+
 def _layers(model: Any) -> list[Any]:
     return list(model.base.layers)
 
@@ -178,6 +188,7 @@ CHEATS: dict[str, Callable[[TorchStage, LocalModel], Any]] = {
     "int8": _int8,
     "skipped-layer": lambda honest, _: skips_layer(honest),
     "matrix": lambda honest, _: changes_matrix(honest),
+    "head": lambda honest, _: changes_head(honest),
     "copied-output": lambda honest, _: CopiesInput(honest),
     "seed": lambda honest, _: OtherSeed(honest),
     "prompt": lambda honest, _: OtherPrompt(honest),
