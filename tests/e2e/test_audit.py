@@ -8,13 +8,16 @@ import functools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from plait.client.audit_spool import AuditRecord
 from plait.client.client import AsyncClient, Options
+from plait.client.lottery_keeper import LotteryKeeper
 from plait.model import catalog
 from plait.network_file import NetworkFile
 from plait.testnet import cluster, launch
@@ -109,6 +112,33 @@ def test_the_dishonest_node_is_exposed_and_anybody_can_judge_again(net: Stage) -
     assert {one["peer"] for one in exposed} == {net.liar}
     code, judged = net.audit("check", exposed[0]["evidence"], "--model", TINY)
     assert (code, judged["outcome"], judged["peer"]) == (1, "exposed", net.liar)
+
+
+def test_the_lottery_is_held_without_being_asked(net: Stage) -> None:
+    """A client leaves a session behind; the next one of its account has it audited."""
+    network = net.directory / "network.toml"
+
+    async def play() -> tuple[AuditRecord, ...]:
+        options = Options(max_tokens=TOKENS, ignore=frozenset({net.honest}), raw=True)
+        async with AsyncClient(network) as client:
+            await client.generate(TINY, "The sky is blue and", options)
+        async with AsyncClient(network, audits=False) as client:
+            spool, audit = client.audit_spool, client.audit
+            keeper = LotteryKeeper(spool, audit, lambda: time.time_ns() // 10**6 + 60_000)
+            while not spool.records() and await keeper.look_once():
+                pass
+            return spool.records()
+
+    records = asyncio.run(play())
+    assert {one.stage for one in records} == set(range(STAGES))
+    for one in records:
+        expected = "exposed" if one.peer == net.liar else "consistent"
+        assert one.outcome == expected, one
+    exposed = [one for one in records if one.outcome == "exposed"]
+    code, judged = net.audit("check", exposed[0].evidence, "--model", TINY)
+    assert (code, judged["outcome"], judged["peer"]) == (1, "exposed", net.liar)
+    code, listed = net.audit("ls")
+    assert code == 1 and listed["passed"] == {}, "nothing counts before the window is over"
 
 
 def test_a_lying_auditor_accuses_an_honest_stage_in_vain(net: Stage) -> None:

@@ -42,7 +42,7 @@ def request(
     from plait.types import PeerId
 
     async def audited() -> "list[Audited]":
-        async with AsyncClient(network) as client:
+        async with AsyncClient(network, audits=False) as client:
             peers = frozenset(PeerId(one) for one in only or ())
             return await client.audit(_read(bundle), peers)
 
@@ -58,6 +58,32 @@ def request(
         undrawn = sum(one["outcome"] == "undrawn" for one in figures)
         typer.echo(f"{len(figures) - undrawn} of {len(figures)} chunks of stages were drawn.")
     raise typer.Exit(int(any(one.outcome == "exposed" for one in found)))
+
+
+@app.command("ls")
+def ls(network: Network = None, json_output: Json = False) -> None:
+    """What audits of your own sessions found, and how many chunks each peer has passed.
+
+    A passed chunk counts once the audit window is over. Exit code 1 if a stage was exposed.
+    """
+    import time
+    from dataclasses import asdict
+
+    from plait.client.audit_spool import AuditSpool, trust_of
+    from plait.locate import client_dir
+
+    records = AuditSpool(client_dir(network) / "audits").records()
+    passed = trust_of(records, time.time_ns() // 1_000_000)
+    if json_output:
+        found = {"audits": [asdict(one) for one in records], "passed": dict(passed)}
+        typer.echo(json.dumps(found))
+    else:
+        for one in records:
+            if one.outcome != "consistent":
+                typer.echo(_line(asdict(one)))
+        for peer, count in sorted(passed.items()):
+            typer.echo(f"{peer}  passed {count}")
+    raise typer.Exit(int(any(one.outcome == "exposed" for one in records)))
 
 
 @app.command()

@@ -35,6 +35,12 @@ QosClass = Annotated[
 WaitReplica = Annotated[
     float, typer.Option(min=0.0, help="Seconds to wait for a host when one is lost.")
 ]
+Audit = Annotated[
+    bool, typer.Option("--audit/--no-audit", help="Hold the audit lottery over the answers.")
+]
+MinAudited = Annotated[
+    int, typer.Option(min=0, help="Only peers that passed so many audited chunks of yours.")
+]
 SubAccount = Annotated[
     str, typer.Option(help="Pay within the limits of this share of your account.")
 ]
@@ -58,6 +64,8 @@ def run(
     qos: QosClass = "standard",
     wait_replica: WaitReplica = 20.0,
     sub_account: SubAccount = "",
+    audit: Audit = True,
+    min_audited: MinAudited = 0,
     network: Network = None,
     bundle: Annotated[
         Path | None, typer.Option(help="Write the evidence here, for plait verify.")
@@ -83,12 +91,13 @@ def run(
         qos=qos,
         replica_wait_s=wait_replica,
         sub_account=sub_account,
+        audited_min=min_audited,
         **_peers(pin, only, ignore),
     )
     if bundle is not None:
         _check_writable(bundle)
     text = sys.stdin.read() if prompt == "-" else prompt
-    with _client(network) as client:
+    with _client(network, audits=audit) as client:
         answer = _stream(client, model, text, options, show=not json_output)
     if bundle is not None and answer.bundle is not None:
         bundle.write_bytes(answer.bundle)
@@ -117,6 +126,8 @@ def chat(
     qos: QosClass = "standard",
     wait_replica: WaitReplica = 20.0,
     sub_account: SubAccount = "",
+    audit: Audit = True,
+    min_audited: MinAudited = 0,
     network: Network = None,
 ) -> None:
     """Talk with a model. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
@@ -134,10 +145,11 @@ def chat(
         qos=qos,
         replica_wait_s=wait_replica,
         sub_account=sub_account,
+        audited_min=min_audited,
         **_peers(pin, only, ignore),
     )
     messages = [{"role": "system", "content": system}] if system else []
-    with _client(network) as client:
+    with _client(network, audits=audit) as client:
         client.check_model(model)
         while line := _ask():
             messages.append({"role": "user", "content": line})
@@ -179,11 +191,11 @@ def _options(**values: Any) -> "Options":
     return Options(**values)
 
 
-def _client(network: Path | None) -> "Client":
+def _client(network: Path | None, *, audits: bool = False) -> "Client":
     from plait.client import Client
     from plait.locate import client_dir, network_path
 
-    return Client(network_path(network), account=client_dir(network))
+    return Client(network_path(network), account=client_dir(network), audits=audits)
 
 
 def _stream(

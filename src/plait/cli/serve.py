@@ -24,6 +24,9 @@ def serve(
     waiting_max: Annotated[
         int, typer.Option(min=0, help="Most requests that wait for a place.")
     ] = 64,
+    audit: Annotated[
+        bool, typer.Option("--audit/--no-audit", help="Hold the audit lottery over the answers.")
+    ] = True,
     network: Annotated[
         Path | None, typer.Option(help="Network file; by default the last testnet started.")
     ] = None,
@@ -59,6 +62,7 @@ def serve(
         keys=None if api_key_file is None else load_keys(api_key_file),
         key_store=path if managed else None,
         always_bundle=bundles,
+        audits=audit,
         sessions_max=sessions_max,
         waiting_max=waiting_max,
         version=__version__,

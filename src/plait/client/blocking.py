@@ -59,9 +59,13 @@ class Client:
     """A client of one network; a context manager. See ``AsyncClient`` for the arguments."""
 
     def __init__(
-        self, network: Path | str | None = None, *, account: Path | str | None = None
+        self,
+        network: Path | str | None = None,
+        *,
+        account: Path | str | None = None,
+        audits: bool = True,
     ) -> None:
-        self._client = AsyncClient(network, account=account)
+        self._client = AsyncClient(network, account=account, audits=audits)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._living: concurrent.futures.Future[None] | None = None

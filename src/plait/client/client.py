@@ -14,17 +14,20 @@ from typing import Any, Self, TypeVar
 
 from plait.client.account import Account, open_account
 from plait.client.answer import Answer, Embedding
+from plait.client.audit_spool import AuditSpool, trust_of
 from plait.client.auditing import Audited, audit_bundle
 from plait.client.demand import Demand
 from plait.client.dialer import Dialer
 from plait.client.driver import Deliver
 from plait.client.epoch import Order
 from plait.client.generation import Generation, Surroundings
+from plait.client.lottery_keeper import LotteryKeeper
 from plait.client.prompt import Prompt, check_ids, check_lengths, prompt_ids
 from plait.client.streaming import Begun, TextStream, Tokens
 from plait.client.sub_accounts import order_sub_account, read_sub_accounts
 from plait.compute.drafts import AdaptiveDrafter
 from plait.errors import ConfigError, LocalProtocolError, NoRoute, PeerUnreachable
+from plait.ledger.lottery import Lot
 from plait.ledger.notices import NoticeBoard
 from plait.ledger.service.committee import Ledger, connect
 from plait.ledger.service.notices import NoticeExchange, NoticeFile, Post, posts_of
@@ -39,7 +42,7 @@ from plait.router.plan import Plan, plan
 from plait.router.request import RouteRequest, Sort
 from plait.router.view import View
 from plait.task_scope import TaskScope
-from plait.types import MILLION, Microcredits, PeerId, Qos, Sampling, Span
+from plait.types import MILLION, Microcredits, PeerId, Qos, Sampling, SessionId, Span
 
 T = TypeVar("T")
 
@@ -69,6 +72,8 @@ class Options:
     pin: tuple[tuple[Span, PeerId], ...] = ()
     only: frozenset[PeerId] = frozenset()
     ignore: frozenset[PeerId] = frozenset()
+    audited_min: int = 0
+    """Use only peers that passed so many audited chunks in this account's own audits."""
     bundle: bool = False
     drafts: bool = True
     """Guess what follows from the text so far: faster where it repeats, never another text."""
@@ -121,10 +126,16 @@ class AsyncClient:
     ``network`` is the path of a network file, by default the last testnet's; ``account`` is
     the folder with the client's keys, by default the one that the commands use. Needs neither
     torch nor libp2p: it learns offers from nodes' public ports and checks every signature.
+    With ``audits`` it holds the network's audit lottery over its own sessions, in the
+    background, but for those that name their peers; see ``client.lottery_keeper``.
     """
 
     def __init__(
-        self, network: Path | str | None = None, *, account: Path | str | None = None
+        self,
+        network: Path | str | None = None,
+        *,
+        account: Path | str | None = None,
+        audits: bool = True,
     ) -> None:
         path = network_path(Path(network) if network is not None else None)
         self.network: NetworkFile = load_network_file(path)
@@ -137,6 +148,8 @@ class AsyncClient:
         self._dialer: Dialer | None = None
         self._demand = Demand()
         self._notices: NoticeBoard | None = None
+        self.audit_spool = AuditSpool(self._folder / "audits")
+        self._audits = audits and self.network.audit_rate_percent > 0
         serial = len(self.network.authorities) > 1
         self.account: Account = open_account(self._folder, serial=serial)
 
@@ -159,6 +172,9 @@ class AsyncClient:
             NetworkWatch(self.network, self.account.peer)
         )
         self._tasks.create_task(notices.run(), name="notices")
+        if self._audits:
+            keeper = LotteryKeeper(self.audit_spool, self.audit, _clock_ms)
+            self._tasks.create_task(keeper.run(), name="audits")
         return self
 
     async def __aexit__(
@@ -213,7 +229,7 @@ class AsyncClient:
         return plan(
             self.view(),
             local.manifest.shape,
-            options.route_request(prompt_tokens),
+            self._route_request(options, prompt_tokens),
             source=self.account.peer,
             now_ms=_clock_ms(),
         )
@@ -224,7 +240,7 @@ class AsyncClient:
         try:
             return explain(self.plan(model, prompt_tokens, options))
         except NoRoute as error:
-            request = options.route_request(prompt_tokens)
+            request = self._route_request(options, prompt_tokens)
             shape = local.manifest.shape
             return explain_failure(error, self.view(), shape, request, _clock_ms())
 
@@ -294,7 +310,9 @@ class AsyncClient:
             closed=closed,
         )
 
-    async def audit(self, bundle: bytes, only: Collection[PeerId] = ()) -> list[Audited]:
+    async def audit(
+        self, bundle: bytes, only: Collection[PeerId] = (), skip: Collection[Lot] = ()
+    ) -> list[Audited]:
         """Have what the lottery drew of a bundle audited; see ``client.auditing``."""
         await _entered(self._watch).settled()
         return await audit_bundle(
@@ -305,6 +323,7 @@ class AsyncClient:
             _entered(self._dialer),
             self,
             only,
+            skip,
         )
 
     async def _begin(
@@ -324,7 +343,7 @@ class AsyncClient:
             model=local.manifest.shape,
             prompt_ids=ids,
             sampling=options.drawing(tokenizer.end_ids),
-            route=options.route_request(len(ids)),
+            route=self._route_request(options, len(ids)),
             vocabulary_size=local.manifest.vocabulary_size,
             manifest=local.manifest.payload,
             want_bundle=options.bundle,
@@ -333,6 +352,7 @@ class AsyncClient:
             qos=options.qos,
             replica_wait_ms=round(options.replica_wait_s * 1000),
             sub_account=options.sub_account,
+            may_audit=not (options.pin or options.only),
         )
         watch = _entered(self._watch)
         await watch.settled()
@@ -355,7 +375,25 @@ class AsyncClient:
             demand=self._demand,
             clock_ms=_clock_ms,
             monotonic_s=time.monotonic,
+            keep_for_audit=self._keep_for_audit if self._audits else None,
         )
+
+    def _route_request(self, options: Options, prompt_tokens: int) -> RouteRequest:
+        request = options.route_request(prompt_tokens)
+        if options.audited_min <= 0:
+            return request
+        passed = trust_of(self.audit_spool.records(), _clock_ms())
+        trusted = {peer for peer, count in passed.items() if count >= options.audited_min}
+        only = trusted & request.only if request.only else trusted
+        if not only:
+            raise ConfigError(
+                f"no peer has passed {options.audited_min} audited chunks of yours",
+                remedy="plait audit ls",
+            )
+        return replace(request, only=frozenset(only))
+
+    def _keep_for_audit(self, session: SessionId, bundle: bytes) -> None:
+        self.audit_spool.put(session, bundle, _clock_ms())
 
     def _load(self, model: str) -> tuple[LocalModel, Tokenizer]:
         if model not in self._models:

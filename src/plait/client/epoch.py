@@ -55,6 +55,8 @@ class Order:
     qos: Qos = "standard"
     replica_wait_ms: int = 20_000
     sub_account: str = ""
+    may_audit: bool = True
+    """Not where the user chose the peers: an auditor sees what crossed a stage."""
     accounting: Accounting = field(default_factory=Accounting)
 
 

@@ -88,6 +88,8 @@ class Surroundings:
     demand: Demand
     clock_ms: Callable[[], int]
     monotonic_s: Callable[[], float]
+    keep_for_audit: Callable[[SessionId, bytes], None] | None = None
+    """Takes the bundle of a session that the lottery may draw from; None holds none."""
 
 
 class Generation:
@@ -165,6 +167,7 @@ class Generation:
             raise outcome.error
         text = decode(self._core.driver.token_ids)
         bundle = await self._bundle(text, outcome.reason) if self._order.want_bundle else None
+        self._keep_for_audit(text, outcome.reason, bundle)
         return self._answer(text, outcome.reason, started_s, settled=settled, bundle=bundle)
 
     async def _pump(self) -> Finished | Failed:
@@ -309,8 +312,17 @@ class Generation:
             await asyncio.sleep(_EVIDENCE_POLL_S)
         return evidence
 
+    def _keep_for_audit(self, text: str, finish: FinishReason, bundle: bytes | None) -> None:
+        if self._around.keep_for_audit is None or not self._order.may_audit:
+            return
+        session = self._core.epoch.terms.session_id
+        self._around.keep_for_audit(session, bundle or self._sealed(text, finish, None))
+
     async def _bundle(self, text: str, finish: FinishReason) -> bytes:
         evidence = await self._evidence(self._core.epoch.terms.session_id)
+        return self._sealed(text, finish, evidence)
+
+    def _sealed(self, text: str, finish: FinishReason, evidence: Evidence | None) -> bytes:
         parts = BundleParts(
             network_id=self._around.network.network_id,
             client_cert=self._client_cert,

@@ -22,6 +22,8 @@ class GatewayConfig:
     key_store: Path | None = None
     """Managed keys with budgets; their file."""
     always_bundle: bool = False
+    audits: bool = True
+    """Hold the network's audit lottery over the answers."""
     version: str = ""
     sessions_max: int = 256
     waiting_max: int = 0

@@ -48,7 +48,9 @@ async def run_chaos(
     status = await asyncio.to_thread(request, directory, "status")
     check_plan(plan, hosts_of(status))
     model = next(node["model"] for node in status["nodes"] if node["model"])
-    async with AsyncClient(directory / NETWORK_FILE, account=directory / CLIENT_DIR) as client:
+    async with AsyncClient(
+        directory / NETWORK_FILE, account=directory / CLIENT_DIR, audits=False
+    ) as client:
         await client.wait_ready(model)
         tell("computing the undisturbed answers")
         cases = await undisturbed(client, model, max_tokens)

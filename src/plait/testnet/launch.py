@@ -199,7 +199,7 @@ async def _wait_for_route(directory: Path, model: str, timeout_s: float) -> None
     from plait.client import AsyncClient
 
     account = directory / CLIENT_DIR
-    async with AsyncClient(directory / NETWORK_FILE, account=account) as client:
+    async with AsyncClient(directory / NETWORK_FILE, account=account, audits=False) as client:
         await client.wait_ready(model, timeout_s)
 
 

@@ -77,7 +77,9 @@ async def _reports(directory: Path, cluster: Cluster) -> list[dict[str, Any]]:
     from plait.client import AsyncClient
 
     names = {member.peer: member.name for member in cluster.members}
-    async with AsyncClient(directory / NETWORK_FILE, account=directory / CLIENT_DIR) as client:
+    async with AsyncClient(
+        directory / NETWORK_FILE, account=directory / CLIENT_DIR, audits=False
+    ) as client:
         names[client.account.peer] = CLIENT_LEG
         await client.wait_settled()
         await asyncio.sleep(REPORTS_WAIT_S)
