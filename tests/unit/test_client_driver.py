@@ -164,6 +164,10 @@ def test_drafts_change_no_token_and_close_no_chunk(
     assert ended[0].reason == ("stop" if END in expected else "length")
     assert drafter.learnt == expected
     assert all(0 <= accepted <= proposed for proposed, accepted in drafter.observed)
+    counts, observed = driver.draft_counts, drafter.observed
+    assert counts.traversals == len(observed)
+    assert counts.drafted == sum(proposed for proposed, _ in observed)
+    assert counts.accepted == sum(accepted for _, accepted in observed)
 
 
 @given(

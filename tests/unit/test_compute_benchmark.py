@@ -52,17 +52,6 @@ def test_what_cannot_be_measured_is_refused(
     assert said in capsys.readouterr().err
 
 
-def test_drafts_leave_the_tokens_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["bench", "draft", "--model", "tiny-random", "--rounds", "1", "--tokens", "24"]
-    assert invoke([*small, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert [task["task"] for task in report["tasks"]] == ["copy-edit", "summarise", "chat"]
-    assert all(task["same_tokens"] for task in report["tasks"])
-    assert all(task["tokens_per_traversal"] >= 1 for task in report["tasks"])
-    assert invoke(small) == 0
-    assert "copy-edit" in capsys.readouterr().out
-
-
 def test_quality_is_compared_with_fp32(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--dtypes", "fp32,int8", "--batches", "1", "--quality", "300", "--json"]
     assert invoke([*SMALL, *flags]) == 0

@@ -160,25 +160,31 @@ def batch(
 def draft(
     model: Annotated[str, typer.Option(help="As `plait models ls` shows.")] = "smollm2-135m",
     dtype: Annotated[str, typer.Option(help="Numeric type.")] = "int4",
-    rounds: Annotated[int, typer.Option(help="How often each is measured.", min=1)] = 5,
-    tokens: Annotated[int, typer.Option(help="Of each answer.", min=8)] = 96,
+    stages: Annotated[int, typer.Option(help="Of the pipeline.", min=1)] = 3,
+    delay_ms: Annotated[float, typer.Option(help="One way, per hop; 0 is loopback.", min=0)] = 0.0,
+    rounds: Annotated[int, typer.Option(help="Pairs of answers per task.", min=1)] = 5,
+    tokens: Annotated[int, typer.Option(help="Of each answer, at most.", min=8)] = 128,
+    tasks: Annotated[str, typer.Option(help="Names, or all.")] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Time answers with and without n-gram drafts, on one stage with all layers.
+    """Time answers through a testnet with and without drafts, in turns.
 
-    Example: plait bench draft --dtype fp32 --rounds 3
+    Example: plait bench draft --delay-ms 25 --rounds 20 --tasks chat
     """
     from dataclasses import asdict
 
-    from plait.compute.draft_benchmark import measure_drafts
-    from plait.compute.load import check_loadable
-    from plait.model import catalog
+    from plait.cli.bench_drafts import TASKS, DraftPlan, measure_drafts
 
-    local = catalog.load(model)
-    check_loadable(local, None, dtype)
-    figures = measure_drafts(local, dtype, tokens, rounds, _round)
-    report = {"model": model, "dtype": dtype, "rounds": rounds}
-    _emit(report | {"tasks": [asdict(figure) for figure in figures]}, as_json, "tasks")
+    names = tuple(TASKS) if tasks == "all" else tuple(tasks.split(","))
+    if not set(names) <= set(TASKS):
+        raise ConfigError(f"--tasks {tasks}: there are {', '.join(TASKS)}")
+    plan = DraftPlan(model, dtype, stages, delay_ms, rounds, tokens, names)
+    figures = [asdict(figure) for figure in measure_drafts(plan, status)]
+    if not as_json:
+        for figure in figures:
+            del figure["plain_ms"], figure["drafted_ms"]
+    report = {"model": model, "dtype": dtype, "stages": stages, "delay_ms": delay_ms}
+    _emit(report | {"rounds": rounds, "tasks": figures}, as_json, "tasks")
 
 
 def _round(done: int, total: int) -> None:

@@ -66,12 +66,13 @@ class BatchFigures:
 
 
 @contextmanager
-def _testnet(model: str, stages: int, dtype: str) -> Iterator[Path]:
-    """The network file of a testnet that lives as long as the context."""
+def testnet(model: str, stages: int, dtype: str, wan: str = "") -> Iterator[Path]:
+    """The network file of a testnet that lives as long as the context; ``wan`` is a profile."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "net"
         _plait("testnet", "up", "--detach", "--dir", str(folder), "--model", model,
-               "--stages", str(stages), "--replicas", "1", "--dtype", dtype)  # fmt: skip
+               "--stages", str(stages), "--replicas", "1", "--dtype", dtype,
+               *(("--wan", wan) if wan else ()))  # fmt: skip
         try:
             yield folder / "network.toml"
         finally:
@@ -93,8 +94,8 @@ def measure_pipeline(
     peer_ms: list[float] = []
     answers: set[tuple[int, ...]] = set()
     with (
-        _testnet(model, 1, dtype) as one,
-        _testnet(model, stages, dtype) as several,
+        testnet(model, 1, dtype) as one,
+        testnet(model, stages, dtype) as several,
         Client(one) as one_client,
         Client(several) as several_client,
     ):
@@ -137,7 +138,7 @@ def measure_batch(
     decode: dict[int, list[float]] = {sessions: [] for sessions in batches}
     total: dict[int, list[float]] = {sessions: [] for sessions in batches}
     peer: dict[int, list[float]] = {sessions: [] for sessions in batches}
-    with _testnet(model, stages, dtype) as network:
+    with testnet(model, stages, dtype) as network:
         for turn in range(rounds):
             for sessions in batches:
                 decode_rate, total_rate = asyncio.run(_together(network, model, sessions, tokens))

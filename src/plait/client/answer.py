@@ -1,10 +1,10 @@
 """What a generation gives back."""
 
 import html
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from plait.client.driver import Top
+from plait.client.driver import NO_DRAFTS, DraftCounts, Top
 from plait.router.cost import Prediction
 from plait.types import Microcredits, PeerId, Span
 
@@ -79,6 +79,8 @@ class Answer:
     cost_microcredits: Microcredits
     receipts_verified: int
     seed: int
+    draft_counts: DraftCounts = NO_DRAFTS
+    """Traversals behind the prompt, ids that were guessed, and guesses that were right."""
     settled: bool = False
     """Whether every stage has presented the last voucher to the ledger."""
     bundle: bytes | None = None
@@ -114,6 +116,7 @@ class Answer:
             "receipts_verified": self.receipts_verified,
             "seed": self.seed,
             "settled": self.settled,
+            "drafts": asdict(self.draft_counts),
         }
 
     def _repr_html_(self) -> str:

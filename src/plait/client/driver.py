@@ -130,6 +130,22 @@ NO_EXTRAS = Extras()
 
 
 @dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """Answered frames that drew behind the prompt, their guesses, and those that were right."""
+
+    traversals: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def plus(self, drafted: int, accepted: int) -> "DraftCounts":
+        """The counts after one more traversal."""
+        return DraftCounts(self.traversals + 1, self.drafted + drafted, self.accepted + accepted)
+
+
+NO_DRAFTS = DraftCounts()
+
+
+@dataclass(frozen=True, slots=True)
 class Accounting:
     """How many tokens are accounted together."""
 
@@ -169,6 +185,8 @@ class Driver:
         """Set once nothing more will be drawn; the last chunk may still be open."""
         self.may_draft = drafter is not None
         """Whether guesses may be sent: nobody on the route charges for wrong ones."""
+        self.draft_counts = NO_DRAFTS
+        """Of all epochs."""
         self._max_tokens = max_tokens
         self._end_ids = end_ids
         self._accounting = accounting
@@ -275,9 +293,12 @@ class Driver:
         if not sent.sample:
             self._prefilled = sent.first_position + sent.rows
             return [*scored, self._send(self._prefill_frame())]
+        decoded = sent.first_position >= len(self.prompt_ids)
+        if decoded:
+            self.draft_counts = self.draft_counts.plus(sent.drafts, len(ids) - 1)
         if self._drafter is not None:
             self._drafter.extend(ids)
-            if sent.first_position >= len(self.prompt_ids):
+            if decoded:
                 self._drafter.observe(sent.drafts, len(ids) - 1, elapsed_ms)
         return scored + self._on_draws(sent, ids, logprobs, extras)
 

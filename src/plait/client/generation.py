@@ -387,6 +387,7 @@ class Generation:
             cost_microcredits=core.books.cost,
             receipts_verified=core.books.receipts_verified,
             seed=self._order.sampling.seed,
+            draft_counts=core.driver.draft_counts,
             settled=settled,
             bundle=bundle,
         )

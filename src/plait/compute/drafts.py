@@ -6,15 +6,18 @@ Looking up n-grams in prompt and answer is Saxena's prompt lookup decoding (2023
 to send follows the expected gain of Leviathan et al. (2023, arXiv:2211.17192, section 3).
 """
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 LENGTH_MAX = 16
 """Drafts of one traversal, at most."""
-_MATCH_MIN = 2
+_PAIR = 2
 _MATCH_MAX = 16
 _PLACES_MAX = 16  # of one pair of ids that are looked at, the latest ones
+_COPY_MIN = 4  # ids that fitted in a row, so that one that does not is taken for an edit
 
 
 class Lookup(Protocol):
@@ -32,34 +35,41 @@ class Lookup(Protocol):
 
 
 class NgramDrafter:
-    """Proposes what followed the longest earlier occurrence of the sequence's last ids."""
+    """Proposes what followed the longest earlier occurrence of the sequence's last ids.
+
+    Where the last two ids are new together, the weakest guesses remain: that one id of an
+    edited copy was replaced and the copy goes on behind it, or what followed the last id.
+    """
 
     def __init__(self, prompt_ids: Sequence[int]) -> None:
         self._ids: list[int] = []
         self._places: dict[tuple[int, ...], list[int]] = {}
-        """Of each ``_MATCH_MIN`` ids in a row, the positions behind them."""
-        self._match: tuple[int, int] | None = None
+        """Of each pair of ids in a row, the positions behind them."""
+        self._latest: dict[int, int] = {}
+        """Of each id, the position behind its latest occurrence but the sequence's end."""
+        self._match = (0, 0)
         self.extend(prompt_ids)
 
     @property
     def match_length(self) -> int:
-        """How many of the last ids were found earlier on; 0 if fewer than two."""
-        return self._found()[0]
+        """How many of the last ids were found earlier on; 0 if not even the last one."""
+        return self._match[0]
 
     def extend(self, ids: Sequence[int]) -> None:
         """These ids came after all those known so far."""
         for token in ids:
-            end = len(self._ids)
-            if end >= _MATCH_MIN:
-                places = self._places.setdefault(tuple(self._ids[-_MATCH_MIN:]), [])
-                places.append(end)
+            if self._ids:
+                self._latest[self._ids[-1]] = len(self._ids)
+            if len(self._ids) >= _PAIR:
+                places = self._places.setdefault(tuple(self._ids[-_PAIR:]), [])
+                places.append(len(self._ids))
                 del places[:-_PLACES_MAX]
             self._ids.append(token)
-        self._match = None
+            self._match = self._next_match()
 
     def propose(self, count: int) -> tuple[int, ...]:
-        """At most ``count`` ids that may come next; none if the last two are new together."""
-        length, place = self._found()
+        """At most ``count`` ids that may come next; none if the last one is new."""
+        length, place = self._match
         if not length:
             return ()
         found = self._ids[place : place + count]
@@ -67,16 +77,20 @@ class NgramDrafter:
         # What reaches the end goes on as it began: the text repeats itself there.
         return tuple(found[index % period] for index in range(count)) if found else ()
 
-    def _found(self) -> tuple[int, int]:
+    def _next_match(self) -> tuple[int, int]:
         """(length, position behind it) of the longest match, the latest among equals."""
-        if self._match is None:
-            places = self._places.get(tuple(self._ids[-_MATCH_MIN:]), ())
-            matches = [(self._length_at(place), place) for place in places]
-            self._match = max(matches, default=(0, 0))
-        return self._match
+        places = self._places.get(tuple(self._ids[-_PAIR:]), ())
+        length, place = max(((self._length_at(at), at) for at in places), default=(0, 0))
+        if length:
+            return length, place
+        before, followed = self._match
+        if before >= _COPY_MIN:
+            return 1, followed + 1
+        latest = self._latest.get(self._ids[-1])
+        return (1, latest) if latest is not None else (0, 0)
 
     def _length_at(self, place: int) -> int:
-        length = _MATCH_MIN
+        length = _PAIR
         while length < min(_MATCH_MAX, place) and (
             self._ids[place - 1 - length] == self._ids[-1 - length]
         ):
@@ -87,7 +101,8 @@ class NgramDrafter:
 _DECAY = 0.95  # of what was seen, per traversal: about the last twenty count
 _GAIN_MIN = 1.04  # expected of drafts: less is within what is not known of their chance
 _PRIOR_TRIALS = 3.0
-_PRIORS = (0.4, 0.6, 0.85, 0.96)  # acceptance of a draft after a match of 2, 4, 8, 16 ids
+_KINDS = (2, 4, 8, 16)
+_PRIORS = (0.2, 0.4, 0.6, 0.85, 0.96)  # acceptance after a match of 1, 2, 4, 8, 16 ids
 _ROW_COST = 0.15  # of a traversal: a further row, until measured
 _SPREAD_MIN = 0.08  # variance of rows from which a line is drawn
 _PLAIN_EVERY = 12  # traversals with drafts, until one without shows what a row costs
@@ -107,10 +122,9 @@ class _Acceptance:
     def rate(self) -> float:
         return (self.right + self.prior * _PRIOR_TRIALS) / (self.tried + _PRIOR_TRIALS)
 
-    def record(self, proposed: int, accepted: int) -> None:
-        # Behind the first wrong draft nothing is known of the others.
-        self.tried = self.tried * _DECAY + min(proposed, accepted + 1)
-        self.right = self.right * _DECAY + accepted
+    def record(self, tried: int, right: int) -> None:
+        self.tried = self.tried * _DECAY + tried
+        self.right = self.right * _DECAY + right
 
 
 @dataclass(slots=True)
@@ -149,10 +163,11 @@ class _RowCost:
 class DraftLength:
     """How many drafts to send, by how recent ones fared and what rows cost.
 
-    With an acceptance of p, k drafts give 1 + p + … + p^k tokens on average and cost
-    1 + k times the row cost; ``length`` takes the best k. Where that is 0 it tries one
-    draft now and then, ever more rarely while it is wrong. A traversal without drafts is
-    put in now and then if nothing else shows what rows cost.
+    A draft behind i accepted ones stands behind a match that is i ids longer, so its chance
+    p_i is what drafts after such matches had lately. k drafts give 1 + p_0 + p_0 p_1 + …
+    tokens on average and cost 1 + k times the row cost; ``length`` takes the best k. Where
+    that is 0 it tries one draft now and then, ever more rarely while it is wrong. A
+    traversal without drafts is put in now and then if nothing else shows what rows cost.
     """
 
     length_max: int = LENGTH_MAX
@@ -166,15 +181,14 @@ class DraftLength:
 
     def length(self, match_length: int) -> int:
         """How many drafts to send after a match of that length; 0 for none."""
-        if match_length < _MATCH_MIN:
+        if match_length < 1:
             return 0
-        rate, cost = self._kind(match_length).rate, self._cost.ratio
         best, best_gain = 0, _GAIN_MIN
         tokens, chance = 1.0, 1.0
         for count in range(1, self.length_max + 1):
-            chance *= rate
+            chance *= self._kinds[_kind(match_length + count - 1)].rate
             tokens += chance
-            gain = tokens / (1 + cost * count)
+            gain = tokens / (1 + self._cost.ratio * count)
             if gain > best_gain:
                 best, best_gain = count, gain
         if best == 0 and self.length_max:
@@ -197,15 +211,23 @@ class DraftLength:
         self._drafted = self._drafted + 1 if proposed else 0
         if not proposed:
             return
-        self._kind(match_length).record(proposed, accepted)
+        self._learn(match_length, proposed, accepted)
         if self._skipped >= self._probe_after:
             wrong = accepted == 0
             longer = min(2 * self._probe_after, _PROBE_AFTER_MAX)
             self._probe_after = longer if wrong else _PROBE_AFTER
         self._skipped = 0
 
-    def _kind(self, match_length: int) -> _Acceptance:
-        return self._kinds[(match_length >= 4) + (match_length >= 8) + (match_length >= 16)]
+    def _learn(self, match_length: int, proposed: int, accepted: int) -> None:
+        # Behind the first wrong draft nothing is known of the others.
+        tried = Counter(_kind(match_length + i) for i in range(min(proposed, accepted + 1)))
+        right = Counter(_kind(match_length + i) for i in range(accepted))
+        for kind, count in tried.items():
+            self._kinds[kind].record(count, right[kind])
+
+
+def _kind(match_length: int) -> int:
+    return bisect_right(_KINDS, match_length)
 
 
 class AdaptiveDrafter:
