@@ -2,13 +2,14 @@
 
     python benchmarks/overload.py [--model smollm2-135m] [--dtype int4] [--stages 2]
                                   [--replicas 1] [--tokens 16] [--seconds 10] [--rounds 2]
-                                  [--slo-factor 5] [--factors 2,4]
+                                  [--slo-factor 5] [--factors 2,4] [--answers 30]
 
 An answer counts if it is complete within the SLO: ``slo-factor`` times what it takes alone,
 measured in the same run. First the peak: closed loops of 1, 2, 4, … workers until it falls.
 Then, round after round, the best of them again (the peak to compare with) and open loops whose
 arrivals do not wait for answers, at each factor of that peak. Goodput at a factor is compared
-with the mean of the peaks measured just before and after. The client library is the load; it
+with the mean of the peaks measured just before and after. Windows are as long as the peak takes for
+``answers`` good answers, ``seconds`` at least. The client library is the load; it
 makes no attempt of its own after an error. A second process asks now and then, so that a
 refusal is also timed by a client that is not busy. Prints one JSON object.
 """
@@ -38,6 +39,7 @@ from plait.v1 import stage_pb2_grpc
 WARM_UP_S = 2.0
 """Of each run: not counted."""
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
+WINDOW_S_MAX = 120.0
 DRAIN_S = 60.0
 PROBE_PERIOD_S = 0.1
 REFUSED_REST_S = 0.1
@@ -239,6 +241,8 @@ async def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any
             best = max(search, key=lambda run: run["goodput"])
             if search[-1]["goodput"] < 0.7 * best["goodput"]:
                 break
+        needed_s = options.answers / max(best["goodput"], 0.01)
+        options.seconds = round(min(max(options.seconds, needed_s), WINDOW_S_MAX), 1)
         peaks, overloads = [await bench.closed(best["workers"])], list[dict[str, Any]]()
         tell("peak", peaks[-1])
         for _ in range(options.rounds):
@@ -260,6 +264,11 @@ async def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any
             str(factor): [run["share_of_peak"] for run in overloads if run["factor"] == factor]
             for factor in options.factors
         },
+        "window_s": options.seconds,
+        "good_answers_min": round(
+            min(run["goodput"] for run in (*peaks, *overloads)) * options.seconds
+        ),
+        "refused_p99_ms": max((run["refused_p99_ms"] or 0.0 for run in overloads), default=None),
         "search": search,
         "peaks": peaks,
         "overloads": overloads,
@@ -314,7 +323,8 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--answers", type=int, default=30, help="Good ones per window.")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--factors", type=lambda text: [float(f) for f in text.split(",")],
                         default=[2.0, 4.0])  # fmt: skip
     parser.add_argument("--slo-factor", type=float, default=5.0)

@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -124,6 +125,22 @@ def test_clients_get_the_same_however_many_sessions_they_have(
     asked += [("other", 0, 100 + session, rows) for session in range(of_other)]
     got = served(shared(), asked, 400)
     assert abs(got["one"] - got["other"]) <= 2 * max(rows, PIECE)
+
+
+def jain_index(shares: list[int]) -> float:
+    """1 if all are equal, 1/n if one has everything (Jain, Chiu and Hawe, 1984)."""
+    return sum(shares) ** 2 / (len(shares) * sum(share**2 for share in shares))
+
+
+@pytest.mark.parametrize("rows_max", [1, 4, 8])
+def test_a_greedy_client_does_not_starve_a_modest_one(rows_max: int) -> None:
+    """Eight streams beside one: what the modest one can use of its half, it gets."""
+    greedy = [("greedy", 0, session, 1) for session in range(8)]
+    got = served(shared(rows_max), [*greedy, ("modest", 0, 100, 1)], 1_000)
+    # One stream is one row a step: with more rows in a step the others are the greedy one's.
+    assert got["modest"] >= 1_000 / (2 if rows_max == 1 else 1) - 1
+    if rows_max == 1:
+        assert jain_index([got["greedy"], got["modest"]]) > 0.999
 
 
 def test_a_more_urgent_class_gets_four_times_as_much_and_nobody_nothing() -> None:

@@ -41,6 +41,12 @@ Audit = Annotated[
 MinAudited = Annotated[
     int, typer.Option(min=0, help="Only peers that passed so many audited chunks of yours.")
 ]
+Hedge = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, help="Share of prompt tokens that a second pipeline may be asked too."
+    ),
+]
 SubAccount = Annotated[
     str, typer.Option(help="Pay within the limits of this share of your account.")
 ]
@@ -63,6 +69,7 @@ def run(
     drafts: Drafts = True,
     qos: QosClass = "standard",
     wait_replica: WaitReplica = 20.0,
+    hedge: Hedge = 0.0,
     sub_account: SubAccount = "",
     audit: Audit = True,
     min_audited: MinAudited = 0,
@@ -90,6 +97,7 @@ def run(
         drafts=drafts,
         qos=qos,
         replica_wait_s=wait_replica,
+        hedge_share=hedge,
         sub_account=sub_account,
         audited_min=min_audited,
         **_peers(pin, only, ignore),

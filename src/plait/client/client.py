@@ -21,12 +21,14 @@ from plait.client.dialer import Dialer
 from plait.client.driver import Deliver
 from plait.client.epoch import Order
 from plait.client.generation import Generation, Surroundings
+from plait.client.hedged import HedgedGeneration
+from plait.client.hedging import HedgeBudget, has_room, late_after_s
 from plait.client.lottery_keeper import LotteryKeeper
 from plait.client.prompt import Prompt, check_ids, check_lengths, prompt_ids
 from plait.client.streaming import Begun, TextStream, Tokens
 from plait.client.sub_accounts import order_sub_account, read_sub_accounts
 from plait.compute.drafts import AdaptiveDrafter
-from plait.errors import ConfigError, LocalProtocolError, NoRoute, PeerUnreachable
+from plait.errors import ConfigError, LocalProtocolError, NoRoute, PeerUnreachable, PlaitError
 from plait.ledger.lottery import Lot
 from plait.ledger.notices import NoticeBoard
 from plait.ledger.service.committee import Ledger, connect
@@ -82,6 +84,9 @@ class Options:
     qos: Qos = "standard"
     sub_account: str = ""
     """The share of the account whose limits the ledger keeps for this request; empty: none."""
+    hedge_share: float = 0.0
+    """The share of the client's prompt tokens that may be asked of a second pipeline when the
+    first token is late (0 to 1; 0: never). See ``client.hedging``."""
     replica_wait_s: float = 20.0
     """How long to wait for a host when a stage is lost and nobody can take its place."""
 
@@ -89,6 +94,8 @@ class Options:
         """The router's part of the options; raises ``ConfigError`` for one out of range."""
         if self.max_tokens < 1:
             raise ConfigError("max_tokens must be at least 1")
+        if not 0 <= self.hedge_share <= 1:
+            raise ConfigError("hedge_share must be from 0 to 1")
         try:
             return RouteRequest(
                 prompt_tokens=prompt_tokens,
@@ -147,6 +154,7 @@ class AsyncClient:
         self._ledger: Ledger | None = None
         self._dialer: Dialer | None = None
         self._demand = Demand()
+        self._hedges = HedgeBudget()
         self._notices: NoticeBoard | None = None
         self.audit_spool = AuditSpool(self._folder / "audits")
         self._audits = audits and self.network.audit_rate_percent > 0
@@ -357,9 +365,53 @@ class AsyncClient:
         watch = _entered(self._watch)
         await watch.settled()
         watch.check_reachable()
-        drafter = AdaptiveDrafter(ids) if options.drafts else None
-        generation = Generation(order, self._surroundings(watch), emit, drafter)
+        around = self._surroundings(watch)
+
+        def make(avoid: frozenset[PeerId], take: Callable[[Deliver], None]) -> Generation:
+            drafter = AdaptiveDrafter(ids) if options.drafts else None
+            route = replace(order.route, ignore=order.route.ignore | avoid)
+            return Generation(replace(order, route=route), around, take, drafter)
+
+        self._hedges.prompted(len(ids), _clock_ms())
+        hedged = self._hedged(model, len(ids), options, make, emit)
+        generation = hedged or make(frozenset(), emit)
         return Begun(generation, tokenizer, _entered(self._tasks))
+
+    def _hedged(
+        self,
+        model: str,
+        prompt_tokens: int,
+        options: Options,
+        make: Callable[[frozenset[PeerId], Callable[[Deliver], None]], Generation],
+        emit: Callable[[Deliver], None],
+    ) -> HedgedGeneration | None:
+        """A generation that may be hedged; None if that is not wished for, or not possible."""
+        if not options.hedge_share:
+            return None
+        try:
+            planned = self.plan(model, prompt_tokens, options)
+        except PlaitError:
+            return None  # the session will say so itself
+
+        def allowed(peers: frozenset[PeerId]) -> bool:
+            if self._demand.is_short(_clock_ms()):
+                return False
+            try:
+                without = replace(options, ignore=options.ignore | peers)
+                second = self.plan(model, prompt_tokens, without)
+            except PlaitError:
+                return False
+            return has_room(second) and self._hedges.take(
+                prompt_tokens, options.hedge_share, _clock_ms()
+            )
+
+        return HedgedGeneration(
+            make,
+            emit,
+            lambda work: _entered(self._tasks).create_task(work, name="hedged"),
+            late_s=late_after_s(planned.predicted.ttft_s),
+            allowed=allowed,
+        )
 
     def _surroundings(self, watch: NetworkWatch) -> Surroundings:
         return Surroundings(

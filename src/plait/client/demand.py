@@ -25,6 +25,7 @@ BUSY_MS_MAX = 10_000
 BACKOFF_MS_MAX = 2_000
 ASKING_MS = 5_000
 """An opening that asks whether a stage is still busy has an answer by then."""
+SHORT_MS = 10_000
 REQUESTS_MAX = 65_536
 """Of a window; more are counted as so many."""
 
@@ -71,6 +72,10 @@ class Demand:
             for (peer, of), busy in self._busy.items()
             if of == qos and now_ms < busy.until_ms and not busy.freed
         }
+
+    def is_short(self, now_ms: int) -> bool:
+        """Whether some stage refused for want of capacity a moment ago."""
+        return any(now_ms < busy.until_ms + SHORT_MS for busy in self._busy.values())
 
     def asking(self, peers: Iterable[PeerId], qos: Qos, now_ms: int) -> None:
         """An opening goes out: it takes the place of one that ended, or asks for all."""

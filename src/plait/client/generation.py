@@ -144,6 +144,11 @@ class Generation:
         self._end: Score | None = None
         self._outcome: Finished | Failed | None = None
 
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        """The stages of the pipeline that is open or being opened; empty before the first."""
+        return self._pipeline.peers if self._pipeline is not None else ()
+
     def stop(self) -> None:
         """End the answer with the token that is due; what was delivered is paid for."""
         self._report(Stopped())

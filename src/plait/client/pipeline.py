@@ -65,7 +65,7 @@ class Pipeline:
         self._tasks = tasks
         self._report = report
         self._offers: dict[PeerId, Offer] = {}
-        self._peers: tuple[PeerId, ...] = ()
+        self.peers: tuple[PeerId, ...] = ()
         self._links: dict[PeerId, OutgoingLink] = {}
         self._epoch = 0
         self._over = False
@@ -79,7 +79,7 @@ class Pipeline:
     ) -> None:
         """Ask every stage to hold the session; it also gets its neighbours' signed offers."""
         terms = action.terms
-        self._epoch, self._peers = terms.epoch, tuple(stage.peer for stage in terms.stages)
+        self._epoch, self.peers = terms.epoch, tuple(stage.peer for stage in terms.stages)
         for index, offer in enumerate(action.offers):
             self._offers[offer.peer] = offer
             request = session_pb2.OpenRequest(
@@ -130,7 +130,7 @@ class Pipeline:
 
     def send(self, action: Send) -> None:
         """Push a frame to the first stage."""
-        frame, peer = action.frame, self._peers[0]
+        frame, peer = action.frame, self.peers[0]
         message = stage_pb2.Frame(
             session_id=self.session_id,
             epoch=action.epoch,
@@ -267,18 +267,18 @@ class Pipeline:
 
     async def _pump(self, link: OutgoingLink) -> None:
         reason = await link.run(self._on_response)
-        if self._links.get(link.peer) is link and link.peer in (self._peers[0], self._peers[-1]):
+        if self._links.get(link.peer) is link and link.peer in (self.peers[0], self.peers[-1]):
             self._tell(LinkLost(self._epoch, link.peer, reason))
 
     def _on_response(self, peer: PeerId, message: stage_pb2.LinkResponse) -> None:
         match message.WhichOneof("kind"):
             case "result" if message.result.session_id == self.session_id:
-                if peer == self._peers[-1]:
+                if peer == self.peers[-1]:
                     self._tell(_result(message.result))
             case "fault" if message.fault.session_id == self.session_id:
                 fault = message.fault
                 # Only stages of the route can be to blame; another name is the sender's word.
-                blamed = PeerId(fault.peer_id) if fault.peer_id in self._peers else peer
+                blamed = PeerId(fault.peer_id) if fault.peer_id in self.peers else peer
                 self._tell(Faulted(fault.epoch, peer, blamed, fault.code, fault.reason))
 
     # Small things -------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from plait.client.answer import Answer, TextDelta
 from plait.client.driver import Deliver
-from plait.client.generation import Generation
+from plait.client.hedged import Running
 from plait.errors import PlaitError
 from plait.model.tokenizer import Tokenizer
 from plait.task_scope import TaskScope
@@ -18,7 +18,7 @@ from plait.task_scope import TaskScope
 class Begun:
     """A generation about to run, and what it takes to read it."""
 
-    generation: Generation
+    generation: Running
     tokenizer: Tokenizer
     tasks: TaskScope
 
@@ -43,7 +43,7 @@ class TextStream:
     def __init__(self, begin: Callable[[Tokens], Coroutine[Any, Any, Begun]]) -> None:
         self._begin = begin
         self._tokens = Tokens()
-        self._generation: Generation | None = None
+        self._generation: Running | None = None
         self._finishing = False
         self._items = self._run()
 
