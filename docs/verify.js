@@ -554,6 +554,7 @@ const STAGE_MEMBERS = [
 ];
 const COUNTS_MEMBERS = ["cached_prompt", "output", "prompt", "rejected_draft"];
 const QOS = [null, "interactive", "standard", "batch"]; // by number
+const WIRE = [null, "fp32", "bf16", "int8"]; // by number
 const PRICE_MEMBERS = ["cached_prompt", "output", "prompt", "rejected_draft", "replayed"];
 
 function readMembers(value, what, names) {
@@ -636,8 +637,11 @@ function readStage(value) {
   return stage;
 }
 
+// Terms name what is on the wire only if it is not fp32.
 function readTerms(value, networkId) {
-  const members = readMembers(value, "terms", TERMS_MEMBERS);
+  const lean = value !== null && typeof value === "object" && Object.hasOwn(value, "wire_dtype");
+  const members = readMembers(value, "terms", lean ? [...TERMS_MEMBERS, "wire_dtype"] : TERMS_MEMBERS);
+  ensure(!lean || (typeof members.wire_dtype === "string" && WIRE.indexOf(members.wire_dtype) > 1), "wire dtype");
   ensure(typeof members.qos === "string" && QOS.includes(members.qos), "an unknown class of service");
   return checkedTerms({
     networkId,
@@ -654,11 +658,21 @@ function readTerms(value, networkId) {
     handoffSalt: fromHex(members.handoff_salt, 32, "handoff_salt"),
     resumePosition: readU32(members.resume_position, "resume_position"),
     start: readCounts(members.start, "start"),
-    qos: members.qos,
+    qos: members.qos, wireDtype: lean ? members.wire_dtype : "fp32",
   });
 }
 
+// The class that an offer names, for fp32 on the wire, with what is on the session's wire.
+function classOnWire(numericClass, wireDtype) {
+  const parts = numericClass.split("/");
+  if (wireDtype === "fp32" || parts.length < 4) return numericClass;
+  parts[3] = wireDtype;
+  return parts.join("/");
+}
+
 function checkedTerms(terms) {
+  ensure(terms.wireDtype === "fp32" || !terms.stages.some((stage) => stage.numericClass.split("/")[1] === "fp32"),
+    "what computes in fp32 takes fp32 from the wire");
   ensure(terms.sessionId.length === 16 && terms.handoffSalt.length === 32, "session id or salt");
   ensure(terms.stages.length > 0, "a session needs a stage");
   ensure(new Set(terms.stages.map((stage) => stage.peer)).size === terms.stages.length, "a peer serves one stage");
@@ -830,7 +844,7 @@ async function checkTerms(epoch) {
   const { route } = opening;
   const sampling = checkedSampling(opening.sampling);
   ensure(route.stages.length === terms.stages.length, "the signed opening has another number of stages");
-  ensure(route.model_digest.length === 32 && opening.wire_dtype === 1, "model digest or wire dtype");
+  ensure(route.model_digest.length === 32 && opening.wire_dtype >= 1 && opening.wire_dtype <= 3, "model digest or wire dtype");
   ensure(opening.qos >= 1 && opening.qos <= 3, "an unknown class of service");
   let layer = 0;
   const stages = route.stages.map((stage, index) => {
@@ -852,6 +866,7 @@ async function checkTerms(epoch) {
     maxTokens: opening.max_tokens, chunkTokens: opening.chunk_tokens,
     prefillChunkTokens: opening.prefill_chunk_tokens, handoffSalt: opening.handoff_salt,
     resumePosition: opening.resume_position, start: opening.start, qos: QOS[opening.qos],
+    wireDtype: WIRE[opening.wire_dtype],
   });
   ensure(same(signed, terms), "the signed opening has different terms");
   return { sampling, endIds: new Set(sampling.end_ids), openedMs: opening.issued_ms };
@@ -1176,7 +1191,7 @@ async function checkStageReceipts(epoch, index, found) {
     const expected = {
       network_id: terms.networkId, session_id: terms.sessionId, epoch: terms.epoch, stage_index: index,
       chunk: close.chunk, start_layer: stage.start, end_layer: stage.end, model_digest: terms.modelDigest,
-      numeric_class: stage.numericClass, traversal: close.traversal, prompt_tokens: close.counts.prompt,
+      numeric_class: classOnWire(stage.numericClass, terms.wireDtype), traversal: close.traversal, prompt_tokens: close.counts.prompt,
       output_tokens: close.counts.output, cached_prompt_tokens: close.counts.cached_prompt,
       rejected_draft_tokens: close.counts.rejected_draft, replayed_tokens: BigInt(stage.replayed),
       previous_digest: previous,

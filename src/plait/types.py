@@ -9,6 +9,9 @@ PeerId = NewType("PeerId", str)
 AccountId = NewType("AccountId", str)
 """A ledger account: a peer id, or a name with a colon for the ledger's own accounts."""
 
+WireDtype = Literal["fp32", "bf16", "int8"]
+"""How activations cross a hop; ``int8`` has a scale for every 32 numbers."""
+
 Qos = Literal["interactive", "standard", "batch"]
 """How urgent a session is: its place in queues, and when it is refused first."""
 

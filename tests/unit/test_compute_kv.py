@@ -13,7 +13,7 @@ import pytest
 
 from plait.compute.load import load_stage
 from plait.compute.pages import PAGE_TOKENS, prefix_hashes
-from plait.compute.port import Done, Work
+from plait.compute.port import Drawn, Work
 from plait.compute.spill import DiskRoom
 from plait.errors import CapacityError, LocalProtocolError
 from plait.model import catalog
@@ -48,13 +48,13 @@ def stage(local: LocalModel, request: pytest.FixtureRequest) -> "TorchStage":
     return stage
 
 
-def step(stage: "TorchStage", session: SessionId, at: int, ids: tuple[int, ...]) -> Done:
+def step(stage: "TorchStage", session: SessionId, at: int, ids: tuple[int, ...]) -> Drawn:
     (done,) = stage.step([Work(session, at, ids, None, sample=True)])
-    assert done.error is None
-    return done
+    assert done.drawn is not None, done.error
+    return done.drawn
 
 
-def prefilled(stage: "TorchStage", session: SessionId) -> Done:
+def prefilled(stage: "TorchStage", session: SessionId) -> Drawn:
     """As one that reuses pages computes: whole pages first, then the rest."""
     step(stage, session, 0, PROMPT[:48])
     return step(stage, session, 48, PROMPT[48:])

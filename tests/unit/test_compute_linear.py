@@ -134,3 +134,21 @@ def test_a_row_that_overflows_harms_no_other() -> None:
         found = linear.rows(given)
         others = [row for row in range(20) if row != 3]
         assert torch.equal(found[others], wanted[others]), name
+
+
+def test_where_no_kernel_adds_up_alike_rows_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from torch.nn import functional
+
+    from plait.compute import linear
+    from plait.compute.linear import Fp32Linear, Int4Linear, kernel_of
+
+    weight = torch.from_numpy(fp32("Q4_1"))
+    given = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(1))
+    assert kernel_of("fp32", [Fp32Linear(weight)]) == "onednn-packed"
+    monkeypatch.setattr(linear, "packs_alike", lambda outputs, inputs: False)
+    single = Fp32Linear(weight)
+    assert kernel_of("fp32", [single, Int4Linear(planes("Q4_1")[0])]) == "torch-rows"
+    found = single.rows(given)
+    assert torch.equal(found[2:4], single.rows(given[2:4]))
+    assert torch.equal(found[2], functional.linear(given[2], weight))

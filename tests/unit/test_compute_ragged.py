@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 SESSIONS = [SessionId(bytes([65 + index]) * 16) for index in range(6)]
-DTYPES = ("bf16", "int4", "int8")
+DTYPES = ("fp32", "bf16", "int4", "int8")
 PROSE = """The sky looks blue because the air scatters short waves of light more than long
 ones. Sunlight holds all colours; on its way through the air, blue light is thrown from
 molecule to molecule and reaches the eye from every side, while red light passes almost
@@ -92,8 +92,10 @@ def mixed_steps() -> list[list[Work]]:
 
 def same(one: Done, other: Done) -> bool:
     if one.hidden is None or other.hidden is None:
-        return one == other
-    return np.array_equal(one.hidden, other.hidden)
+        alike = one.hidden is other.hidden
+    else:
+        alike = np.array_equal(one.hidden, other.hidden)
+    return alike and (one.drawn, type(one.error)) == (other.drawn, type(other.error))
 
 
 @every_dtype
@@ -124,7 +126,7 @@ def test_a_step_of_many_real_sessions(smollm2: LocalModel, dtype: str, threads: 
     reserve(stage)
     alone = [stage.step([work])[0] for work in works]
     reserve(stage)
-    assert stage.step(works) == alone
+    assert all(map(same, stage.step(works), alone))
     inner = load_stage(smollm2, Span(0, 2), dtype, threads)
     reserve(inner)
     prompts = [
@@ -143,7 +145,8 @@ def test_two_works_of_one_session_happen_one_after_the_other(local: LocalModel, 
     works = [Work(SESSIONS[0], at, ids(at, 7), None, sample=True) for at in (0, 7, 14)]
     alone = [stage.step([work])[0] for work in works]
     reserve(stage)
-    assert stage.step([works[0], Work(SESSIONS[1], 0, (9,), None), *works[1:]])[2:] == alone[1:]
+    together = stage.step([works[0], Work(SESSIONS[1], 0, (9,), None), *works[1:]])
+    assert all(map(same, together[2:], alone[1:]))
 
 
 def test_sessions_of_different_layers_share_a_step(local: LocalModel) -> None:
@@ -159,7 +162,7 @@ def test_sessions_of_different_layers_share_a_step(local: LocalModel) -> None:
         ]
     )
     assert same(done[1], wanted)
-    assert done[0] == whole
+    assert same(done[0], whole)
 
 
 @every_dtype
@@ -178,7 +181,7 @@ def test_faults_stay_with_their_item(local: LocalModel, dtype: str) -> None:
             Work(SESSIONS[3], 3, None, rows),
         ]
     )
-    assert outcomes[2] == alone
+    assert same(outcomes[2], alone)
     kinds = [RemoteProtocolError, LocalProtocolError, RemoteProtocolError]
     assert [type(outcomes[index].error) for index in (0, 3, 4)] == kinds
 
@@ -279,7 +282,12 @@ def test_a_split_changes_nothing(local: LocalModel, dtype: str) -> None:
 @every_dtype
 def test_the_numeric_class_names_dtype_and_kernel(local: LocalModel, dtype: str) -> None:
     stage = stage_of(local, dtype, Span(0, 1))
-    kernel = {"bf16": "onednn-bf16", "int4": "torch-int4pack32", "int8": "torch-int8pack"}[dtype]
+    kernel = {
+        "fp32": "onednn-packed",
+        "bf16": "onednn-bf16",
+        "int4": "torch-int4pack32",
+        "int8": "torch-int8pack",
+    }[dtype]
     digest = local.manifest.digest.hex()[:16]
     assert stage.numeric_class() == f"{digest}/{dtype}/{kernel}/f32/t1"
     assert all(figure > 0 for figure in stage.measure())

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from plait.compute.port import Hidden
-from plait.compute.wire_formats import GROUP, WireDtype, decode, encode, wire_bytes
+from plait.compute.wire_formats import GROUP, decode, encode, rounded, wire_bytes
 from plait.errors import LocalProtocolError, RemoteProtocolError
+from plait.types import WireDtype
 
 DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -102,3 +103,13 @@ def test_int8_takes_whole_groups_within_its_range() -> None:
         encode(np.ones((1, 33), np.float32), "int8")
     with pytest.raises(LocalProtocolError, match="too large"):
         encode(np.full((1, GROUP), 1e7, np.float32), "int8")
+
+
+@every_dtype
+def test_a_prefix_of_rows_is_a_prefix_of_the_bytes(dtype: WireDtype) -> None:
+    """What is retained is sent again from any row on."""
+    hidden = np.random.default_rng(2).normal(size=(5, 2 * GROUP)).astype(np.float32)
+    whole, size = encode(hidden, dtype), wire_bytes(1, 2 * GROUP, dtype)
+    assert whole == b"".join(encode(row[None], dtype) for row in hidden)
+    found = decode(whole[2 * size :], 3, 2 * GROUP, dtype)
+    assert np.array_equal(found, rounded(hidden, dtype)[2:])

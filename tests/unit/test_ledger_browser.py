@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -21,6 +21,7 @@ from plait.ledger.cosignature import cosign
 from plait.ledger.verify import verify_bundle
 from plait.network_file import NetworkFile, Witness, parse_network_file
 from plait.testing.accounting import NOW_MS, PaperSession, Plot, key_of, paper_network
+from plait.types import WireDtype
 from plait.v1.identity_pb2 import SignedEnvelope
 
 TESTS = Path(__file__).parents[1]
@@ -73,6 +74,19 @@ def agree(network: NetworkFile, bundles: Sequence[bytes]) -> list[str]:
         assert (theirs["outcome"], theirs["unchecked"]) == (ours.outcome, list(ours.unchecked))
         outcomes.append(ours.outcome)
     return outcomes
+
+
+@pytest.mark.parametrize("wire_dtype", ["bf16", "int8"])
+def test_a_session_with_less_than_fp32_on_its_wire(wire_dtype: WireDtype) -> None:
+    parts = PaperSession(Plot(wire_dtype=wire_dtype)).play().bundle_parts()
+    epoch = parts.epochs[0]
+    lies = []
+    for other in get_args(WireDtype):
+        terms = replace(epoch.terms, wire_dtype=other)
+        lied = replace(parts, epochs=(replace(epoch, terms=terms),))
+        lies.append(build_bundle(lied, key_of("client")))
+    wanted = ["verified" if one == wire_dtype else "false" for one in get_args(WireDtype)]
+    assert agree(paper_network(), lies) == wanted
 
 
 @pytest.mark.parametrize("name", ["bundle.json", "witness.json"])

@@ -22,6 +22,18 @@ def test_what_is_built_reads_back() -> None:
     assert read_bundle(build_bundle(bare, CLIENT)).parts == bare
 
 
+def test_what_is_on_the_wire_is_written_if_it_is_not_fp32() -> None:
+    lean = PaperSession(Plot(wire_dtype="bf16")).play().bundle_parts()
+    data = build_bundle(lean, CLIENT)
+    assert read_bundle(data).parts == lean
+    assert b"wire_dtype" not in DATA
+    for wrong in ("fp32", "fp8", 2):
+        again = json.loads(data)
+        again["epochs"][0]["terms"]["wire_dtype"] = wrong
+        with pytest.raises(ValueError, match="unknown wire dtype"):
+            read_bundle(encode_canonical(again))
+
+
 def test_building_is_deterministic_and_needs_the_client() -> None:
     assert build_bundle(PARTS, CLIENT) == DATA
     with pytest.raises(LocalProtocolError):

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.errors import Overspend, RemoteProtocolError
-from plait.ledger.terms import CHUNK_TOKENS_MAX
+from plait.ledger.terms import CHUNK_TOKENS_MAX, class_on_wire
 from plait.testing.accounting import Plot, terms_of
 from plait.types import U64_MAX, Prices, SessionId, TokenCounts
 
@@ -24,6 +24,7 @@ TERMS = terms_of(Plot())
         {"chunk_tokens": 0},
         {"chunk_tokens": CHUNK_TOKENS_MAX + 1},
         {"prefill_chunk_tokens": CHUNK_TOKENS_MAX + 1},
+        {"wire_dtype": "bf16"},  # these stages compute in fp32
     ],
 )
 def test_impossible_terms_are_refused(changes: dict[str, object]) -> None:
@@ -88,3 +89,10 @@ def test_a_price_beyond_64_bits_is_an_overspend() -> None:
     dear = replace(TERMS.stages[0], prices=Prices(output=U64_MAX), priced_layers=2**32 - 1)
     with pytest.raises(Overspend):
         replace(TERMS, stages=(dear,)).price_max(0)
+
+
+def test_the_numeric_class_of_a_session_names_what_is_on_its_wire() -> None:
+    offered = "0011223344556677/int4/torch-int4pack32/f32/t1"
+    assert class_on_wire(offered, "fp32") == offered
+    assert class_on_wire(offered, "int8") == "0011223344556677/int4/torch-int4pack32/int8/t1"
+    assert class_on_wire("short/class", "bf16") == "short/class"

@@ -24,7 +24,7 @@ from plait.testing.accounting import NOW_MS, key_of
 from plait.testing.audits import Docket, audit_network, sign_offers
 from plait.testing.compute import FakeStage
 from plait.testing.stages import AUDIT_WINDOW_MS, PaperClient, PaperSwarm
-from plait.types import MILLION, PeerId, Sampling, Span
+from plait.types import MILLION, PeerId, Sampling, Span, WireDtype
 from plait.v1.stage_pb2 import AuditOpening, AuditVerdict
 
 SPANS = (Span(0, 1), Span(1, 3), Span(3, 4))
@@ -33,19 +33,22 @@ PROMPT = tuple(range(1, 20))
 SAMPLED = Sampling(temperature_micros=MILLION, seed=7, end_ids=(0,))
 
 
-def swarm_of(sampling: Sampling = SAMPLED) -> tuple[PaperSwarm, Docket, list[PeerId]]:
+def swarm_of(
+    sampling: Sampling = SAMPLED, wire_dtype: WireDtype = "fp32"
+) -> tuple[PaperSwarm, Docket, list[PeerId]]:
     """Two hosts of every span, which keep tapes, and a client on the first three."""
     swarm = PaperSwarm(retain_inputs=True)
     peers = [swarm.add(name, SPANS[int(name[1])]) for name in NAMES]
-    offers = sign_offers(swarm, NAMES)
-    client = PaperClient(swarm, PROMPT, 30, sampling=sampling)
+    numeric_class = "0000000000000000/fp32/fake" if wire_dtype == "fp32" else "0/int4/fake/f32/t1"
+    offers = sign_offers(swarm, NAMES, numeric_class)
+    client = PaperClient(swarm, PROMPT, 30, sampling=sampling, wire_dtype=wire_dtype)
     client.open(*peers[:3])
     return swarm, Docket(client, offers), peers
 
 
-def finished() -> tuple[PaperSwarm, Docket, list[PeerId]]:
+def finished(wire_dtype: WireDtype = "fp32") -> tuple[PaperSwarm, Docket, list[PeerId]]:
     """A whole session, rejected drafts included, closed."""
-    swarm, docket, peers = swarm_of()
+    swarm, docket, peers = swarm_of(wire_dtype=wire_dtype)
     _run(docket.client)
     docket.client.close()
     docket.note_epoch()
@@ -74,12 +77,20 @@ def _verdict(challenge: Challenge, openings: list[AuditOpening]) -> str:
     steps = steps_of(challenge, openings)
     span = challenge.stage.span
     session = challenge.terms.session_id
-    findings = replay(FakeStage(span), session, steps, span, replay_sampling(challenge))
+    findings = replay(
+        FakeStage(span),
+        session,
+        steps,
+        span,
+        replay_sampling(challenge),
+        wire_dtype=challenge.terms.wire_dtype,
+    )
     return verdict_on(challenge, findings)[0]
 
 
-def test_every_chunk_of_honest_stages_is_consistent() -> None:
-    swarm, docket, _ = finished()
+@pytest.mark.parametrize("wire_dtype", ["fp32", "bf16"])
+def test_every_chunk_of_honest_stages_is_consistent(wire_dtype: WireDtype) -> None:
+    swarm, docket, _ = finished(wire_dtype)
     lots = lots_of(docket.parts())
     assert len(lots) == 3 * 5
     assert {audit(swarm, docket, lot) for lot in lots} == {"consistent"}

@@ -6,7 +6,7 @@ import pytest
 
 from plait.errors import RemoteProtocolError
 from plait.testing.stages import CLIENT, Faulted, PaperClient, PaperSwarm, Rejected
-from plait.types import PeerId, Span
+from plait.types import PeerId, Span, WireDtype
 from plait.v1 import session_pb2, stage_pb2
 
 SPANS = (Span(0, 1), Span(1, 2), Span(2, 3), Span(3, 4))
@@ -23,9 +23,9 @@ def swarm_of(
     return swarm, peers
 
 
-def undisturbed() -> list[int]:
+def undisturbed(wire_dtype: WireDtype = "fp32") -> list[int]:
     swarm, peers = swarm_of()
-    client = PaperClient(swarm, PROMPT, TOKENS, chunk_tokens=32)
+    client = PaperClient(swarm, PROMPT, TOKENS, chunk_tokens=32, wire_dtype=wire_dtype)
     client.open(*peers[:4])
     client.prefill()
     client.decode(TOKENS - 1)
@@ -54,6 +54,47 @@ def test_any_stages_can_be_replaced_and_no_token_changes(dead: set[int], memory:
     client.close()
     swarm.run()
     assert not any(swarm.held().values()), swarm.held()
+
+
+@pytest.mark.parametrize("memory", [10**6, 0], ids=["memory", "spilled"])
+@pytest.mark.parametrize("dead", [{1}, {0, 3}, {1, 2}])
+def test_a_stage_is_rebuilt_from_the_bytes_that_crossed(dead: set[int], memory: int) -> None:
+    """The paper model draws otherwise after any other rounding, so a replay of anything but
+    the retained bytes would show."""
+    expected = undisturbed("bf16")
+    assert expected != EXPECTED
+    swarm, peers = swarm_of(memory=memory)
+    client = PaperClient(swarm, PROMPT, TOKENS, chunk_tokens=32, wire_dtype="bf16")
+    client.open(*peers[:4])
+    client.prefill()
+    client.decode(7)
+    for index in dead:
+        swarm.kill(peers[index])
+    swarm.run()
+    client.reroute(*[peers[4 + i] if i in dead else peers[i] for i in range(4)])
+    client.decode(TOKENS - len(client.drawn))
+    assert client.drawn == expected
+    client.close()
+
+
+def test_a_session_keeps_what_is_on_its_wire() -> None:
+    swarm, peers = swarm_of()
+    client = PaperClient(swarm, PROMPT, TOKENS, chunk_tokens=32, wire_dtype="bf16")
+    client.open(*peers[:4])
+    client.prefill()
+    client.decode(3)
+    swarm.kill(peers[1])
+    swarm.run()
+    client.terms = replace(client.terms, wire_dtype="fp32")
+    with pytest.raises(RemoteProtocolError, match="its model and its sizes"):
+        client.reroute(peers[0], peers[5], peers[2], peers[3])
+
+
+def test_a_width_that_does_not_divide_is_refused_for_int8() -> None:
+    swarm, peers = swarm_of()
+    client = PaperClient(swarm, PROMPT, TOKENS, wire_dtype="int8")
+    with pytest.raises(Rejected, match="do not go in int8"):
+        client.open(*peers[:4])
 
 
 def test_a_second_failure_and_a_failure_during_recovery() -> None:

@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 
 from plait.compute.port import Drawn, Scored
+from plait.compute.wire_formats import rounded, wire_bytes
 from plait.errors import RemoteProtocolError
-from plait.node.wire import FRAME_ROWS_MAX, decode_frame, onward_frame, result_message
+from plait.node.wire import (
+    FRAME_ROWS_MAX,
+    decode_activations,
+    decode_frame,
+    onward_frame,
+    result_message,
+)
+from plait.types import WireDtype
 from plait.v1 import session_pb2, stage_pb2
 
 WIDTH, VOCABULARY = 8, 100
@@ -47,6 +55,26 @@ def test_token_ids_and_activations_come_through() -> None:
     assert later.hidden.shape == (2, WIDTH)
     onward = onward_frame(later, later.hidden, ())
     assert onward.activations == hidden_frame().activations
+
+
+@pytest.mark.parametrize("wire_dtype", ["bf16", "int8"])
+def test_lean_activations_come_through(wire_dtype: WireDtype) -> None:
+    values = np.linspace(-1, 1, 2 * 32, dtype=np.float32).reshape(2, 32)
+    given = decode_frame(hidden_frame(), first_stage=False, width=WIDTH, vocabulary=VOCABULARY)
+    message = onward_frame(given, values, (), wire_dtype=wire_dtype)
+    assert len(message.activations.data) == wire_bytes(2, 32, wire_dtype)
+    frame = decode_frame(
+        message, first_stage=False, width=32, vocabulary=VOCABULARY, wire_dtype=wire_dtype
+    )
+    assert frame.payload == message.activations.data
+    assert frame.hidden is not None
+    assert np.array_equal(frame.hidden, rounded(values, wire_dtype))
+    for other in {"fp32", "bf16", "int8"} - {wire_dtype}:
+        with pytest.raises(RemoteProtocolError, match="dtype"):
+            decode_activations(message.activations, 32, other)  # type: ignore[arg-type]
+    message.activations.data += b"!"
+    with pytest.raises(RemoteProtocolError, match="bytes"):
+        decode_activations(message.activations, 32, wire_dtype)
 
 
 def test_a_frame_without_rows_only_closes_a_chunk() -> None:
@@ -89,12 +117,12 @@ def _ids(message: stage_pb2.Frame) -> None:
 @pytest.mark.parametrize(
     ("mutate", "says"),
     [
-        (_nan, "NaN"),
-        (_infinite, "infinity"),
+        (_nan, "not finite"),
+        (_infinite, "not finite"),
         (_dtype, "dtype"),
         (_width, "shape"),
         (_huge, "shape"),
-        (_short, "size"),
+        (_short, "bytes of activations"),
         (_ids, "takes activations"),
     ],
 )

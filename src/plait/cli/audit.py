@@ -127,7 +127,14 @@ def check(
     dtype = challenge.numeric_class.split("/")[1]
     stage = load_stage(local, challenge.stage.span, dtype, threads)
     session = SessionId(b"plait/rejudging!")
-    findings = replay(stage, session, steps, challenge.stage.span, replay_sampling(challenge))
+    findings = replay(
+        stage,
+        session,
+        steps,
+        challenge.stage.span,
+        replay_sampling(challenge),
+        wire_dtype=challenge.terms.wire_dtype,
+    )
     verdict, worst, reason = verdict_on(challenge, findings)
     figures = {
         "outcome": verdict,

@@ -32,6 +32,10 @@ Drafts = Annotated[
 QosClass = Annotated[
     Literal["interactive", "standard", "batch"], typer.Option("--qos", help="How urgent it is.")
 ]
+WireFormat = Annotated[
+    Literal["fp32", "bf16", "int8"] | None,
+    typer.Option("--wire", help="How activations cross hops; the route chooses if left out."),
+]
 WaitReplica = Annotated[
     float, typer.Option(min=0.0, help="Seconds to wait for a host when one is lost.")
 ]
@@ -68,6 +72,7 @@ def run(
     ignore: Ignore = None,
     drafts: Drafts = True,
     qos: QosClass = "standard",
+    wire: WireFormat = None,
     wait_replica: WaitReplica = 20.0,
     hedge: Hedge = 0.0,
     sub_account: SubAccount = "",
@@ -96,6 +101,7 @@ def run(
         bundle=bundle is not None,
         drafts=drafts,
         qos=qos,
+        wire=wire,
         replica_wait_s=wait_replica,
         hedge_share=hedge,
         sub_account=sub_account,
@@ -132,6 +138,7 @@ def chat(
     ignore: Ignore = None,
     drafts: Drafts = True,
     qos: QosClass = "standard",
+    wire: WireFormat = None,
     wait_replica: WaitReplica = 20.0,
     sub_account: SubAccount = "",
     audit: Audit = True,
@@ -151,6 +158,7 @@ def chat(
         seed=seed,
         drafts=drafts,
         qos=qos,
+        wire=wire,
         replica_wait_s=wait_replica,
         sub_account=sub_account,
         audited_min=min_audited,

@@ -44,7 +44,7 @@ from plait.router.plan import Plan, plan
 from plait.router.request import RouteRequest, Sort
 from plait.router.view import View
 from plait.task_scope import TaskScope
-from plait.types import MILLION, Microcredits, PeerId, Qos, Sampling, SessionId, Span
+from plait.types import MILLION, Microcredits, PeerId, Qos, Sampling, SessionId, Span, WireDtype
 
 T = TypeVar("T")
 
@@ -87,6 +87,9 @@ class Options:
     hedge_share: float = 0.0
     """The share of the client's prompt tokens that may be asked of a second pipeline when the
     first token is late (0 to 1; 0: never). See ``client.hedging``."""
+    wire: WireDtype | None = None
+    """How activations cross hops; None: fp32 between stages that compute in fp32, else bf16, or
+    int8 where a slow link is most of the time."""
     replica_wait_s: float = 20.0
     """How long to wait for a host when a stage is lost and nobody can take its place."""
 
@@ -358,6 +361,7 @@ class AsyncClient:
             embed=embed,
             score=options.score_prompt,
             qos=options.qos,
+            wire=options.wire,
             replica_wait_ms=round(options.replica_wait_s * 1000),
             sub_account=options.sub_account,
             may_audit=not (options.pin or options.only),

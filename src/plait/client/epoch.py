@@ -14,7 +14,8 @@ from plait.network_file import Authority
 from plait.router.plan import Plan
 from plait.router.request import RouteRequest
 from plait.router.view import Offer
-from plait.types import ModelShape, PeerId, Qos, Sampling, SessionId
+from plait.router.wire_choice import choose_wire
+from plait.types import ModelShape, PeerId, Qos, Sampling, SessionId, WireDtype
 from plait.v1.identity_pb2 import SignedEnvelope
 
 RESERVATION_TTL_MS_MIN = 300_000
@@ -41,6 +42,7 @@ class Order:
     for one before it gives up. ``embed`` asks for the prompt's final hidden state, too,
     ``score`` for the log-probabilities of the prompt's ids.
     ``sub_account`` is the share of the client's account that pays; empty: none.
+    ``wire`` None leaves it to the route what crosses its hops.
     """
 
     model: ModelShape
@@ -53,6 +55,7 @@ class Order:
     embed: bool = False
     score: bool = False
     qos: Qos = "standard"
+    wire: WireDtype | None = None
     replica_wait_ms: int = 20_000
     sub_account: str = ""
     may_audit: bool = True
@@ -127,7 +130,10 @@ class Epoch:
 def first_terms(
     order: Order, party: Party, chosen: Plan, entropy: Callable[[int], bytes]
 ) -> SessionTerms:
-    """The terms of a new session; ``entropy`` gives its id and salt."""
+    """The terms of a new session; ``entropy`` gives its id and salt.
+
+    Raises ``ConfigError`` for a wire dtype that the route's stages do not take.
+    """
     return SessionTerms(
         network_id=party.network_id,
         session_id=SessionId(entropy(16)),
@@ -142,6 +148,7 @@ def first_terms(
         prefill_chunk_tokens=order.accounting.prefill_chunk_tokens,
         handoff_salt=entropy(32),
         qos=order.qos,
+        wire_dtype=choose_wire(chosen, order.wire),
     )
 
 

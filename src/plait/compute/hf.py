@@ -36,8 +36,8 @@ _PARTS = {
 class SpanModel:
     """The layers of a span, with embedding rows if first and norm and head if last.
 
-    In fp32, to the bit what transformers computes, so one item at a time: a product of
-    several rows adds up in another order than that of one.
+    In fp32, to the bit what transformers computes, so one item at a time. Nodes compute with
+    ``ragged.py``; this is its oracle.
     """
 
     batches = False

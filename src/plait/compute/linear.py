@@ -3,14 +3,17 @@
 A row's result must not depend on what it is computed with. The 4- and 8-bit kernels add up
 each row alone. bf16 products run through oneDNN, which chooses by the number of rows: few
 rows go in tiles of at most ``NARROW_ROWS``, where it adds up alike, and an item of more
-rows goes alone (``item``), whatever its company.
+rows goes alone (``item``), whatever its company. fp32 weights are reordered once for a fixed
+number of rows, so that oneDNN takes the same kernel for any number; that is checked on the
+machine, and where it does not hold, rows go one by one.
 
 int4 computes on the file's own codes: Q4_0, Q4_1 and Q4_K as they are, Q8_0 as the sum of
 two 4-bit planes, with scale and offset rounded to bf16. Other formats, and shapes that the
 kernel does not take, fall back to bf16.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +28,15 @@ NARROW_ROWS = 32
 UNPACK_ROWS = 128
 """From this many rows of one item on, int4 weights are first expanded to bf16."""
 
-KERNELS = {"bf16": "onednn-bf16", "int4": "torch-int4pack32", "int8": "torch-int8pack"}
+PACKED_ROWS = 16
+"""The number of rows that fp32 weights are laid out for; any other number is as right."""
+
+KERNELS = {
+    "fp32": "onednn-packed",
+    "bf16": "onednn-bf16",
+    "int4": "torch-int4pack32",
+    "int8": "torch-int8pack",
+}
 _OUTPUTS_MULTIPLE = 16  # what torch's 4-bit packing takes
 
 
@@ -40,18 +51,58 @@ class Linear(Protocol):
 
 
 class Fp32Linear:
-    """Weights as they are. A row's sum depends on its company, by 1e-6: for comparisons."""
+    """Weights as they are; a row's sum is added up alike in any company.
+
+    Plain ``functional.linear`` has other orders for one, two and three rows than for more,
+    which differ by 1e-6.
+    """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weight
+        self._packed = _packed(weight) if packs_alike(*weight.shape) else None
+        self.one_by_one = self._packed is None
+        self._weight = weight if self._packed is None else None
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """[n, inputs] -> [n, outputs]."""
-        return functional.linear(rows, self._weight)
+        """See ``Linear.rows``."""
+        if self._packed is not None:
+            return _product(rows, self._packed)
+        assert self._weight is not None
+        return torch.cat([functional.linear(row, self._weight) for row in rows.split(1)])
 
     def item(self, rows: torch.Tensor) -> torch.Tensor:
         """See ``Linear.item``."""
         return self.rows(rows)
+
+
+def kernel_of(dtype: str, matrices: Iterable[Linear]) -> str:
+    """What multiplies, for the numeric class."""
+    if any(isinstance(matrix, Fp32Linear) and matrix.one_by_one for matrix in matrices):
+        return "torch-rows"
+    return KERNELS[dtype]
+
+
+@cache
+def packs_alike(outputs: int, inputs: int) -> bool:
+    """Whether oneDNN adds up a row alike in any company, for matrices of this shape here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    chance = torch.Generator().manual_seed(outputs)
+    weight = torch.randn(outputs, inputs, generator=chance)
+    given = torch.randn(40, inputs, generator=chance)
+    packed = _packed(weight)
+    whole = _product(given, packed)
+    pieces = [_product(piece, packed) for piece in given.split([1, 2, 3, 4, 7, 23])]
+    return torch.equal(whole, torch.cat(pieces))
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+    return packed
+
+
+def _product(rows: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+    return result
 
 
 class Bf16Linear:

@@ -1,5 +1,5 @@
-"""Loads a span of a model for computing. Importing this module is cheap; torch and
-transformers come with ``preload`` or the first ``load_stage``."""
+"""Loads a span of a model for computing. Importing this module is cheap; torch
+comes with ``preload`` or the first ``load_stage``."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ def preload() -> None:
     torch's thread pools come with the first computation; the one thread this starts is
     numpy's OpenBLAS, which handles forks.
     """
-    import plait.compute.hf
+    import plait.compute.ragged
     import plait.compute.stage  # noqa: F401
 
 
@@ -97,10 +97,6 @@ def _load_span(
         from plait.compute.choice import choose_dtype
 
         dtype = choose_dtype(weights, span)
-    if dtype == "fp32":
-        from plait.compute.hf import load_span  # brings transformers, which takes seconds
-
-        return load_span(weights, span, progress)
     from plait.compute.ragged import load_ragged
 
     return load_ragged(weights, span, dtype, progress)

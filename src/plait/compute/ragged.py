@@ -3,7 +3,8 @@
 Every matrix meets the rows of all items together; attention runs per session over exactly
 its own positions, without padding. So nothing a row is added up from, nor the order of it,
 depends on the company it is computed in; and rows of an item of at most ``NARROW_ROWS`` are
-each what they would be one at a time. ``hf.py`` is the slow oracle of this file.
+each what they would be one at a time. ``hf.py`` is the slow oracle of this
+file.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from plait.compute.kv import KvLayout, SessionKv
-from plait.compute.linear import KERNELS, NARROW_ROWS, Linear, load_linear
+from plait.compute.linear import NARROW_ROWS, Linear, kernel_of, load_linear
 from plait.errors import LocalProtocolError
 from plait.model.config import EMBEDDING, FINAL_NORM, LlamaConfig
 from plait.model.weights import Rows, Weights
@@ -63,7 +64,7 @@ class RaggedModel:
         self.config = config
         self.span = span
         self.layout = KvLayout(span, config.kv_heads, config.head_size)
-        self.numerics = f"{dtype}/{KERNELS.get(dtype, 'torch')}"
+        self.numerics = f"{dtype}/{kernel_of(dtype, _matrices(layers, head))}"
         self._layers = layers
         self._rows = rows
         self._final_norm = final_norm
@@ -223,7 +224,7 @@ def _mask(item: Item) -> torch.Tensor | None:
 
 
 def load_ragged(weights: Weights, span: Span, dtype: str, progress: LayerProgress) -> RaggedModel:
-    """Load the span in ``dtype`` (bf16, int4 or int8). Raises ``ModelError`` on a bad tensor."""
+    """Load the span in ``dtype``, one of ``load.DTYPES``. Raises ``ModelError`` on a bad tensor."""
     config = weights.config
     layers = []
     for done, index in enumerate(range(span.start, span.end)):
@@ -239,6 +240,13 @@ def load_ragged(weights: Weights, span: Span, dtype: str, progress: LayerProgres
         final_norm=torch.from_numpy(weights.fp32(FINAL_NORM)) if last else None,
         head=load_linear(weights, [config.head_tensor], dtype) if last else None,
     )
+
+
+def _matrices(layers: Sequence[Layer], head: Linear | None) -> list[Linear]:
+    found = [] if head is None else [head]
+    for layer in layers:
+        found += [layer.queries_keys_values, layer.attention_output, layer.gate_up, layer.down]
+    return found
 
 
 def _load_layer(weights: Weights, index: int, dtype: str) -> Layer:

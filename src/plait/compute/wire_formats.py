@@ -3,19 +3,17 @@
 fp32 is exact. bf16 keeps 8 bits of each number (relative error at most 2^-8, half an ulp)
 and loses no range. int8 keeps each number to within 1/254 of the largest of its group, on
 top of 0.05 % from the half-precision scale; it is for links where bytes are what takes time.
-Little-endian throughout. Rows are encoded each on its own, so a prefix of rows is a prefix
-of the bytes in fp32 and bf16; int8 has all scales first.
+Little-endian throughout. Rows are encoded each on its own, one after the other, so that a
+prefix of rows is a prefix of the bytes; a row in int8 is its scales, then its numbers.
 """
-
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from plait.compute.port import Hidden
 from plait.errors import LocalProtocolError, RemoteProtocolError
+from plait.types import WireDtype
 
-WireDtype = Literal["fp32", "bf16", "int8"]
 GROUP = 32
 _BF16_MAX = np.float32(3.3895314e38)
 _F16_MAX = np.float32(65504.0)
@@ -71,6 +69,12 @@ def decode(payload: bytes, rows: int, width: int, dtype: WireDtype) -> Hidden:
     return hidden.reshape(rows, width)
 
 
+def rounded(hidden: Hidden, dtype: WireDtype) -> Hidden:
+    """What arrives of activations that are sent; raises as ``encode`` does."""
+    rows, width = hidden.shape
+    return hidden if dtype == "fp32" else decode(encode(hidden, dtype), rows, width, dtype)
+
+
 def _to_bf16(hidden: Hidden) -> npt.NDArray[np.uint16]:
     """The upper halves of fp32, rounded to nearest, ties to even."""
     clipped = np.clip(hidden, -_BF16_MAX, _BF16_MAX)  # rounding up must not give infinity
@@ -87,16 +91,19 @@ def _encode_int8(hidden: Hidden) -> bytes:
     largest = np.abs(groups).max(-1)
     if (largest > 127 * _F16_MAX).any():
         raise LocalProtocolError("activations too large for int8")
-    scale: npt.NDArray[np.float16] = (largest / np.float32(127)).astype("<f2")
+    scale: npt.NDArray[np.float16] = (largest / np.float32(127)).astype("<f2")  # [rows, groups]
     divisor = scale.astype(np.float32)[..., None]
     # A scale too small for half precision is 0, and so is what it stands for.
     ratio = np.divide(groups, divisor, out=np.zeros_like(groups), where=divisor > 0)
     codes = np.clip(np.rint(ratio), -127, 127).astype(np.int8)
-    return scale.tobytes() + codes.tobytes()
+    return np.concatenate(
+        [scale.view(np.uint8), codes.reshape(rows, width).view(np.uint8)], axis=1
+    ).tobytes()
 
 
 def _decode_int8(payload: bytes, rows: int, width: int) -> Hidden:
-    scales = rows * (width // GROUP)
-    scale = np.frombuffer(payload, "<f2", scales).astype(np.float32)
-    codes = np.frombuffer(payload, np.int8, offset=2 * scales).reshape(scales, GROUP)
-    return codes.astype(np.float32) * scale[:, None]
+    scale_bytes = 2 * (width // GROUP)
+    whole = np.frombuffer(payload, np.uint8).reshape(rows, scale_bytes + width)
+    scale = np.ascontiguousarray(whole[:, :scale_bytes]).view("<f2").astype(np.float32)
+    codes = np.ascontiguousarray(whole[:, scale_bytes:]).view(np.int8)
+    return codes.reshape(rows, -1, GROUP).astype(np.float32) * scale[..., None]

@@ -6,7 +6,7 @@ journal's entries, the checkpoint) is null or empty where it is missing.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -36,7 +36,7 @@ from plait.ledger.bundle_fields import (
 from plait.ledger.canonical import JsonValue, decode_canonical, encode_canonical
 from plait.ledger.client_books import CutEvidence
 from plait.ledger.terms import SessionTerms, StageTerms
-from plait.types import Digest, Microcredits, PeerId, Qos, SessionId, Span, TokenCounts
+from plait.types import Digest, Microcredits, PeerId, Qos, SessionId, Span, TokenCounts, WireDtype
 from plait.v1.bundle_pb2 import BundleSeal
 from plait.v1.identity_pb2 import SignedEnvelope
 
@@ -309,7 +309,7 @@ def _read_cut(value: JsonValue) -> CutEvidence:
 
 
 def _write_terms(terms: SessionTerms) -> JsonValue:
-    return {
+    members: dict[str, JsonValue] = {
         "chunk_tokens": terms.chunk_tokens,
         "client": terms.client,
         "client_ledger_key": terms.client_ledger_key.hex(),
@@ -325,10 +325,14 @@ def _write_terms(terms: SessionTerms) -> JsonValue:
         "stages": [_write_stage(stage) for stage in terms.stages],
         "start": _write_counts(terms.start),
     }
+    if terms.wire_dtype != "fp32":  # one way to write each
+        members["wire_dtype"] = terms.wire_dtype
+    return members
 
 
 def _read_terms(value: JsonValue, network_id: str) -> SessionTerms:
-    members = read_members(value, "terms", _TERMS_MEMBERS)
+    wire_dtype, names = _read_wire(value)
+    members = read_members(value, "terms", names)
     qos = next((one for one in get_args(Qos) if one == members["qos"]), None)
     if qos is None:
         raise ValueError("terms: an unknown class of service")
@@ -352,7 +356,18 @@ def _read_terms(value: JsonValue, network_id: str) -> SessionTerms:
         resume_position=number("resume_position"),
         start=_read_counts(members["start"], "terms: start"),
         qos=qos,
+        wire_dtype=wire_dtype,
     )
+
+
+def _read_wire(value: JsonValue) -> tuple[WireDtype, Collection[str]]:
+    """What is on the wire, and the members that such terms have."""
+    if not isinstance(value, dict) or "wire_dtype" not in value:
+        return "fp32", _TERMS_MEMBERS
+    for one in get_args(WireDtype):
+        if one == value["wire_dtype"] != "fp32":
+            return one, (*_TERMS_MEMBERS, "wire_dtype")
+    raise ValueError("terms: an unknown wire dtype")
 
 
 def _write_stage(stage: StageTerms) -> JsonValue:

@@ -16,6 +16,7 @@ from plait.types import (
     SessionId,
     Span,
     TokenCounts,
+    WireDtype,
 )
 from plait.v1 import session_pb2
 
@@ -24,6 +25,12 @@ _QOS_TO_MESSAGE: dict[Qos, session_pb2.Qos] = {
     "interactive": session_pb2.QOS_INTERACTIVE,
     "standard": session_pb2.QOS_STANDARD,
     "batch": session_pb2.QOS_BATCH,
+}
+
+_WIRE_TO_MESSAGE: dict[WireDtype, session_pb2.WireDtype] = {
+    "fp32": session_pb2.WIRE_DTYPE_F32,
+    "bf16": session_pb2.WIRE_DTYPE_BF16,
+    "int8": session_pb2.WIRE_DTYPE_INT8,
 }
 
 
@@ -75,7 +82,7 @@ def opening_to_message(
         max_tokens=terms.max_tokens,
         chunk_tokens=terms.chunk_tokens,
         prefill_chunk_tokens=terms.prefill_chunk_tokens,
-        wire_dtype=session_pb2.WIRE_DTYPE_F32,
+        wire_dtype=wire_to_message(terms.wire_dtype),
         handoff_salt=terms.handoff_salt,
         issued_ms=issued_ms,
         expires_ms=expires_ms,
@@ -122,6 +129,7 @@ def terms_from_message(
             resume_position=message.resume_position,
             start=_counts_from_message(message.start),
             qos=_qos_from_message(message.qos),
+            wire_dtype=_wire_from_message(message.wire_dtype),
         )
     except ValueError as error:
         raise RemoteProtocolError(f"a session cannot have these terms: {error}") from error
@@ -174,11 +182,21 @@ def _qos_from_message(value: session_pb2.Qos) -> Qos:
     raise ValueError("an unknown class of service")
 
 
+def wire_to_message(wire_dtype: WireDtype) -> session_pb2.WireDtype:
+    """A wire dtype as its protobuf number."""
+    return _WIRE_TO_MESSAGE[wire_dtype]
+
+
+def _wire_from_message(value: session_pb2.WireDtype) -> WireDtype:
+    for wire_dtype, number in _WIRE_TO_MESSAGE.items():
+        if number == value:
+            return wire_dtype
+    raise ValueError("an unknown wire dtype")
+
+
 def _check_route(message: session_pb2.SessionOpen) -> None:
     if len(message.route.model_digest) != _DIGEST_BYTES:
         raise ValueError("a model digest is 32 bytes")
-    if message.wire_dtype != session_pb2.WIRE_DTYPE_F32:
-        raise ValueError("only fp32 is on the wire so far")
     layer = 0
     for stage in message.route.stages:
         if stage.start_layer != layer:

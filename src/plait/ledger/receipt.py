@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from plait.envelope import open_envelope
 from plait.errors import BadProof
 from plait.ledger.blame import about
-from plait.ledger.terms import SessionTerms
+from plait.ledger.terms import SessionTerms, class_on_wire
 from plait.types import Digest, TokenCounts
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import DrawStatement, StageReceipt
@@ -49,7 +49,7 @@ def receipt_message(
         start_layer=stage.span.start,
         end_layer=stage.span.end,
         model_digest=terms.model_digest,
-        numeric_class=stage.numeric_class,
+        numeric_class=class_on_wire(stage.numeric_class, terms.wire_dtype),
         traversal=close.traversal,
         prompt_tokens=close.counts.prompt,
         output_tokens=close.counts.output,

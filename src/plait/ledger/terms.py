@@ -18,6 +18,7 @@ from plait.types import (
     SessionId,
     Span,
     TokenCounts,
+    WireDtype,
     checked_u64,
 )
 
@@ -27,6 +28,7 @@ NOTHING = Microcredits(0)
 
 DRAFTS_MAX = 16
 """Most drafted tokens in one frame."""
+_WIRE_PART = 3  # weights / dtype / kernels / wire / threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,8 @@ class SessionTerms:
     """One epoch of a session. Raises ``ValueError`` for terms that no session can have.
 
     ``resume_position`` is the first position fed in this epoch, ``start`` the session's
-    counts at that moment; both are zero in epoch 1.
+    counts at that moment; both are zero in epoch 1. ``wire_dtype`` is how activations cross
+    every hop of the session; stages that compute in fp32 take nothing less.
     """
 
     network_id: str
@@ -74,6 +77,7 @@ class SessionTerms:
     resume_position: int = 0
     start: TokenCounts = field(default_factory=TokenCounts)
     qos: Qos = "standard"
+    wire_dtype: WireDtype = "fp32"
 
     def __post_init__(self) -> None:
         if len(self.session_id) != 16 or len(self.handoff_salt) != 32:
@@ -90,6 +94,8 @@ class SessionTerms:
         self._check_start()
         for stage in self.stages:
             self._check_stint(stage)
+            if self.wire_dtype != "fp32" and dtype_of(stage.numeric_class) == "fp32":
+                raise ValueError("what computes in fp32 takes fp32 from the wire")
 
     def _check_start(self) -> None:
         cached, rejected = self.start.cached_prompt, self.start.rejected_draft
@@ -192,3 +198,18 @@ class SessionTerms:
             return Microcredits(checked_u64(stage.carried + amount, "amount"))
         except OverflowError as error:
             raise Overspend(f"stage {stage_index} cannot be paid: {error}") from error
+
+
+def dtype_of(numeric_class: str) -> str:
+    """The dtype that a numeric class names; ``""`` if it names none."""
+    parts = numeric_class.split("/")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def class_on_wire(numeric_class: str, wire_dtype: WireDtype) -> str:
+    """The numeric class of a session's stage: the one its offer names, for fp32 on the wire,
+    with what is on the session's wire."""
+    parts = numeric_class.split("/")
+    if wire_dtype == "fp32" or len(parts) < _WIRE_PART + 1:
+        return numeric_class
+    return "/".join((*parts[:_WIRE_PART], wire_dtype, *parts[_WIRE_PART + 1 :]))

@@ -17,6 +17,7 @@ from plait.ledger.reserve import check_supplement
 from plait.ledger.terms import SessionTerms
 from plait.network_file import Authority
 from plait.node.sessions import HOLD_MS, StageSession
+from plait.node.wire import takes_width
 from plait.router.view import Offer, View
 from plait.types import Digest, Microcredits, ModelShape, PeerId, Sampling, SessionId
 from plait.v1 import session_pb2
@@ -119,6 +120,8 @@ def examine(opening: Opening, me: StageIdentity, view: View, now_ms: int) -> Sta
         audit_commit=opening.message.audit_commit,
     )
     _check_own_stage(session, me, offer)
+    if not takes_width(me.shape.bytes_per_row // 4, terms.wire_dtype):
+        raise Refused("terms", f"activations of this model do not go in {terms.wire_dtype}")
     if session.tokens_max > me.context_length:
         raise Refused("terms", f"the context ends at {me.context_length} tokens")
     _check_downstream(terms, opening.stage_index, view)
@@ -163,6 +166,7 @@ def _sizes(terms: SessionTerms) -> tuple[object, ...]:
         terms.chunk_tokens,
         terms.prefill_chunk_tokens,
         terms.qos,
+        terms.wire_dtype,
     )
 
 

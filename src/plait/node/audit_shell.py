@@ -179,6 +179,7 @@ class Auditing:
                 first_stage=span.start == 0,
                 last_stage=span.end == compute.shape.layers,
                 width=compute.width,
+                wire_dtype=challenge.terms.wire_dtype,
             )
             work = next(works)
             while True:

@@ -11,25 +11,37 @@ from plait.node.wire import replay_frame, replay_rows
 from plait.v1 import stage_pb2
 
 
-def replay_while_room(session: StageSession, links: Links, retained: Retained) -> None:
-    """Send what is still to be replayed, while the link has room for what can wait.
+def replay_while_room(session: StageSession, links: Links, retained: Retained, width: int) -> None:
+    """Send what is still to be replayed, of rows of ``width``, while the link has room for what
+    can wait.
 
     Raises ``NetworkError``, or ``CapacityError`` if rows are no longer retained.
     """
     while session.replay is not None and links.has_room(session.downstream):
         if session.replay.next_position < session.replay.end:
-            _send_some(session, session.replay, links, retained)
+            _send_some(session, session.replay, links, retained, width)
         if session.replay.next_position >= session.replay.end:
             session.replay = None
 
 
-def _send_some(session: StageSession, replay: Replay, links: Links, retained: Retained) -> None:
+def _send_some(
+    session: StageSession, replay: Replay, links: Links, retained: Retained, width: int
+) -> None:
     key: Key = (session.id, "output")
     first = replay.next_position
     rows = replay_rows(retained.row_bytes(key) or 1, replay.end - first)
     data = retained.read(key, first, rows)
     session.require_books().sent(replay.traversal, first, rows, data)
-    frame = replay_frame(session.id, session.terms.epoch, replay.traversal, first, rows, data)
+    frame = replay_frame(
+        session.id,
+        session.terms.epoch,
+        replay.traversal,
+        first,
+        rows=rows,
+        width=width,
+        data=data,
+        wire_dtype=session.terms.wire_dtype,
+    )
     links.send_down(session.downstream, stage_pb2.LinkRequest(frame=frame))
     replay.next_position += rows
     replay.traversal += 1

@@ -11,30 +11,40 @@ from math import inf
 import numpy as np
 import numpy.typing as npt
 
-from plait.compute.port import Done, StageCompute, Work
-from plait.errors import BadProof, PlaitError
+from plait.compute.port import Done, Hidden, StageCompute, Work
+from plait.compute.wire_formats import decode, rounded
+from plait.errors import BadProof, PlaitError, RemoteProtocolError
 from plait.ledger.audit_rules import Finding, Step
-from plait.types import Sampling, SessionId, Span
+from plait.types import Sampling, SessionId, Span, WireDtype
 
-_BYTES_PER_VALUE = 4
+_BYTES_PER_VALUE = 4  # of an id
 
 
 def replay_steps(
-    session: SessionId, steps: Sequence[Step], *, first_stage: bool, last_stage: bool, width: int
+    session: SessionId,
+    steps: Sequence[Step],
+    *,
+    first_stage: bool,
+    last_stage: bool,
+    width: int,
+    wire_dtype: WireDtype = "fp32",
 ) -> Generator[Work, Done, list[Finding]]:
     """Yield the work of each step, take its outcome, and return what was found.
 
+    What was computed is rounded as it would have been on the wire before it is compared.
     Raises ``BadProof`` for rows that this model cannot have.
     """
     findings: list[Finding] = []
     for step in steps:
-        done = yield _work(session, step, first_stage=first_stage, width=width)
+        hidden = None if first_stage else _rows(step, width, wire_dtype)
+        done = yield _work(session, step, hidden)
         if done.error is not None:
             if isinstance(done.error, PlaitError):
                 raise BadProof(f"what was opened cannot be computed: {done.error}") from done.error
             raise done.error
         if step.sent is not None:
-            findings.append(_finding(step, done, last_stage=last_stage, width=width))
+            dtype: WireDtype = "fp32" if last_stage else wire_dtype
+            findings.append(_finding(step, done, last_stage=last_stage, width=width, dtype=dtype))
     return findings
 
 
@@ -46,6 +56,7 @@ def replay(
     sampling: Sampling,
     context_ids: Sequence[int] = (),
     prompt_tokens: int = 0,
+    wire_dtype: WireDtype = "fp32",
 ) -> list[Finding]:
     """Replay at once on ``compute``, which must not be stepping; its session is freed after.
 
@@ -60,6 +71,7 @@ def replay(
             first_stage=span.start == 0,
             last_stage=span.end == compute.shape.layers,
             width=compute.width,
+            wire_dtype=wire_dtype,
         )
         return run_replay(works, lambda work: compute.step([work])[0])
     finally:
@@ -89,15 +101,13 @@ def distance(claimed: npt.NDArray[np.float32], replayed: npt.NDArray[np.float32]
     return float(np.max(off / np.maximum(size, np.finfo(np.float32).tiny)))
 
 
-def _work(session: SessionId, step: Step, *, first_stage: bool, width: int) -> Work:
+def _work(session: SessionId, step: Step, hidden: Hidden | None) -> Work:
+    """``hidden`` is None for the first stage, which takes ids."""
     ids: tuple[int, ...] | None = None
-    hidden: npt.NDArray[np.float32] | None = None
-    if first_stage:
+    if hidden is None:
         if len(step.received) != step.rows * _BYTES_PER_VALUE:
             raise BadProof("the opened ids are not of the rows stated")
         ids = tuple(int(one) for one in np.frombuffer(step.received, "<u4"))
-    else:
-        hidden = _rows(step.received, step.rows, width)
     claimed = _ids(step) if step.sample and step.sent is not None else ()
     return Work(
         session,
@@ -118,23 +128,27 @@ def _ids(step: Step) -> tuple[int, ...]:
     return tuple(int(one) for one in np.frombuffer(sent, "<u4"))
 
 
-def _rows(data: bytes, rows: int, width: int) -> npt.NDArray[np.float32]:
-    if len(data) != rows * width * _BYTES_PER_VALUE:
-        raise BadProof(f"{len(data)} bytes are not {rows} rows of {width}")
-    return np.frombuffer(data, "<f4").reshape(rows, width)
+def _rows(step: Step, width: int, wire_dtype: WireDtype) -> Hidden:
+    try:
+        return decode(step.received, step.rows, width, wire_dtype)
+    except RemoteProtocolError as error:
+        raise BadProof(f"what was opened is no activations: {error}") from error
 
 
-def _finding(step: Step, done: Done, *, last_stage: bool, width: int) -> Finding:
+def _finding(step: Step, done: Done, *, last_stage: bool, width: int, dtype: WireDtype) -> Finding:
+    """``dtype`` is that of the activations: a last stage commits to its own in fp32."""
     if done.hidden is None:
         raise BadProof("the replay gave no activations")
-    size = step.rows * width * _BYTES_PER_VALUE
     claimed = step.state if last_stage else step.sent or b""
     drawn = done.drawn.ids if done.drawn is not None else ()
-    if len(claimed) != size + 2 * len(drawn) * _BYTES_PER_VALUE:
+    size = max(0, len(claimed) - 2 * len(drawn) * _BYTES_PER_VALUE)
+    try:
+        rows = decode(claimed[:size], step.rows, width, dtype)
+    except RemoteProtocolError:
         # It committed to what no stage of this model can compute.
         return Finding(step.first_position, inf, inf)
-    rows = distance(_rows(claimed[:size], step.rows, width), done.hidden)
-    return Finding(step.first_position, rows, _margin(step, done, claimed[size:]))
+    off = distance(rows, rounded(done.hidden, dtype))
+    return Finding(step.first_position, off, _margin(step, done, claimed[size:]))
 
 
 def _margin(step: Step, done: Done, claimed: bytes) -> float:

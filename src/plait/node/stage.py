@@ -378,6 +378,7 @@ class Stage:
             first_stage=session.is_first,
             width=self._compute.width,
             vocabulary=self._vocabulary,
+            wire_dtype=session.terms.wire_dtype,
         )
         if 0 < frame.deadline_ms < self._clock_ms():
             raise DeadlineExceeded("the frame came after its deadline")
@@ -447,7 +448,9 @@ class Stage:
             if not frame.replay:
                 self._answer(job, done, residence_us)
         else:
-            onward = onward_frame(frame, done.hidden, frame.receipts, residence_us)
+            onward = onward_frame(
+                frame, done.hidden, frame.receipts, residence_us, session.terms.wire_dtype
+            )
             key: Key = (session.id, "output")
             self.retained.put(key, frame.first_position, frame.rows, onward.activations.data)
             if session.rebuilds_next or not frame.replay:
@@ -497,7 +500,7 @@ class Stage:
     def _replay_on(self, session: StageSession) -> None:
         """Send retained rows to a stage that is rebuilt, then what waited behind them."""
         try:
-            replay_while_room(session, self._links, self.retained)
+            replay_while_room(session, self._links, self.retained, self._compute.width)
             if session.replay is None:
                 waiting, session.deferred = session.deferred, []
                 for push in waiting:

@@ -7,11 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from plait.compute.port import NOT_SCORED, Done, Drawn, Scored
+from plait.compute.wire_formats import GROUP, decode, encode
 from plait.errors import RemoteProtocolError
 from plait.ledger.handoff import ids_payload
+from plait.ledger.opening import wire_to_message
 from plait.ledger.terms import DRAFTS_MAX
-from plait.types import PeerId, SessionId
-from plait.v1 import session_pb2, stage_pb2
+from plait.types import PeerId, SessionId, WireDtype
+from plait.v1 import stage_pb2
 from plait.v1.identity_pb2 import SignedEnvelope
 
 Activations = npt.NDArray[np.float32]
@@ -22,7 +24,6 @@ REPLAY_ROWS_MAX = 256
 REPLAY_BYTES_MAX = 512 * 1024
 REASON_CHARACTERS_MAX = 500
 _STAGES_MAX = 64
-_BYTES_PER_VALUE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,12 @@ class StageFrame:
 
 
 def decode_frame(
-    message: stage_pb2.Frame, *, first_stage: bool, width: int, vocabulary: int
+    message: stage_pb2.Frame,
+    *,
+    first_stage: bool,
+    width: int,
+    vocabulary: int,
+    wire_dtype: WireDtype = "fp32",
 ) -> StageFrame:
     """Check a frame for a stage; raises ``RemoteProtocolError`` naming what is wrong."""
     if max(len(message.receipts), len(message.stage_us)) > _STAGES_MAX:
@@ -88,7 +94,7 @@ def decode_frame(
     else:
         if kind != "activations":
             raise RemoteProtocolError("a later stage takes activations")
-        hidden = decode_activations(message.activations, width)
+        hidden = decode_activations(message.activations, width, wire_dtype)
         payload = message.activations.data
     frame = StageFrame(
         session=SessionId(message.session_id),
@@ -165,26 +171,28 @@ def _checked_ids(message: stage_pb2.TokenIds, vocabulary: int) -> tuple[int, ...
     return tuple(message.ids)
 
 
-def decode_activations(message: stage_pb2.Activations, width: int) -> Activations:
-    """View a payload as ``[rows, width]``; raises ``RemoteProtocolError``."""
-    if message.dtype != session_pb2.WIRE_DTYPE_F32:
-        raise RemoteProtocolError("activations have the wrong dtype")
+def decode_activations(
+    message: stage_pb2.Activations, width: int, wire_dtype: WireDtype = "fp32"
+) -> Activations:
+    """A payload as ``[rows, width]`` of fp32; raises ``RemoteProtocolError``.
+
+    The size is checked before anything is allocated.
+    """
+    if message.dtype != wire_to_message(wire_dtype):
+        raise RemoteProtocolError(
+            f"activations have the wrong dtype: the session's is {wire_dtype}"
+        )
     if message.width != width or not 0 < message.rows <= FRAME_ROWS_MAX:
         raise RemoteProtocolError(
             f"activations have shape [{message.rows}, {message.width}], "
             f"not [1 to {FRAME_ROWS_MAX}, {width}]"
         )
-    if len(message.data) != message.rows * width * _BYTES_PER_VALUE:
-        raise RemoteProtocolError("activations and their shape differ in size")
-    values = np.frombuffer(message.data, dtype="<f4").reshape(message.rows, width)
-    if not np.isfinite(values).all():
-        raise RemoteProtocolError("activations hold NaN or infinity")
-    return values
+    return decode(message.data, message.rows, width, wire_dtype)
 
 
-def payload_of(hidden: Activations) -> bytes:
-    """Activations as they cross a hop."""
-    return np.ascontiguousarray(hidden, dtype="<f4").tobytes()
+def takes_width(width: int, wire_dtype: WireDtype) -> bool:
+    """Whether rows of this width can cross a hop in ``wire_dtype``."""
+    return wire_dtype != "int8" or width % GROUP == 0
 
 
 def state_of(done: Done) -> bytes:
@@ -193,7 +201,7 @@ def state_of(done: Done) -> bytes:
     The final hidden states, fp32 little-endian [rows, width]; then for each draw the
     log-probability, and the logarithm of the sum of exponentials of the model's logits.
     """
-    rows = b"" if done.hidden is None else payload_of(done.hidden)
+    rows = b"" if done.hidden is None else np.ascontiguousarray(done.hidden, dtype="<f4").tobytes()
     if done.drawn is None:
         return rows
     pairs = np.array([done.drawn.logprobs, done.drawn.totals], dtype="<f4")
@@ -205,8 +213,12 @@ def onward_frame(
     hidden: Activations | None,
     receipts: Sequence[SignedEnvelope],
     residence_us: int = 0,
+    wire_dtype: WireDtype = "fp32",
 ) -> stage_pb2.Frame:
-    """The frame for the next stage; ``residence_us`` is how long it was here."""
+    """The frame for the next stage; ``residence_us`` is how long it was here.
+
+    Raises ``LocalProtocolError`` for activations that cannot be sent.
+    """
     message = stage_pb2.Frame(
         session_id=frame.session,
         epoch=frame.epoch,
@@ -226,7 +238,9 @@ def onward_frame(
     )
     if hidden is not None:
         rows, width = hidden.shape
-        message.activations.CopyFrom(_activations(rows, width, payload_of(hidden)))
+        message.activations.CopyFrom(
+            _activations(rows, width, encode(hidden, wire_dtype), wire_dtype)
+        )
     return message
 
 
@@ -236,22 +250,32 @@ def replay_rows(row_bytes: int, rows_left: int) -> int:
 
 
 def replay_frame(
-    session: SessionId, epoch: int, traversal: int, first_position: int, rows: int, data: bytes
+    session: SessionId,
+    epoch: int,
+    traversal: int,
+    first_position: int,
+    *,
+    rows: int,
+    width: int,
+    data: bytes,
+    wire_dtype: WireDtype = "fp32",
 ) -> stage_pb2.Frame:
-    """Retained rows for a stage that is being rebuilt."""
+    """Retained rows, as they were sent, for a stage that is being rebuilt."""
     return stage_pb2.Frame(
         session_id=session,
         epoch=epoch,
         traversal=traversal,
         first_position=first_position,
         replay=True,
-        activations=_activations(rows, len(data) // rows // _BYTES_PER_VALUE, data),
+        activations=_activations(rows, width, data, wire_dtype),
     )
 
 
-def _activations(rows: int, width: int, data: bytes) -> stage_pb2.Activations:
+def _activations(
+    rows: int, width: int, data: bytes, wire_dtype: WireDtype
+) -> stage_pb2.Activations:
     return stage_pb2.Activations(
-        dtype=session_pb2.WIRE_DTYPE_F32, rows=rows, width=width, data=data
+        dtype=wire_to_message(wire_dtype), rows=rows, width=width, data=data
     )
 
 

@@ -26,7 +26,7 @@ from plait.ledger.sub_accounts import SubAccount, terms_message
 from plait.ledger.terms import SessionTerms, StageTerms
 from plait.network_file import Authority, NetworkFile
 from plait.prices_wire import prices_to_message
-from plait.types import AccountId, Digest, ModelShape, Prices, Sampling, SessionId, Span
+from plait.types import AccountId, Digest, ModelShape, Prices, Sampling, SessionId, Span, WireDtype
 from plait.v1.bundle_pb2 import ModelManifest
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import (
@@ -85,6 +85,12 @@ class Plot:
     prices: Prices = field(default_factory=lambda: Prices(prompt=500_000, output=2_000_000))
     session: str = "session"
     sub_account: str = ""
+    wire_dtype: WireDtype = "fp32"
+
+    @property
+    def numeric_class(self) -> str:
+        """What the stages' offers state."""
+        return NUMERIC_CLASS if self.wire_dtype == "fp32" else "paper/int4/kernel/f32/t1"
 
     @property
     def shape(self) -> ModelShape:
@@ -147,7 +153,7 @@ def offer_by(name: str, span: Span, plot: Plot) -> SignedEnvelope:
         state=OFFER_STATE_READY,
         evidence=EVIDENCE_LEVEL_STAGE_RECEIPTS,
         prices=prices_to_message(plot.prices),
-        numeric_class=NUMERIC_CLASS,
+        numeric_class=plot.numeric_class,
     )
     return seal(key_of(name), offer)
 
@@ -161,7 +167,7 @@ def terms_of(plot: Plot) -> SessionTerms:
             span=span,
             priced_layers=plot.shape.priced_layers(span),
             prices=plot.prices,
-            numeric_class=NUMERIC_CLASS,
+            numeric_class=plot.numeric_class,
             offer_digest=digest(offer_of(plot, index).payload),
         )
         for index, span in enumerate(plot.spans)
@@ -179,6 +185,7 @@ def terms_of(plot: Plot) -> SessionTerms:
         chunk_tokens=plot.chunk_tokens,
         prefill_chunk_tokens=plot.prefill_chunk_tokens,
         handoff_salt=hashlib.sha256(b"salt " + plot.session.encode()).digest(),
+        wire_dtype=plot.wire_dtype,
     )
 
 

@@ -29,18 +29,20 @@ def audit_network(rate_percent: int = 100) -> NetworkFile:
     return paper_network(audit_rate_percent=rate_percent)
 
 
-def sign_offers(swarm: PaperSwarm, names: Sequence[str]) -> dict[PeerId, SignedEnvelope]:
+def sign_offers(
+    swarm: PaperSwarm, names: Sequence[str], numeric_class: str = NUMERIC_CLASS
+) -> dict[PeerId, SignedEnvelope]:
     """Give each node an offer that is really signed, before a session begins."""
     signed: dict[PeerId, SignedEnvelope] = {}
     for name in names:
         key = key_of(name)
-        offer = OfferMessage(network_id=NETWORK_ID, numeric_class=NUMERIC_CLASS, region=name)
+        offer = OfferMessage(network_id=NETWORK_ID, numeric_class=numeric_class, region=name)
         signed[key.peer_id] = seal(key, offer)
         node = swarm.nodes[key.peer_id]
         node.offer = replace(
             node.offer,
             digest=digest(signed[key.peer_id].payload),
-            numeric_class=NUMERIC_CLASS,
+            numeric_class=numeric_class,
         )
     return signed
 

@@ -152,12 +152,30 @@ def _traverse(
     return done.drawn.ids[0]
 
 
-def unequal_boundaries(run: PipelineRun, spans: Sequence[Span], reference: ReferenceRun) -> int:
-    """How many activation payloads of a run differ by even one bit from the reference."""
+def boundary_error(run: PipelineRun, spans: Sequence[Span], reference: ReferenceRun) -> float:
+    """The largest relative L2 distance of an activation payload from transformers' own."""
+    return max(
+        (
+            float((torch.from_numpy(hidden) - wanted[span.end - 1]).norm())
+            / float(wanted[span.end - 1].norm())
+            for payloads, wanted in zip(run.boundaries, reference.hidden, strict=True)
+            for hidden, span in zip(payloads, spans[:-1], strict=True)
+        ),
+        default=0.0,
+    )
+
+
+def unequal_boundaries(
+    run: PipelineRun, spans: Sequence[Span], other: PipelineRun, other_spans: Sequence[Span]
+) -> int:
+    """How many activation payloads behind a layer where both runs are split differ by even
+    one bit."""
+    places = [span.end for span in other_spans[:-1]]
     return sum(
-        not torch.equal(torch.from_numpy(hidden), wanted[span.end - 1])
-        for payloads, wanted in zip(run.boundaries, reference.hidden, strict=True)
+        not np.array_equal(hidden, theirs[places.index(span.end)])
+        for payloads, theirs in zip(run.boundaries, other.boundaries, strict=True)
         for hidden, span in zip(payloads, spans[:-1], strict=True)
+        if span.end in places
     )
 
 

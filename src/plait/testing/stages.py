@@ -29,7 +29,7 @@ from plait.router.view import Offer, View
 from plait.testing.accounting import HOUR_MS, NETWORK_ID, NOW_MS, grant_of, key_of, paper_network
 from plait.testing.compute import FAKE_SHAPE, VOCABULARY_SIZE, FakeStage
 from plait.testing.offers import paper_offer
-from plait.types import PeerId, Sampling, SessionId, Span
+from plait.types import PeerId, Sampling, SessionId, Span, WireDtype
 from plait.v1 import session_pb2, stage_pb2
 from plait.v1.identity_pb2 import SignedEnvelope
 
@@ -314,7 +314,9 @@ class PaperClient:
         chunk_tokens: int = 4,
         prefill_chunk_tokens: int = 8,
         sampling: Sampling = Sampling(end_ids=(0,)),  # noqa: B008 - frozen
+        wire_dtype: WireDtype = "fp32",
     ) -> None:
+        self.wire_dtype: WireDtype = wire_dtype
         self.swarm, self.prompt, self.sampling = swarm, tuple(prompt), sampling
         self.drawn: list[int] = []
         self.nonce = digest(b"nonce of " + session)
@@ -346,6 +348,7 @@ class PaperClient:
             chunk_tokens=chunk_tokens,
             prefill_chunk_tokens=prefill_chunk_tokens,
             handoff_salt=bytes(32),
+            wire_dtype=self.wire_dtype,
         )
 
     def _new_stage(self, peer: PeerId) -> StageTerms:

@@ -14,6 +14,7 @@ class WireDtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WIRE_DTYPE_UNSPECIFIED: _ClassVar[WireDtype]
     WIRE_DTYPE_F32: _ClassVar[WireDtype]
     WIRE_DTYPE_BF16: _ClassVar[WireDtype]
+    WIRE_DTYPE_INT8: _ClassVar[WireDtype]
 
 class Qos(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -24,6 +25,7 @@ class Qos(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 WIRE_DTYPE_UNSPECIFIED: WireDtype
 WIRE_DTYPE_F32: WireDtype
 WIRE_DTYPE_BF16: WireDtype
+WIRE_DTYPE_INT8: WireDtype
 QOS_UNSPECIFIED: Qos
 QOS_INTERACTIVE: Qos
 QOS_STANDARD: Qos
