@@ -195,13 +195,18 @@ def takes_width(width: int, wire_dtype: WireDtype) -> bool:
     return wire_dtype != "int8" or width % GROUP == 0
 
 
+def payload_of(hidden: Activations) -> bytes:
+    """Activations in fp32, finite or not."""
+    return np.ascontiguousarray(hidden, dtype="<f4").tobytes()
+
+
 def state_of(done: Done) -> bytes:
     """What a last stage draws from, as it commits to it.
 
     The final hidden states, fp32 little-endian [rows, width]; then for each draw the
     log-probability, and the logarithm of the sum of exponentials of the model's logits.
     """
-    rows = b"" if done.hidden is None else np.ascontiguousarray(done.hidden, dtype="<f4").tobytes()
+    rows = b"" if done.hidden is None else payload_of(done.hidden)
     if done.drawn is None:
         return rows
     pairs = np.array([done.drawn.logprobs, done.drawn.totals], dtype="<f4")
