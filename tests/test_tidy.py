@@ -25,7 +25,7 @@ FUNCTION_LINES_MAX = 70
 
 CORE = {"types", "errors", "identity", "envelope", "network_file", "prices_wire", "v1"}
 CORES = CORE | {"router", "ledger"}
-ENGINES = CORES | {"logs", "task_scope", "model", "compute", "net", "ledger.service"}
+ENGINES = CORES | {"logs", "parent", "task_scope", "model", "compute", "net", "ledger.service"}
 EVERYTHING = ENGINES | {"node", "client", "gateway", "locate", "testnet", "sim", "cli"}
 
 # What each package may import of plait, besides itself.
@@ -37,6 +37,7 @@ ALLOWED = {
     "prices_wire": {"types", "v1"},
     "network_file": {"types", "errors", "identity", "envelope", "v1"},
     "logs": set[str](),
+    "parent": set[str](),
     "task_scope": set[str](),
     "locate": CORE,
     "router": CORE,

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from plait.client import Answer, AsyncClient, Client, Options, TextDelta
+from plait.errors import ConfigError, LocalProtocolError
 from plait.types import Sampling
 
 MODEL = "tiny-random"
@@ -201,6 +202,29 @@ def test_a_stream_of_the_library_is_finished_in_good_order(net: Net) -> None:
     assert [one for delta in deltas for one in delta.logprobs] == list(answer.logprobs)
     assert answer.settled
     assert answer.cost_microcredits > 0
+
+
+def test_layers_of_the_clients_own(net: Net) -> None:
+    with Client(net.network, account=net.account) as client:
+        plain = client.generate(MODEL, "The sea.", Options(max_tokens=8))
+    with Client(net.network, account=net.account, host="0:2") as client:
+        with pytest.raises(LocalProtocolError, match="wait_ready"):
+            client.plan(MODEL, 3)
+        answer = client.generate(MODEL, "The sea.", Options(max_tokens=8))
+        assert (answer.text, str(answer.route[0].span)) == (plain.text, "0:2")
+        ours = answer.route[0].peer
+        assert ours not in {step.peer for step in plain.route}
+        assert client.plan(MODEL, 3).stages[0].offer.peer == ours
+        with pytest.raises(ConfigError, match="hosted here"):
+            client.openai()
+
+
+def test_openais_client_over_a_gateway_of_the_clients_own(net: Net) -> None:
+    pytest.importorskip("openai")
+    with Client(net.network, account=net.account) as client:
+        openai = client.openai()
+        answer = openai.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=4)
+        assert answer.usage.completion_tokens == 4
 
 
 def test_examples_run(net: Net, served: Served, tmp_path: Path) -> None:

@@ -19,6 +19,12 @@ app = typer.Typer(help="Serve a span of a model's layers.", no_args_is_help=True
 _WAIT_POLL_S = 0.1
 
 
+DataDirOption = Annotated[
+    Path | None, typer.Option(help="Keys and state; by default in the XDG data folder.")
+]
+WithParent = Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.")]
+
+
 @app.command()
 def run(
     model: Annotated[
@@ -48,9 +54,8 @@ def run(
     retained_mb: Annotated[int, typer.Option(min=0, help="Memory to rebuild others from.")] = 512,
     spill_mb: Annotated[int, typer.Option(min=0, help="Disk for what goes beyond that.")] = 4096,
     drain_s: Annotated[float, typer.Option(min=0, help="How long a drain may take.")] = 30.0,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Keys and state; by default in the XDG data folder.")
-    ] = None,
+    data_dir: DataDirOption = None,
+    with_parent: WithParent = False,
     bootstrap: Annotated[
         list[str] | None, typer.Option(help="Another multiaddr to dial; repeatable.")
     ] = None,
@@ -86,6 +91,7 @@ def run(
         retained_mb=retained_mb,
         spill_mb=spill_mb,
         drain_s=drain_s,
+        with_parent=with_parent,
         extra_bootstrap=tuple(bootstrap or ()),
     )
     raise typer.Exit(main(config))
@@ -123,9 +129,6 @@ def _check_multiaddrs(texts: Sequence[str]) -> None:
             ) from error
 
 
-DataDirOption = Annotated[
-    Path | None, typer.Option(help="Keys and state; by default in the XDG data folder.")
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 

@@ -7,6 +7,8 @@ import typer
 
 from plait.errors import ConfigError
 
+WithParent = Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.")]
+
 
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -27,6 +29,7 @@ def serve(
     audit: Annotated[
         bool, typer.Option("--audit/--no-audit", help="Hold the audit lottery over the answers.")
     ] = True,
+    with_parent: WithParent = False,
     network: Annotated[
         Path | None, typer.Option(help="Network file; by default the last testnet started.")
     ] = None,
@@ -65,6 +68,7 @@ def serve(
         audits=audit,
         sessions_max=sessions_max,
         waiting_max=waiting_max,
+        with_parent=with_parent,
         version=__version__,
     )
     raise typer.Exit(

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 from plait.client.answer import Answer, Embedding, TextDelta
 from plait.client.background import background_loop
 from plait.client.client import AsyncClient, Options
+from plait.client.openai_client import openai_classes
 from plait.client.prompt import Prompt
 from plait.client.streaming import TextStream
 from plait.errors import LocalProtocolError
@@ -64,8 +65,18 @@ class Client:
         *,
         account: Path | str | None = None,
         audits: bool = True,
+        host: str | None = None,
+        host_dtype: str = "fp32",
+        host_address: str = "127.0.0.1",
     ) -> None:
-        self._client = AsyncClient(network, account=account, audits=audits)
+        self._client = AsyncClient(
+            network,
+            account=account,
+            audits=audits,
+            host=host,
+            host_dtype=host_dtype,
+            host_address=host_address,
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._living: concurrent.futures.Future[None] | None = None
@@ -132,6 +143,11 @@ class Client:
     def stream(self, model: str, prompt: Prompt, options: Options | None = None) -> BlockingStream:
         """Yield each token as it comes, then the ``Answer``."""
         return BlockingStream(self, self._client.stream(model, prompt, options))
+
+    def openai(self) -> Any:
+        """An ``openai.OpenAI`` over this network and account; see ``AsyncClient.openai``."""
+        url = self._call(self._client.gateway_url())
+        return openai_classes()[0](base_url=url, api_key="none")
 
     def embed(
         self, model: str, text: str | Sequence[int], options: Options | None = None

@@ -16,6 +16,7 @@ from plait.client.account import Account, open_account
 from plait.client.answer import Answer, Embedding
 from plait.client.audit_spool import AuditSpool, trust_of
 from plait.client.auditing import Audited, audit_bundle
+from plait.client.children import Child
 from plait.client.demand import Demand
 from plait.client.dialer import Dialer
 from plait.client.driver import Deliver
@@ -23,7 +24,9 @@ from plait.client.epoch import Order
 from plait.client.generation import Generation, Surroundings
 from plait.client.hedged import HedgedGeneration
 from plait.client.hedging import HedgeBudget, has_room, late_after_s
+from plait.client.hosting import Hosting, HostTerms, parse_spans
 from plait.client.lottery_keeper import LotteryKeeper
+from plait.client.openai_client import address_of, gateway_arguments, openai_classes
 from plait.client.prompt import Prompt, check_ids, check_lengths, prompt_ids
 from plait.client.streaming import Begun, TextStream, Tokens
 from plait.client.sub_accounts import order_sub_account, read_sub_accounts
@@ -138,6 +141,11 @@ class AsyncClient:
     torch nor libp2p: it learns offers from nodes' public ports and checks every signature.
     With ``audits`` it holds the network's audit lottery over its own sessions, in the
     background, but for those that name their peers; see ``client.lottery_keeper``.
+
+    ``host`` names layers, such as ``"0:2"`` or ``"0:2,28:30"``, that every route leaves on this
+    machine: nodes of the client's own serve them, one process for each span (this needs
+    plait[node] and the model's weights), from the first request for a model until the
+    client is left. ``host_address`` is where the others' nodes reach them.
     """
 
     def __init__(
@@ -146,9 +154,17 @@ class AsyncClient:
         *,
         account: Path | str | None = None,
         audits: bool = True,
+        host: str | None = None,
+        host_dtype: str = "fp32",
+        host_address: str = "127.0.0.1",
     ) -> None:
         path = network_path(Path(network) if network is not None else None)
+        self._path = path
         self.network: NetworkFile = load_network_file(path)
+        self._hosting: Hosting | None = None
+        if host is not None:
+            terms = HostTerms(spans=parse_spans(host), dtype=host_dtype, address=host_address)
+            self._hosting = Hosting(terms, path, self.view, self.changed)
         self._folder = Path(account) if account is not None else client_dir(path)
         self._models: dict[str, tuple[LocalModel, Tokenizer]] = {}
         self._stack = AsyncExitStack()
@@ -161,6 +177,7 @@ class AsyncClient:
         self._notices: NoticeBoard | None = None
         self.audit_spool = AuditSpool(self._folder / "audits")
         self._audits = audits and self.network.audit_rate_percent > 0
+        self._gateway: Child | None = None
         serial = len(self.network.authorities) > 1
         self.account: Account = open_account(self._folder, serial=serial)
 
@@ -186,6 +203,8 @@ class AsyncClient:
         if self._audits:
             keeper = LotteryKeeper(self.audit_spool, self.audit, _clock_ms)
             self._tasks.create_task(keeper.run(), name="audits")
+        if self._hosting is not None:
+            self._stack.push_async_callback(self._hosting.close)
         return self
 
     async def __aexit__(
@@ -220,6 +239,7 @@ class AsyncClient:
     async def wait_ready(self, model: str, timeout_s: float = 30.0) -> None:
         """Return once a complete pipeline exists; raises the error that still holds."""
         options = Options(max_tokens=1)
+        await self._pinned(model, options)
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
@@ -237,6 +257,11 @@ class AsyncClient:
         """The route that would be taken now; raises ``NoRoute`` or ``PeerUnreachable``."""
         local, _ = self._load(model)
         _entered(self._watch).check_reachable()
+        if self._hosting is not None:
+            pins = self._hosting.known(local.manifest.shape)
+            if pins is None:
+                raise LocalProtocolError(f"no layers of {model} are hosted yet: wait_ready first")
+            options = replace(options, pin=options.pin + pins)
         return plan(
             self.view(),
             local.manifest.shape,
@@ -347,6 +372,7 @@ class AsyncClient:
         embed: bool = False,
     ) -> Begun:
         local, tokenizer = self._load(model)
+        options = await self._pinned(model, options)
         ids = prompt_ids(tokenizer, prompt, raw=options.raw)
         check_ids(ids, local.manifest.vocabulary_size)
         check_lengths(len(ids), options.max_tokens, local.manifest.context_length)
@@ -416,6 +442,33 @@ class AsyncClient:
             late_s=late_after_s(planned.predicted.ttft_s),
             allowed=allowed,
         )
+
+    async def _pinned(self, model: str, options: Options) -> Options:
+        """The options with the layers that we host ourselves; starts their nodes."""
+        if self._hosting is None:
+            return options
+        _entered(self._watch)
+        pins = await self._hosting.pins(self._load(model)[0].manifest.shape)
+        return replace(options, pin=options.pin + pins)
+
+    async def openai(self) -> Any:
+        """An ``openai.AsyncOpenAI`` over this network and account, until the client is left.
+
+        It talks to a gateway in a process of its own (this needs plait[gateway]). Raises
+        ``ConfigError`` if a package is missing, or if we host layers: that gateway's routes
+        would not keep to them.
+        """
+        return openai_classes()[1](base_url=await self.gateway_url(), api_key="none")
+
+    async def gateway_url(self) -> str:
+        """The base URL of a gateway of our own; raises what ``openai`` raises."""
+        openai_classes()
+        if self._hosting is not None:
+            raise ConfigError("the gateway would not keep to the layers that are hosted here")
+        if self._gateway is None or self._gateway.ended:
+            self._gateway = Child.start(gateway_arguments(self._path))
+            self._stack.push_async_callback(self._gateway.close)
+        return await address_of(self._gateway)
 
     def _surroundings(self, watch: NetworkWatch) -> Surroundings:
         return Surroundings(

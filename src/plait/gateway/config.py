@@ -25,6 +25,8 @@ class GatewayConfig:
     audits: bool = True
     """Hold the network's audit lottery over the answers."""
     version: str = ""
+    with_parent: bool = False
+    """End when standard input does."""
     sessions_max: int = 256
     waiting_max: int = 0
     """Requests that may wait for a place; more are refused."""

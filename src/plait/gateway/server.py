@@ -5,6 +5,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Generator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import uvicorn
@@ -17,6 +18,7 @@ from plait.gateway.config import GatewayConfig
 from plait.gateway.key_store import KeyStore
 from plait.gateway.upstream import ClientUpstream
 from plait.logs import get_logger
+from plait.parent import watching_parent
 from plait.task_scope import TaskScope
 
 log = get_logger(__name__)
@@ -88,7 +90,10 @@ async def _serve(
         host, port = listener.getsockname()[:2]
         announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         try:
-            async with TaskScope() as tasks:
+            async with AsyncExitStack() as stack:
+                tasks = await stack.enter_async_context(TaskScope())
+                if config.with_parent:
+                    stack.enter_context(watching_parent(stop))
                 tasks.create_task(_close_revoked(upstream, config), name="revoked keys")
                 await server.serve(sockets=[listener])
         finally:

@@ -58,6 +58,8 @@ class NodeConfig:
     """Disk for that."""
     audit_window_s: int = 900
     """How long it is kept after a session has ended."""
+    with_parent: bool = False
+    """End when standard input does: with the process that started this one."""
     extra_bootstrap: tuple[str, ...] = field(default=())
     """More multiaddrs to dial than the network file names."""
 

@@ -20,6 +20,7 @@ from plait.network_file import Authority, NetworkFile, load_network_file
 from plait.node.config import NodeConfig
 from plait.node.control import serve_control
 from plait.node.state import NodeState, StateFile, lock_data_dir
+from plait.parent import watching_parent
 from plait.task_scope import TaskScope
 from plait.types import PeerId
 
@@ -107,6 +108,8 @@ async def _run_node(config: NodeConfig) -> int:
     try:
         async with AsyncExitStack() as stack:
             tasks = await stack.enter_async_context(TaskScope())
+            if config.with_parent:
+                stack.enter_context(watching_parent(node.drain))
             await stack.enter_async_context(serve_control(config.data_dir, node))
             await _start_roles(config, network, stack, tasks, node)
             node.become("ready")
