@@ -10,7 +10,7 @@ each stage is then replayed frame by frame by a host of the same layers, --repla
 sessions together, and all frames of a session once more as one prompt. The hashes and
 signatures around it are not part of this: the unit tests have those. Results are put into
 FILE by part. ``honest`` saves after each round and goes on from there when it is called
-again; it also ends after --seconds. Progress is on stderr.
+again; it also ends after --seconds, ``cheats`` saves after each. Progress is on stderr.
 """
 
 import argparse
@@ -388,10 +388,9 @@ def cheats_part(
     count: int = 4,
     cheats: Sequence[str] = (),
     stages: Sequence[int] = (),
-) -> dict[str, Any]:
-    """Each cheat (or those named) at each stage where it can be."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each cheat (or those named) at each stage where it can be (or those named)."""
     honest = load(local, dtype)
-    found = {}
     for cheat, places in PLACES.items():
         if cheats and cheat not in cheats:
             continue
@@ -401,10 +400,8 @@ def cheats_part(
             if dtype != "fp32" and cheat not in ("copied-output", "seed", "prompt", "int8"):
                 continue  # they need the modules of the fp32 class
             tally = exposures(local, honest, dtype, cheat, index, count)
-            name = f"{cheat} at stage {index}"
-            found[name] = {**tally.figures(), "lottery": until_exposed(tally.exposed)}
-            print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
-    return found
+            figures = {**tally.figures(), "lottery": until_exposed(tally.exposed)}
+            yield f"{cheat} at stage {index}", figures
 
 
 def lower_part(local: Any, seconds: float) -> dict[str, Any]:
@@ -414,7 +411,7 @@ def lower_part(local: Any, seconds: float) -> dict[str, Any]:
         found[dtype] = {
             "honest_alone": honest_rounds(local, dtype, 1, seconds / 6),
             "honest_batch_8": honest_rounds(local, dtype, 8, seconds / 6),
-            "cheats": cheats_part(local, dtype, 2),
+            "cheats": dict(cheats_part(local, dtype, 2)),
         }
         print(dtype, json.dumps(found[dtype]), file=sys.stderr, flush=True)
     return found
@@ -435,8 +432,11 @@ def parts(
         case "threads":
             yield "other_threads_fp32", other_threads(local, "fp32")
         case "cheats":
-            found = cheats_part(local, "fp32", arguments.count, arguments.cheat, arguments.stage)
-            yield "cheats_fp32", {**known.get("cheats_fp32", {}), **found}
+            found = dict(known.get("cheats_fp32", {}))
+            some = cheats_part(local, "fp32", arguments.count, arguments.cheat, arguments.stage)
+            for name, figures in some:
+                found[name] = figures
+                yield "cheats_fp32", dict(found)
         case "lower":
             yield "lower", lower_part(local, arguments.seconds)
 
