@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 import plait.compute.load
+from plait.compute.linear import Fp32Linear, Linear
 from plait.compute.load import load_stage
 from plait.compute.port import Done, Work
+from plait.compute.ragged import Layer
 from plait.compute.stage import TorchStage
 from plait.model.local import LocalModel
 from plait.types import Sampling, SessionId, Span
@@ -123,53 +125,57 @@ class Sometimes(Dishonest):
         ]
 
 
-class _Skipped(torch.nn.Module):
-    """A layer that does nothing."""
+class _Nothing:
+    """A matrix of zeros."""
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return hidden_states
+    def __init__(self, outputs: int) -> None:
+        self._outputs = outputs
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``Linear.rows``."""
+        return torch.zeros(len(rows), self._outputs)
+
+    item = rows
 
 
 def skips_layer(honest: TorchStage) -> TorchStage:
     """The same stage without the layer in its middle."""
-    model = copy.copy(honest._model)
-    layers = _layers(model)
-    layers[len(layers) // 2] = _Skipped()
-    return _sharing(honest, model, layers)
+    nothing = _Nothing(honest.width)
+    return _with_middle(honest, attention_output=nothing, down=nothing)
 
 
 def changes_matrix(honest: TorchStage) -> TorchStage:
     """The same stage with one matrix 1 % off."""
-    model = copy.copy(honest._model)
-    layers = _layers(model)
-    layer = copy.deepcopy(layers[len(layers) // 2])
-    weight = layer.mlp.down_proj.weight
-    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    weight.data += 0.01 * weight.data.square().mean().sqrt() * noise
-    layers[len(layers) // 2] = layer
-    return _sharing(honest, model, layers)
+    model: Any = honest._model
+    layer: Layer = model._layers[len(model._layers) // 2]
+    return _with_middle(honest, down=_off(layer.down, model.config.feed_forward_size))
 
 
 def changes_head(honest: TorchStage) -> TorchStage:
     """The same stage with the head's matrix 1 % off: the hidden states are right."""
     model: Any = copy.copy(honest._model)
-    head = copy.deepcopy(model._head)
-    noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1))
-    head.weight.data += 0.01 * head.weight.data.square().mean().sqrt() * noise
-    model._head = head
-    return _sharing(honest, model, _layers(model))
+    model._head = _off(model._head, honest.width)
+    return _sharing(honest, model)
 
 
-def _layers(model: Any) -> list[Any]:
-    return list(model.base.layers)
+def _off(matrix: Linear, inputs: int) -> Linear:
+    """The matrix with 1 % of noise."""
+    weight = matrix.rows(torch.eye(inputs)).t().contiguous()
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    return Fp32Linear(weight + 0.01 * weight.square().mean().sqrt() * noise)
 
 
-def _sharing(honest: TorchStage, model: Any, layers: list[Any]) -> TorchStage:
-    """A stage with its own cache over changed layers; all other weights are shared."""
-    model.base = copy.copy(model.base)
-    model.base._modules = dict(model.base._modules)
-    model.base.layers = torch.nn.ModuleList(layers)
-    model._parts = {}
+def _with_middle(honest: TorchStage, **changes: Linear) -> TorchStage:
+    """The same stage with other matrices in the layer in its middle."""
+    model: Any = copy.copy(honest._model)
+    layers = list(model._layers)
+    layers[len(layers) // 2] = replace(layers[len(layers) // 2], **changes)
+    model._layers = layers
+    return _sharing(honest, model)
+
+
+def _sharing(honest: TorchStage, model: Any) -> TorchStage:
+    """A stage with its own cache; all weights that are not changed are shared."""
     return TorchStage(
         model,
         honest.shape,
