@@ -319,6 +319,22 @@ async def test_an_end_token_has_its_place_among_the_scores() -> None:
     assert len(choice["logprobs"]["tokens"]) == len(tokenizer().encode("the sea")) + 1
 
 
+async def test_a_plain_delta_is_what_encoding_the_whole_chunk_gives() -> None:
+    pieces = ('say "hi"\\n', "\u00e9\u4e2d\U0001f600", "\n\t\x01", "\u2028</script>")
+    call = Caller(FakeUpstream(pieces=pieces))
+    for more in ({}, {"stream_options": {"include_usage": True}}):
+        plain = (await call.chat(stream=True, n=2, **more)).events()
+        told = (await call.chat(stream=True, n=2, logprobs=True, **more)).events()
+        assert len(plain) == len(told)
+        for one, other in zip(plain, told, strict=True):
+            if one == "[DONE]" or not one["choices"] or "plait" in one:
+                continue
+            other["choices"][0]["logprobs"] = None
+            assert list(one) == list(other)
+            assert one["choices"] == other["choices"]
+            assert one.get("usage", "none") == other.get("usage", "none")
+
+
 async def test_completions_take_texts_and_token_ids() -> None:
     call = Caller()
     body = (await call.complete(["one", "two"], n=2, echo=True)).json()

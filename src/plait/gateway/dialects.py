@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plait.gateway.failure import ApiError
-from plait.gateway.frames import DONE, Result, Usage, data
+from plait.gateway.frames import DONE, Result, Usage, data, encode
 from plait.gateway.running import Piece, Token
 from plait.gateway.shelf import Shelved
 from plait.gateway.tools import ToolCall
@@ -72,6 +72,7 @@ class ChatDialect(_Completions):
         super().__init__(head, include_usage=include_usage)
         self._logprobs = logprobs
         self._calls: dict[int, int] = {}
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def begin(self, results: list[Result]) -> list[bytes]:
         """The roles."""
@@ -81,17 +82,28 @@ class ChatDialect(_Completions):
     def piece(self, piece: Piece) -> list[bytes]:
         """Deltas of text and of calls."""
         frames = []
-        if piece.text or (self._logprobs and piece.tokens):
+        if self._logprobs and (piece.text or piece.tokens):
             choice = _delta(piece.index, {"content": piece.text})
-            if self._logprobs:
-                choice["logprobs"] = chat_logprobs(self._head.model, piece.tokens)
+            choice["logprobs"] = chat_logprobs(self._head.model, piece.tokens)
             frames.append(self._chunk(choice))
+        elif piece.text:
+            before, after = self._around(piece.index)
+            frames.append(before + encode(piece.text) + after)
         for call in piece.calls:
             number = self._calls.get(piece.index, 0)
             self._calls[piece.index] = number + 1
             delta = {"tool_calls": [{"index": number} | _call(call)]}
             frames.append(self._chunk(_delta(piece.index, delta)))
         return frames
+
+    def _around(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and after the text of every plain delta of a choice: to encode
+        it once is a good part of what the gateway would add to a token."""
+        if index not in self._frames:
+            whole = self._chunk(_delta(index, {"content": ""}))
+            before, _, after = whole.partition(b'"content":""')
+            self._frames[index] = before + b'"content":', after
+        return self._frames[index]
 
     def finish(self, result: Result, plait: dict[str, Any]) -> list[bytes]:
         """An empty delta with the reason."""

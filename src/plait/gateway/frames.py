@@ -12,12 +12,12 @@ from plait.gateway.tools import ToolCall
 
 DONE = b"data: [DONE]\n\n"
 
-_encode = msgspec.json.Encoder().encode
+encode = msgspec.json.Encoder().encode
 
 
 def data(value: object) -> bytes:
     """An unnamed event."""
-    return b"data: " + _encode(value) + b"\n\n"
+    return b"data: " + encode(value) + b"\n\n"
 
 
 def named(name: str, value: object) -> bytes:
