@@ -50,6 +50,7 @@ def audit(
     from plait.cli.output import emit_json
     from plait.ledger.checkpoint import open_checkpoint
     from plait.ledger.journal_audit import JournalAuditor, audit_journal
+    from plait.ledger.service.verify_ahead import verified_ahead
 
     named, file = authority(network), network_file(network)
     source = read_journal_file(journal) if journal else _fetch(network)
@@ -57,7 +58,7 @@ def audit(
         raise ConfigError(f"{journal} has no checkpoint", remedy="export it again, whole")
     signed = open_checkpoint(source.checkpoint, named.log_origin, named.log_key)
     auditor = JournalAuditor(file.network_id, file.issuer_key, committee=len(file.authorities) > 1)
-    report = audit_journal(auditor, source.pages, signed)
+    report = audit_journal(auditor, verified_ahead(source.pages, _other_cores()), signed)
     if json_output:
         emit_json(report)
     else:
@@ -67,6 +68,12 @@ def audit(
         print("\n".join(report.violations) or "the signed checkpoint holds")
     if report.violations:
         raise typer.Exit(1)
+
+
+def _other_cores() -> int:
+    import os
+
+    return min(8, (os.cpu_count() or 1) - 1)
 
 
 def export(
