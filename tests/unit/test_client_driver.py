@@ -119,6 +119,9 @@ class Echo:
         start = len(self.learnt)
         return tuple(self.script[start : start + most])
 
+    def late(self) -> tuple[int, ...]:
+        return ()
+
     def observe(self, proposed: int, accepted: int, elapsed_ms: float | None) -> None:
         self.observed.append((proposed, accepted))
 

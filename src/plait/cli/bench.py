@@ -165,6 +165,9 @@ def draft(
     rounds: Annotated[int, typer.Option(help="Pairs of answers per task.", min=1)] = 5,
     tokens: Annotated[int, typer.Option(help="Of each answer, at most.", min=8)] = 128,
     tasks: Annotated[str, typer.Option(help="Names, or all.")] = "all",
+    draft: Annotated[
+        str | None, typer.Option("--draft", help="A small local model that guesses, too.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Time answers through a testnet with and without drafts, in turns.
@@ -178,12 +181,13 @@ def draft(
     names = tuple(TASKS) if tasks == "all" else tuple(tasks.split(","))
     if not set(names) <= set(TASKS):
         raise ConfigError(f"--tasks {tasks}: there are {', '.join(TASKS)}")
-    plan = DraftPlan(model, dtype, stages, delay_ms, rounds, tokens, names)
+    plan = DraftPlan(model, dtype, stages, delay_ms, rounds, tokens, names, draft)
     figures = [asdict(figure) for figure in measure_drafts(plan, status)]
     if not as_json:
         for figure in figures:
             del figure["plain_ms"], figure["drafted_ms"]
     report = {"model": model, "dtype": dtype, "stages": stages, "delay_ms": delay_ms}
+    report |= {"draft": draft}
     _emit(report | {"rounds": rounds, "tasks": figures}, as_json, "tasks")
 
 

@@ -68,7 +68,8 @@ summarises it, and to its own with the prose: the two ends of what drafts from t
 class DraftPlan:
     """What to measure: ``rounds`` pairs of answers of at most ``tokens`` for each task.
 
-    ``delay_ms`` is one way, per hop; 0 is loopback without a forwarder.
+    ``delay_ms`` is one way, per hop; 0 is loopback without a forwarder. ``draft``
+    names a local model that drafts; without it the text alone does.
     """
 
     model: str
@@ -78,6 +79,7 @@ class DraftPlan:
     rounds: int
     tokens: int
     tasks: tuple[str, ...]
+    draft: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,10 @@ def measure_drafts(plan: DraftPlan, progress: Progress) -> list[DraftFigure]:
     """Measure every task, plain and drafted in turns; minutes."""
     wan = "lan" if plan.delay_ms else ""
     found: dict[str, list[tuple[Answer, Answer]]] = {task: [] for task in plan.tasks}
-    with testnet(plan.model, plan.stages, plan.dtype, wan) as network, Client(network) as client:
+    with (
+        testnet(plan.model, plan.stages, plan.dtype, wan) as network,
+        Client(network, audits=False, draft=plan.draft) as client,
+    ):
         if plan.delay_ms:
             request(network.parent, "shape", change={"delay_s": plan.delay_ms / 1000})
         for turn in range(1 + plan.rounds):

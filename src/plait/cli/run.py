@@ -29,6 +29,9 @@ Ignore = Annotated[list[str] | None, typer.Option(help="Never use this peer; rep
 Drafts = Annotated[
     bool, typer.Option("--drafts/--no-drafts", help="Guess what follows; never another text.")
 ]
+DraftModel = Annotated[
+    str | None, typer.Option("--draft", help="A small local model that guesses, too.")
+]
 QosClass = Annotated[
     Literal["interactive", "standard", "batch"], typer.Option("--qos", help="How urgent it is.")
 ]
@@ -71,6 +74,7 @@ def run(
     only: Only = None,
     ignore: Ignore = None,
     drafts: Drafts = True,
+    draft: DraftModel = None,
     qos: QosClass = "standard",
     wire: WireFormat = None,
     wait_replica: WaitReplica = 20.0,
@@ -111,7 +115,7 @@ def run(
     if bundle is not None:
         _check_writable(bundle)
     text = sys.stdin.read() if prompt == "-" else prompt
-    with _client(network, audits=audit) as client:
+    with _client(network, draft if drafts else None, audits=audit) as client:
         answer = _stream(client, model, text, options, show=not json_output)
     if bundle is not None and answer.bundle is not None:
         bundle.write_bytes(answer.bundle)
@@ -137,6 +141,7 @@ def chat(
     only: Only = None,
     ignore: Ignore = None,
     drafts: Drafts = True,
+    draft: DraftModel = None,
     qos: QosClass = "standard",
     wire: WireFormat = None,
     wait_replica: WaitReplica = 20.0,
@@ -165,7 +170,7 @@ def chat(
         **_peers(pin, only, ignore),
     )
     messages = [{"role": "system", "content": system}] if system else []
-    with _client(network, audits=audit) as client:
+    with _client(network, draft if drafts else None, audits=audit) as client:
         client.check_model(model)
         while line := _ask():
             messages.append({"role": "user", "content": line})
@@ -207,11 +212,11 @@ def _options(**values: Any) -> "Options":
     return Options(**values)
 
 
-def _client(network: Path | None, *, audits: bool = False) -> "Client":
+def _client(network: Path | None, draft: str | None = None, *, audits: bool = False) -> "Client":
     from plait.client import Client
     from plait.locate import client_dir, network_path
 
-    return Client(network_path(network), account=client_dir(network), audits=audits)
+    return Client(network_path(network), account=client_dir(network), audits=audits, draft=draft)
 
 
 def _stream(

@@ -8,6 +8,10 @@ import typer
 from plait.errors import ConfigError
 
 WithParent = Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(help="A small local model that drafts for those with its tokenizer."),
+]
 
 
 def serve(
@@ -23,13 +27,12 @@ def serve(
         bool, typer.Option("--bundles", help="Collect the evidence of every answer.")
     ] = False,
     sessions_max: Annotated[int, typer.Option(min=1, help="Most answers at once.")] = 256,
-    waiting_max: Annotated[
-        int, typer.Option(min=0, help="Most requests that wait for a place.")
-    ] = 64,
+    waiting_max: Annotated[int, typer.Option(min=0, help="Most requests that wait.")] = 64,
     audit: Annotated[
         bool, typer.Option("--audit/--no-audit", help="Hold the audit lottery over the answers.")
     ] = True,
     with_parent: WithParent = False,
+    draft: Draft = None,
     network: Annotated[
         Path | None, typer.Option(help="Network file; by default the last testnet started.")
     ] = None,
@@ -69,6 +72,7 @@ def serve(
         sessions_max=sessions_max,
         waiting_max=waiting_max,
         with_parent=with_parent,
+        draft=draft,
         version=__version__,
     )
     raise typer.Exit(

@@ -149,6 +149,11 @@ class Ticked:
 
 
 @dataclass(frozen=True, slots=True)
+class Drafted:
+    """The drafter, for which the next frame may wait, may be ready."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stopped:
     """The user has enough: end the answer, pay for what was delivered."""
 
@@ -173,6 +178,7 @@ Event = (
     | Faulted
     | LinkLost
     | Ticked
+    | Drafted
     | Stopped
     | Cancelled
 )

@@ -68,6 +68,7 @@ class Client:
         host: str | None = None,
         host_dtype: str = "fp32",
         host_address: str = "127.0.0.1",
+        draft: str | None = None,
     ) -> None:
         self._client = AsyncClient(
             network,
@@ -76,6 +77,7 @@ class Client:
             host=host,
             host_dtype=host_dtype,
             host_address=host_address,
+            draft=draft,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()

@@ -19,7 +19,8 @@ from plait.client.auditing import Audited, audit_bundle
 from plait.client.children import Child
 from plait.client.demand import Demand
 from plait.client.dialer import Dialer
-from plait.client.driver import Deliver
+from plait.client.drafting import DraftModel
+from plait.client.driver import Deliver, Drafter
 from plait.client.epoch import Order
 from plait.client.generation import Generation, Surroundings
 from plait.client.hedged import HedgedGeneration
@@ -146,6 +147,8 @@ class AsyncClient:
     machine: nodes of the client's own serve them, one process for each span (this needs
     plait[node] and the model's weights), from the first request for a model until the
     client is left. ``host_address`` is where the others' nodes reach them.
+
+    ``draft`` names a small local model that drafts for those with its tokenizer (needs torch).
     """
 
     def __init__(
@@ -157,6 +160,7 @@ class AsyncClient:
         host: str | None = None,
         host_dtype: str = "fp32",
         host_address: str = "127.0.0.1",
+        draft: str | None = None,
     ) -> None:
         path = network_path(Path(network) if network is not None else None)
         self._path = path
@@ -178,6 +182,8 @@ class AsyncClient:
         self.audit_spool = AuditSpool(self._folder / "audits")
         self._audits = audits and self.network.audit_rate_percent > 0
         self._gateway: Child | None = None
+        self._draft = None if draft is None else load(draft)
+        self._draft_model: DraftModel | None = None
         serial = len(self.network.authorities) > 1
         self.account: Account = open_account(self._folder, serial=serial)
 
@@ -205,6 +211,9 @@ class AsyncClient:
             self._tasks.create_task(keeper.run(), name="audits")
         if self._hosting is not None:
             self._stack.push_async_callback(self._hosting.close)
+        if self._draft is not None:
+            self._draft_model = await DraftModel.load(self._draft, self._tasks.create_task)
+            self._stack.callback(self._draft_model.close)
         return self
 
     async def __aexit__(
@@ -398,9 +407,10 @@ class AsyncClient:
         around = self._surroundings(watch)
 
         def make(avoid: frozenset[PeerId], take: Callable[[Deliver], None]) -> Generation:
-            drafter = AdaptiveDrafter(ids) if options.drafts else None
+            drafts = self._drafts(local, order, lambda: made.drafted()) if options.drafts else ()
             route = replace(order.route, ignore=order.route.ignore | avoid)
-            return Generation(replace(order, route=route), around, take, drafter)
+            made = Generation(replace(order, route=route), around, take, *drafts)
+            return made
 
         self._hedges.prompted(len(ids), _clock_ms())
         hedged = self._hedged(model, len(ids), options, make, emit)
@@ -469,6 +479,15 @@ class AsyncClient:
             self._gateway = Child.start(gateway_arguments(self._path))
             self._stack.push_async_callback(self._gateway.close)
         return await address_of(self._gateway)
+
+    def _drafts(
+        self, local: LocalModel, order: Order, ready: Callable[[], None]
+    ) -> tuple[Drafter] | tuple[Drafter, Callable[[], None]]:
+        """Who guesses for an order and, if it is a model, what to call when that has ended."""
+        model, ids = self._draft_model, order.prompt_ids
+        if model is not None and model.fits(local):
+            return model.drafter(ids, order.route.max_tokens, order.sampling, ready)
+        return (AdaptiveDrafter(ids),)
 
     def _surroundings(self, watch: NetworkWatch) -> Surroundings:
         return Surroundings(

@@ -30,8 +30,11 @@ class Drafter(Protocol):
     def extend(self, ids: Sequence[int]) -> None:
         """Learn what was drawn."""
 
-    def propose(self, most: int) -> tuple[int, ...]:
-        """Up to ``most`` ids that may follow."""
+    def propose(self, most: int) -> tuple[int, ...] | None:
+        """Up to ``most`` ids that may follow; None: ask again when they are thought of."""
+
+    def late(self) -> tuple[int, ...]:
+        """The same, when nobody can wait for more."""
 
     def observe(self, proposed: int, accepted: int, elapsed_ms: float | None) -> None:
         """Learn how many of the last proposal were drawn, and how long the traversal took.
@@ -199,6 +202,8 @@ class Driver:
         self._draws_in_chunk = 0
         self._first_of_epoch = False
         self._stopping = False
+        self.thinking = False
+        """The next frame waits for the drafter: call ``drafted`` when it may be ready."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -231,7 +236,7 @@ class Driver:
 
     def resume(self, *, replay: bool) -> list[Action]:
         """Go on in a new epoch; ``replay`` feeds the first stage all ids before, too."""
-        self.frames, self.answered = [], None
+        self.frames, self.answered, self.thinking = [], None, False
         self._draws_in_chunk = 0
         self._first_of_epoch = True
         actions: list[Action] = []
@@ -240,9 +245,13 @@ class Driver:
             actions += [self._send(frame) for frame in self._replay_frames()]
         # Above every replay frame's number on any hop, since each has a row at least.
         self._traversal = self.position
-        frame = self._decode_frame() if self.drawn else self._prefill_frame()
+        frame = self._decode_frame(()) if self.drawn else self._prefill_frame()
         self._first_of_epoch = False
         return [*actions, self._send(frame)]
+
+    def drafted(self, *, late: bool = False) -> list[Action]:
+        """The drafter may be ready: send the frame that waits for it, ``late`` in any case."""
+        return self._next_frame(late=late) if self.thinking else []
 
     def stop(self) -> None:
         """End the answer after the result that is due, with its last chunk closed."""
@@ -346,10 +355,31 @@ class Driver:
         ]
         self.finish = self._finish_reason()
         if self.finish is None:
-            return [*actions, self._send(self._decode_frame())]
+            return actions + self._next_frame()
         if sent.close_chunk:
             return [*actions, Finish(self.finish)]
         return [*actions, self._send(self._closing_frame())]
+
+    def _next_frame(self, *, late: bool = False) -> list[Action]:
+        drafts = self._drafts(late=late)
+        self.thinking = drafts is None
+        return [] if drafts is None else [self._send(self._decode_frame(drafts))]
+
+    def _drafts(self, *, late: bool) -> tuple[int, ...] | None:
+        """Guesses for the next frame; None if the drafter is not ready."""
+        # A frame with drafts closes nothing: how many are accepted is known only afterwards.
+        most = min(self._chunk_left - 2, self._answer_left - 2, DRAFTS_MAX)
+        if self._drafter is None or not self.may_draft or most <= 0:
+            return ()
+        return self._drafter.late()[:most] if late else self._drafter.propose(most)
+
+    @property
+    def _chunk_left(self) -> int:
+        return self._accounting.chunk_tokens - self._draws_in_chunk
+
+    @property
+    def _answer_left(self) -> int:
+        return self._max_tokens - len(self.drawn)
 
     def _finish_reason(self) -> FinishReason | None:
         if self.drawn[-1] in self._end_ids:
@@ -391,16 +421,9 @@ class Driver:
             for number, start in enumerate(range(0, len(known), REPLAY_ROWS_MAX))
         ]
 
-    def _decode_frame(self) -> SendFrame:
-        chunk_left = self._accounting.chunk_tokens - self._draws_in_chunk
-        answer_left = self._max_tokens - len(self.drawn)
+    def _decode_frame(self, drafts: tuple[int, ...]) -> SendFrame:
         # The first frame of an epoch closes its chunk, so that a replay is receipted at once.
-        close = self._first_of_epoch or min(chunk_left, answer_left) == 1
-        # A frame with drafts closes nothing: how many are accepted is known only afterwards.
-        most = 0 if close else min(chunk_left - 2, answer_left - 2, DRAFTS_MAX)
-        drafts: tuple[int, ...] = ()
-        if self._drafter is not None and self.may_draft and most > 0:
-            drafts = self._drafter.propose(most)
+        close = self._first_of_epoch or min(self._chunk_left, self._answer_left) == 1
         return SendFrame(
             self._traversal,
             self.position,

@@ -18,6 +18,7 @@ from plait.client.actions import (
     CloseEpoch,
     CloseStages,
     ConfirmStage,
+    Drafted,
     Event,
     Failed,
     Finished,
@@ -104,10 +105,12 @@ class Generation:
         around: Surroundings,
         emit: Callable[[Deliver], None],
         drafter: Drafter | None = None,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         self._order = order
         self._around = around
         self._emit = emit
+        self._ended = ended
         self.embedding: tuple[float, ...] = ()
         self._events: asyncio.Queue[Event] = asyncio.Queue(EVENTS_MAX)
         self._core = SessionCore(
@@ -149,6 +152,10 @@ class Generation:
         """The stages of the pipeline that is open or being opened; empty before the first."""
         return self._pipeline.peers if self._pipeline is not None else ()
 
+    def drafted(self) -> None:
+        """The drafter may be ready."""
+        self._report(Drafted())
+
     def stop(self) -> None:
         """End the answer with the token that is due; what was delivered is paid for."""
         self._report(Stopped())
@@ -167,6 +174,7 @@ class Generation:
             raise
         finally:
             self._set_timer(SetTimer(None))
+            self._ended()
         settled = self._closing is not None and await asyncio.shield(self._closing)
         if isinstance(outcome, Failed):
             raise outcome.error

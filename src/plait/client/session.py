@@ -22,6 +22,7 @@ from plait.client.actions import (
     Cancelled,
     CloseEpoch,
     CloseStages,
+    Drafted,
     EpochClosed,
     Event,
     Failed,
@@ -77,6 +78,8 @@ from plait.v1.identity_pb2 import SignedEnvelope
 CONFIRM_TIMEOUT_MS = 6_000
 CLOSE_EPOCH_TIMEOUT_MS = 700
 FRAME_TTL_MS = 60_000
+DRAFTS_WAIT_MS = 500
+"""The longest that a frame waits for the drafter."""
 WAIT_RETRY_MS = 500
 TROUBLE_FACTOR = 3
 """Reroutes that bring no token end after so many times the wait for a replica."""
@@ -185,6 +188,9 @@ class SessionCore:
                     self._lose(event.peer, f"the link to {event.peer} ended: {event.reason}")
             case Ticked():
                 self._on_tick()
+            case Drafted():
+                if self._phase is _Phase.LIVE:
+                    self._perform(self.driver.drafted())
             case Stopped():
                 self.driver.stop()
             case Cancelled():
@@ -237,6 +243,8 @@ class SessionCore:
 
     def _on_tick(self) -> None:
         match self._phase:
+            case _Phase.LIVE if self.driver.thinking and self._now_ms >= self._silent_at_ms:
+                self._perform(self.driver.drafted(late=True))
             case _Phase.LIVE if self._now_ms >= self._silent_at_ms:
                 waited_s = (self._now_ms - self._sent_ms) / 1000
                 self._trouble({}, f"the pipeline was silent for {waited_s:.1f} s")
@@ -435,6 +443,8 @@ class SessionCore:
             return
         self._perform(actions)
         if self._phase is _Phase.LIVE:
+            if driver.thinking:
+                self._be_patient(DRAFTS_WAIT_MS)
             self._note_pace(event, elapsed_ms)
 
     def _elapsed_ms(self, sent: SendFrame) -> float | None:

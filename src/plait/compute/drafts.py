@@ -111,7 +111,7 @@ _PROBE_AFTER_MAX = 64
 
 
 @dataclass(slots=True)
-class _Acceptance:
+class Acceptance:
     """Recent drafts after matches of one kind: how many were tried, how many were right."""
 
     prior: float
@@ -120,11 +120,19 @@ class _Acceptance:
 
     @property
     def rate(self) -> float:
+        """The chance of the next draft."""
         return (self.right + self.prior * _PRIOR_TRIALS) / (self.tried + _PRIOR_TRIALS)
 
     def record(self, tried: int, right: int) -> None:
-        self.tried = self.tried * _DECAY + tried
-        self.right = self.right * _DECAY + right
+        """Of so many drafts, up to the first wrong one, so many were right."""
+        self.fade()
+        self.tried += tried
+        self.right += right
+
+    def fade(self) -> None:
+        """Count what was seen a little less: the estimate goes back to what is usual."""
+        self.tried *= _DECAY
+        self.right *= _DECAY
 
 
 @dataclass(slots=True)
@@ -132,6 +140,8 @@ class _RowCost:
     """What a further row costs, in traversals of one row: the line through recent times."""
 
     ratio: float = _ROW_COST
+    one_row_ms: float = 0.0
+    """0 until it is known."""
     weight: float = 0.0
     rows: float = 0.0
     time: float = 0.0
@@ -156,6 +166,7 @@ class _RowCost:
         slope = (self.weight * self.rows_time - self.rows * self.time) / spread
         one_row = (self.time - slope * self.rows) / self.weight + slope
         if one_row > 0:
+            self.one_row_ms = one_row
             self.ratio = min(1.0, max(0.02, slope / one_row))
 
 
@@ -171,18 +182,44 @@ class DraftLength:
     """
 
     length_max: int = LENGTH_MAX
-    _kinds: tuple[_Acceptance, ...] = field(
-        default_factory=lambda: tuple(_Acceptance(prior) for prior in _PRIORS)
+    _kinds: tuple[Acceptance, ...] = field(
+        default_factory=lambda: tuple(Acceptance(prior) for prior in _PRIORS)
     )
     _cost: _RowCost = field(default_factory=_RowCost)
     _skipped: int = 0
     _drafted: int = 0
     _probe_after: int = _PROBE_AFTER
 
+    @property
+    def row_cost(self) -> float:
+        """What a further row costs, in traversals of one row."""
+        return self._cost.ratio
+
+    @property
+    def traversal_ms(self) -> float:
+        """A traversal of one row, roughly at first; 0 before any was timed."""
+        cost = self._cost
+        return cost.one_row_ms or (cost.time / cost.weight if cost.weight else 0.0)
+
+    def record_time(self, rows: int, elapsed_ms: float | None) -> None:
+        """A traversal of so many rows took so long; None where that means nothing."""
+        if elapsed_ms is not None:
+            self._cost.record(rows, elapsed_ms)
+
     def length(self, match_length: int) -> int:
         """How many drafts to send after a match of that length; 0 for none."""
         if match_length < 1:
             return 0
+        best, _ = self.best(match_length)
+        if best == 0 and self.length_max:
+            self._skipped += 1
+            return int(self._skipped >= self._probe_after)
+        if self._drafted >= _PLAIN_EVERY and not self._cost.clear:
+            return 0
+        return best
+
+    def best(self, match_length: int) -> tuple[int, float]:
+        """(drafts that gain most, tokens per time that they give over none)."""
         best, best_gain = 0, _GAIN_MIN
         tokens, chance = 1.0, 1.0
         for count in range(1, self.length_max + 1):
@@ -191,12 +228,7 @@ class DraftLength:
             gain = tokens / (1 + self._cost.ratio * count)
             if gain > best_gain:
                 best, best_gain = count, gain
-        if best == 0 and self.length_max:
-            self._skipped += 1
-            return int(self._skipped >= self._probe_after)
-        if self._drafted >= _PLAIN_EVERY and not self._cost.clear:
-            return 0
-        return best
+        return best, best_gain if best else 1.0
 
     def record(
         self, match_length: int, proposed: int, accepted: int, elapsed_ms: float | None = None
@@ -206,8 +238,7 @@ class DraftLength:
         ``elapsed_ms`` is how long it took; leave it out where that means nothing (a
         prefill, or a rerouted traversal).
         """
-        if elapsed_ms is not None:
-            self._cost.record(1 + proposed, elapsed_ms)
+        self.record_time(1 + proposed, elapsed_ms)
         self._drafted = self._drafted + 1 if proposed else 0
         if not proposed:
             return
@@ -250,11 +281,35 @@ class AdaptiveDrafter:
         """Learn what was drawn."""
         self._lookup.extend(ids)
 
+    @property
+    def row_cost(self) -> float:
+        """What a further row costs, in traversals of one row."""
+        return self._policy.row_cost
+
+    @property
+    def traversal_ms(self) -> float:
+        """A traversal of one row; 0 before any was timed."""
+        return self._policy.traversal_ms
+
     def propose(self, most: int) -> tuple[int, ...]:
         """Up to ``most`` ids that may follow."""
+        return self.offer(most)[0]
+
+    def offer(self, most: int) -> tuple[tuple[int, ...], float]:
+        """``propose``, and the gain that is expected of it: 1 is none."""
         self._match_length = self._lookup.match_length
         count = min(most, self._policy.length(self._match_length))
-        return self._lookup.propose(count) if count > 0 else ()
+        if count <= 0:
+            return (), 1.0
+        return self._lookup.propose(count), self._policy.best(self._match_length)[1]
+
+    def late(self) -> tuple[int, ...]:
+        """Nothing here is ever waited for."""
+        return ()
+
+    def observe_time(self, rows: int, elapsed_ms: float | None) -> None:
+        """Learn how long a traversal of so many rows took, whosever drafts they were."""
+        self._policy.record_time(rows, elapsed_ms)
 
     def observe(self, proposed: int, accepted: int, elapsed_ms: float | None = None) -> None:
         """Learn how many of the last proposal were drawn, 0 of 0 too, and how long the

@@ -30,6 +30,8 @@ class GatewayConfig:
     sessions_max: int = 256
     waiting_max: int = 0
     """Requests that may wait for a place; more are refused."""
+    draft: str | None = None
+    """A local model that drafts for those with its tokenizer."""
     body_bytes_max: int = 1 << 20
     answers_max: int = 32
     """Answers of one request: prompts times ``n``."""

@@ -75,7 +75,9 @@ async def _serve(
     listener: socket.socket,
     announce: Callable[[str], None],
 ) -> None:
-    async with AsyncClient(network, account=account, audits=config.audits) as client:
+    async with AsyncClient(
+        network, account=account, audits=config.audits, draft=config.draft
+    ) as client:
         upstream = ClientUpstream(client)
         gateway = Gateway(upstream, client.network.network_id, config)
         server = _Server(server_config(gateway.app()))

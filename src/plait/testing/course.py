@@ -100,6 +100,10 @@ class Script:
         """What may follow."""
         return tuple(self._truth[self._learnt : self._learnt + min(most, DRAFTS)])
 
+    def late(self) -> tuple[int, ...]:
+        """Nothing is waited for."""
+        return ()
+
     def observe(self, proposed: int, accepted: int, elapsed_ms: float | None) -> None:
         """Nothing is adapted."""
 
