@@ -1,14 +1,17 @@
 """The account folder: keys stay private, sequence numbers survive, lanes do not collide."""
 
+import asyncio
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
-from plait.client.account import LANES, open_account
+from plait.client.account import LANES, Lane, open_account
 from plait.envelope import seal
 from plait.errors import CapacityError, ConfigError
 from plait.testing.accounting import key_of
+from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import BudgetReservation
 
 
@@ -59,3 +62,35 @@ def test_a_damaged_lane_file_is_named(tmp_path: Path) -> None:
         (tmp_path / "lanes" / "0.json").write_text("{")
         with pytest.raises(ConfigError, match=r"0\.json"):
             lane.load()
+
+
+class _SlowDisk(Lane):
+    """A lane whose disk answers when it is told to."""
+
+    answers = threading.Event()
+
+    def save(self, next_sequence: int, pending: SignedEnvelope | None) -> None:
+        self.answers.wait()
+        super().save(next_sequence, pending)
+
+
+async def test_a_save_that_is_cancelled_still_waits_for_the_disk(tmp_path: Path) -> None:
+    lane = _SlowDisk(5, tmp_path / "0.json")
+    saving = asyncio.ensure_future(lane.save_soon(7, None))  # noqa: TID251
+    await asyncio.sleep(0)
+    saving.cancel()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not saving.done()
+
+    lane.answers.set()
+    with pytest.raises(asyncio.CancelledError):
+        await saving
+    assert lane.load() == (7, None)
+
+
+def test_a_disk_that_takes_nothing_is_one_clear_error(tmp_path: Path) -> None:
+    with open_account(tmp_path).lane() as lane:
+        (tmp_path / "lanes" / "0.part").mkdir()
+        with pytest.raises(ConfigError, match="cannot write"):
+            lane.save(7, None)

@@ -51,7 +51,10 @@ class Lane:
             raise ConfigError(f"the lane file {self._path} is damaged: {error}") from error
 
     def save(self, next_sequence: int, pending: SignedEnvelope | None) -> None:
-        """Make the state durable before returning."""
+        """Make the state durable before returning; raises ``ConfigError`` if the disk refuses.
+
+        It waits for the disk: from an event loop use ``save_soon``.
+        """
         text = json.dumps(
             {
                 "lane": self.number,
@@ -59,6 +62,26 @@ class Lane:
                 "pending": pending.SerializeToString().hex() if pending else "",
             }
         )
+        try:
+            self._replace(text)
+        except OSError as error:
+            raise ConfigError(f"cannot write {self._path}: {error.strerror}") from error
+
+    async def save_soon(self, next_sequence: int, pending: SignedEnvelope | None) -> None:
+        """``save`` without stopping the event loop.
+
+        If it is cancelled it still waits for the disk: what is written late, by who has the
+        lane no more, could undo what the next one wrote.
+        """
+        loop = asyncio.get_running_loop()
+        saving = loop.run_in_executor(None, self.save, next_sequence, pending)
+        try:
+            await asyncio.shield(saving)
+        except asyncio.CancelledError:
+            await asyncio.wait([saving])
+            raise
+
+    def _replace(self, text: str) -> None:
         part = self._path.with_suffix(".part")
         with part.open("w") as file:
             file.write(text)

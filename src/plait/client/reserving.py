@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from plait.client.account import Account, Lane
 from plait.client.actions import Event, Granted, ReservationSigned, Reserve, ReserveFailed
-from plait.errors import LedgerError, NetworkError, PlaitError
+from plait.errors import ConfigError, LedgerError, NetworkError, PlaitError
 from plait.ledger.opening import route_digest
 from plait.ledger.reserve import make_reservation
 from plait.ledger.service.committee import Ledger
@@ -58,13 +58,13 @@ class Reserving:
                     route_digest(action.terms),
                     sub_account=self._sub_account,
                 )
-                lane.save(sequence, reservation)
+                await lane.save_soon(sequence, reservation)
                 report(ReservationSigned(epoch, reservation))
                 grant = await self._ask(lane, sequence, reservation, patient=epoch > 1)
+                report(Granted(epoch, grant))
+                await _note_answered(lane, sequence)
         except PlaitError as error:
             report(ReserveFailed(epoch, error))
-            return
-        report(Granted(epoch, grant))
 
     async def _ask(
         self, lane: Lane, sequence: int, reservation: SignedEnvelope, *, patient: bool
@@ -73,18 +73,15 @@ class Reserving:
         deadline_s = loop.time() + (LEDGER_WAIT_S if patient else 0.0)
         while True:
             try:
-                grant = await self._ledger.reserve(reservation, self._client_cert)
+                return await self._ledger.reserve(reservation, self._client_cert)
             except LedgerError:
-                lane.save(sequence, None)
+                await lane.save_soon(sequence, None)
                 raise
             except NetworkError as error:
                 if loop.time() >= deadline_s:
                     raise
                 log.info("the ledger does not answer yet", reason=str(error))
                 await asyncio.sleep(_RETRY_S)
-                continue
-            lane.save(sequence + 1, None)
-            return grant
 
     async def _resend(self, lane: Lane, sequence: int, pending: SignedEnvelope) -> int:
         try:
@@ -93,3 +90,11 @@ class Reserving:
             log.info("an earlier reservation was refused", lane=lane.number, reason=str(error))
             return sequence
         return sequence + 1
+
+
+async def _note_answered(lane: Lane, sequence: int) -> None:
+    """Free the lane of its reservation; if that is not on disk, the ledger is asked once more."""
+    try:
+        await lane.save_soon(sequence + 1, None)
+    except ConfigError as error:
+        log.warning("a reservation will be sent again", lane=lane.number, reason=str(error))
