@@ -1759,6 +1759,19 @@ class Findings {
   }
 }
 
+// How many leading positions of the prompt came from the stages' caches.
+function cachedPositions(bundle) {
+  const live = bundle.epochs[0].frames.filter((frame) => !frame.replay);
+  return live.length ? live[0].firstPosition : 0;
+}
+
+function cachedNote(cached) {
+  return (
+    `the cache: that the stages had the first ${cached} positions cached, from the same model and the ` +
+    "same ids; each signed that it did, and nobody can replay them"
+  );
+}
+
 // Check every claim that a bundle makes against the keys of a network file.
 // Returns { outcome: "verified" | "false" | "incomplete", claims: [{ name, ok, detail }], unchecked }.
 async function verifyBundle(bytes, network) {
@@ -1766,6 +1779,8 @@ async function verifyBundle(bytes, network) {
   const bundle = await findings.claim("encoding", () => readBundle(bytes), () => `canonical JSON, ${bytes.length} bytes`);
   if (bundle === null) findings.blocked("everything else", "the encoding");
   else await checkParts(findings, bundle, network);
+  const cached = bundle === null ? 0 : cachedPositions(bundle);
+  if (cached > 0) findings.unchecked.push(cachedNote(cached));
   findings.unchecked.push(...NEVER_CHECKED, network.witnessQuorum > 0 ? WITNESSED : NOT_WITNESSED);
   return findings.report();
 }

@@ -202,6 +202,8 @@ class OpenStages:
     offers: tuple[Offer, ...]
     context_ids: tuple[int, ...]
     timeout_ms: int
+    prefix: tuple[bytes, ...] = ()
+    """Names of the prompt's full pages; see ``client.prefix``."""
 
     def neighbours(self, index: int) -> tuple[Offer, ...]:
         """The offers of the stages before and after one."""
@@ -292,6 +294,9 @@ class CloseStages:
     reason: str
     last: bool = False
     """No more will be asked: the answer is over."""
+    prefix: tuple[bytes, ...] = ()
+    """Names of the full pages of prompt and answer, to be kept for later sessions."""
+    keep_alive_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,8 @@ class Answer:
     seed: int
     draft_counts: DraftCounts = NO_DRAFTS
     """Traversals behind the prompt, ids that were guessed, and guesses that were right."""
+    cached_tokens: int = 0
+    """Of the prompt's tokens, those that every stage still had in its cache."""
     settled: bool = False
     """Whether every stage has presented the last voucher to the ledger."""
     bundle: bytes | None = None
@@ -98,6 +100,7 @@ class Answer:
             "text": self.text,
             "token_ids": list(self.token_ids),
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
             "finish_reason": self.finish_reason,
             "route": [

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import math
 import secrets
 import time
@@ -28,6 +29,7 @@ from plait.client.hedging import HedgeBudget, has_room, late_after_s
 from plait.client.hosting import Hosting, HostTerms, parse_spans
 from plait.client.lottery_keeper import LotteryKeeper
 from plait.client.openai_client import address_of, gateway_arguments, openai_classes
+from plait.client.prefix import Reuse, WarmRoutes
 from plait.client.prompt import Prompt, check_ids, check_lengths, prompt_ids
 from plait.client.streaming import Begun, TextStream, Tokens
 from plait.client.sub_accounts import order_sub_account, read_sub_accounts
@@ -96,6 +98,15 @@ class Options:
     int8 where a slow link is most of the time."""
     replica_wait_s: float = 20.0
     """How long to wait for a host when a stage is lost and nobody can take its place."""
+    reuse: bool = True
+    """Start from what the stages still have of earlier prompts and answers of this client, and
+    let them keep this one's while they have room."""
+    tenant: str = ""
+    """For whom this client asks, if it serves several: nothing is shared between them. Empty:
+    for who has the sub-account."""
+    keep_alive_s: int = 0
+    """Have prompt and answer kept so long even if the stages need their room, for the next
+    turn of a conversation. Each stage has its own limit."""
 
     def route_request(self, prompt_tokens: int) -> RouteRequest:
         """The router's part of the options; raises ``ConfigError`` for one out of range."""
@@ -117,6 +128,16 @@ class Options:
             )
         except ValueError as error:
             raise ConfigError(f"bad routing option: {error}") from error
+
+    def reusing(self) -> Reuse | None:
+        """What may be kept; raises ``ConfigError`` for a time that cannot be."""
+        if not 0 <= self.keep_alive_s < 2**31:
+            raise ConfigError("keep_alive_s is a number of seconds")
+        if not self.reuse:
+            return None
+        return Reuse(
+            hashlib.sha256((self.tenant or self.sub_account).encode()).digest(), self.keep_alive_s
+        )
 
     def drawing(self, end_ids: Sequence[int]) -> Sampling:
         """The last stage's part; raises ``ConfigError`` for a value out of range."""
@@ -170,6 +191,7 @@ class AsyncClient:
             terms = HostTerms(spans=parse_spans(host), dtype=host_dtype, address=host_address)
             self._hosting = Hosting(terms, path, self.view, self.changed)
         self._folder = Path(account) if account is not None else client_dir(path)
+        self._warm = WarmRoutes()
         self._models: dict[str, tuple[LocalModel, Tokenizer]] = {}
         self._stack = AsyncExitStack()
         self._tasks: TaskScope | None = None
@@ -385,6 +407,7 @@ class AsyncClient:
         ids = prompt_ids(tokenizer, prompt, raw=options.raw)
         check_ids(ids, local.manifest.vocabulary_size)
         check_lengths(len(ids), options.max_tokens, local.manifest.context_length)
+        reuse = options.reusing()
         order = Order(
             model=local.manifest.shape,
             prompt_ids=ids,
@@ -398,6 +421,8 @@ class AsyncClient:
             qos=options.qos,
             wire=options.wire,
             replica_wait_ms=round(options.replica_wait_s * 1000),
+            reuse=reuse,
+            warm=self._warm.find(reuse.names(ids)) if reuse is not None else None,
             sub_account=options.sub_account,
             may_audit=not (options.pin or options.only),
         )
@@ -504,6 +529,7 @@ class AsyncClient:
             clock_ms=_clock_ms,
             monotonic_s=time.monotonic,
             keep_for_audit=self._keep_for_audit if self._audits else None,
+            warm=self._warm,
         )
 
     def _route_request(self, options: Options, prompt_tokens: int) -> RouteRequest:

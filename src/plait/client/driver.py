@@ -234,6 +234,10 @@ class Driver:
         self._prefilled = cached
         return [self._send(self._prefill_frame())]
 
+    def forget_cached(self) -> None:
+        """No result came, and not every stage of the next epoch has the cached positions."""
+        self._prefilled = 0
+
     def resume(self, *, replay: bool) -> list[Action]:
         """Go on in a new epoch; ``replay`` feeds the first stage all ids before, too."""
         self.frames, self.answered, self.thinking = [], None, False

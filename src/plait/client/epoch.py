@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from plait.client.actions import ConfirmStage
 from plait.client.driver import Accounting, SendFrame
+from plait.client.prefix import Reuse, Warm
 from plait.client.reroute import stage_terms
 from plait.identity import SigningKey
 from plait.ledger.certs import NOTHING_REVOKED
@@ -15,7 +16,7 @@ from plait.router.plan import Plan
 from plait.router.request import RouteRequest
 from plait.router.view import Offer
 from plait.router.wire_choice import choose_wire
-from plait.types import ModelShape, PeerId, Qos, Sampling, SessionId, WireDtype
+from plait.types import ModelShape, PeerId, Qos, Sampling, SessionId, Span, WireDtype
 from plait.v1.identity_pb2 import SignedEnvelope
 
 RESERVATION_TTL_MS_MIN = 300_000
@@ -43,6 +44,8 @@ class Order:
     ``score`` for the log-probabilities of the prompt's ids.
     ``sub_account`` is the share of the client's account that pays; empty: none.
     ``wire`` None leaves it to the route what crosses its hops.
+    ``reuse`` says what may be kept of the session for later ones; None: nothing, and nothing
+    that was kept is used. ``warm`` are stages that may have the prompt's beginning.
     """
 
     model: ModelShape
@@ -60,6 +63,8 @@ class Order:
     sub_account: str = ""
     may_audit: bool = True
     """Not where the user chose the peers: an auditor sees what crossed a stage."""
+    reuse: Reuse | None = None
+    warm: Warm | None = None
     accounting: Accounting = field(default_factory=Accounting)
 
 
@@ -91,6 +96,11 @@ class Epoch:
         return tuple(stage.peer for stage in self.terms.stages)
 
     @property
+    def stages(self) -> tuple[tuple[Span, PeerId], ...]:
+        """Who runs which layers."""
+        return tuple((stage.span, stage.peer) for stage in self.terms.stages)
+
+    @property
     def entered(self) -> tuple[PeerId, ...]:
         """The stages that are new in this epoch."""
         return tuple(
@@ -106,8 +116,13 @@ class Epoch:
             for stage, offer in zip(self.terms.stages, self.offers, strict=True)
         ]
 
-    def confirmations(self, voucher: SignedEnvelope | None) -> list[ConfirmStage]:
-        """What makes each stage ready: credit for those that enter, the best voucher for others."""
+    def confirmations(
+        self, voucher: SignedEnvelope | None, cached_tokens: int = 0
+    ) -> list[ConfirmStage]:
+        """What makes each stage ready: credit for those that enter, the best voucher for others.
+
+        The prompt's first ``cached_tokens`` are in every stage's cache.
+        """
         entered, ends = set(self.entered), (self.peers[0], self.peers[-1])
         return [
             ConfirmStage(
@@ -116,7 +131,7 @@ class Epoch:
                 self.reservation if peer in entered else None,
                 self.grant if peer in entered else None,
                 None if peer in entered else voucher,
-                cached_tokens=0,
+                cached_tokens=cached_tokens,
                 link=peer in ends,
             )
             for peer in self.peers

@@ -48,6 +48,7 @@ from plait.client.driver import (
 )
 from plait.client.epoch import Epoch, Order, Party
 from plait.client.pipeline import Pipeline
+from plait.client.prefix import WarmRoutes
 from plait.client.reserving import Reserving
 from plait.client.session import SessionCore
 from plait.envelope import digest
@@ -89,6 +90,7 @@ class Surroundings:
     demand: Demand
     clock_ms: Callable[[], int]
     monotonic_s: Callable[[], float]
+    warm: WarmRoutes
     keep_for_audit: Callable[[SessionId, bytes], None] | None = None
     """Takes the bundle of a session that the lottery may draw from; None holds none."""
 
@@ -264,6 +266,8 @@ class Generation:
             case LeaveStages():
                 pipeline.leave(action)
             case CloseStages():
+                if action.prefix:
+                    self._around.warm.note(action.prefix, self._core.epoch.stages)
                 self._closing = self._around.tasks.create_task(pipeline.close(action))
 
     def _open(self, action: OpenStages) -> None:
@@ -401,6 +405,7 @@ class Generation:
             receipts_verified=core.books.receipts_verified,
             seed=self._order.sampling.seed,
             draft_counts=core.driver.draft_counts,
+            cached_tokens=core.books.counts.cached_prompt,
             settled=settled,
             bundle=bundle,
         )

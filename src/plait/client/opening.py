@@ -11,6 +11,7 @@ from plait.client.actions import CloseStages, Granted, OpenStages, Reserve, Stag
 from plait.client.calls import Calls
 from plait.client.demand import Demand
 from plait.client.epoch import Epoch, Order, Party, first_terms, session_ms_max
+from plait.client.prefix import agreed_start
 from plait.client.reroute import Asked, plan_first
 from plait.envelope import seal
 from plait.errors import CapacityError, NoRoute
@@ -53,6 +54,7 @@ class Opening:
         self._may_soon_agree = False
         self._refused_ms = 0
         self._opened_by: dict[PeerId, tuple[bytes, SignedEnvelope]] = {}
+        self._reusable: dict[PeerId, int] = {}
 
     def first_epoch(self, view: View, avoid: Collection[PeerId], now_ms: int) -> Epoch | None:
         """The epoch to open first; None if who refused may agree in a moment.
@@ -63,7 +65,7 @@ class Opening:
         """
         busy = self._demand.busy(self._order.qos, now_ms)
         try:
-            chosen = plan_first(self._asked, view, {*avoid, *busy}, now_ms)
+            chosen = plan_first(self._asked, view, {*avoid, *busy}, now_ms, self._order.warm)
         except NoRoute as error:
             if self._refusal is None and not busy:
                 raise
@@ -105,10 +107,18 @@ class Opening:
         self._demand.asking(epoch.entered, self._order.qos, now_ms)
         ids = (*self._order.prompt_ids, *drawn)
         timeout_ms = OPEN_TIMEOUT_MS if epoch.number == 1 else REOPEN_TIMEOUT_MS
-        return OpenStages(epoch.terms, epoch.opening, epoch.offers, ids, timeout_ms)
+        reuse = self._order.reuse
+        names = reuse.names(self._order.prompt_ids) if reuse is not None else ()
+        return OpenStages(epoch.terms, epoch.opening, epoch.offers, ids, timeout_ms, names)
+
+    def start(self, epoch: Epoch) -> int:
+        """The first position to feed: those before it are in every stage's cache."""
+        if epoch.number > 1 or self._order.reuse is None or self._order.score:
+            return 0
+        return agreed_start((self._reusable.get(peer, 0) for peer in epoch.peers), epoch.terms)
 
     def take_cert(self, event: StageOpened, now_ms: int) -> None:
-        """Note whose key signs a stage's receipts.
+        """Note whose key signs a stage's receipts, and what it has cached.
 
         Raises ``VerificationError`` or ``RemoteProtocolError`` for a certificate that is
         not that peer's.
@@ -116,6 +126,7 @@ class Opening:
         party = self._party
         _, key = check_key_cert(event.cert, party.network_id, now_ms, event.peer, party.revoked())
         self._opened_by[event.peer] = key, event.cert
+        self._reusable[event.peer] = event.reusable_tokens
 
     def opened(self, epoch: Epoch) -> Reserve | None:
         """Every stage holds its share: complete the terms; None if there is nothing to reserve."""

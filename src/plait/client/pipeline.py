@@ -87,6 +87,7 @@ class Pipeline:
                 client_cert=self._client_cert,
                 stage_index=index,
                 context_ids=action.context_ids if index == len(action.offers) - 1 else (),
+                prefix_digests=action.prefix,
             )
             known = map(envelope_of, action.neighbours(index))
             request.neighbour_offers.extend(one for one in known if one is not None)
@@ -158,25 +159,28 @@ class Pipeline:
         self._spawn(self._leave(action), "leave stages")
 
     async def _leave(self, action: LeaveStages) -> None:
-        await self._end(action.epoch, action.peers, action.voucher, "replaced")
+        request = self._close_request(action.epoch, action.voucher, "replaced")
+        await self._end(action.peers, request)
 
     async def close(self, action: CloseStages) -> bool:
         """End the session on these stages; True when every stage has settled."""
         self._over = True
-        settled = await self._end(action.epoch, action.peers, action.voucher, action.reason)
+        request = self._close_request(action.epoch, action.voucher, action.reason)
+        request.prefix_digests.extend(action.prefix)
+        request.keep_alive_s = action.keep_alive_s
+        settled = await self._end(action.peers, request)
         for link in self._links.values():
             link.outbox.close()
         return settled
 
-    async def _end(
-        self, epoch: int, peers: Sequence[PeerId], voucher: SignedEnvelope | None, reason: str
-    ) -> bool:
-        request = session_pb2.CloseRequest(
-            session_id=self.session_id,
-            epoch=epoch,
-            voucher=voucher,
-            reason=reason,
+    def _close_request(
+        self, epoch: int, voucher: SignedEnvelope | None, reason: str
+    ) -> session_pb2.CloseRequest:
+        return session_pb2.CloseRequest(
+            session_id=self.session_id, epoch=epoch, voucher=voucher, reason=reason
         )
+
+    async def _end(self, peers: Sequence[PeerId], request: session_pb2.CloseRequest) -> bool:
         known = [self._offers[peer] for peer in peers if peer in self._offers]
         return all(await asyncio.gather(*(self._close_one(offer, request) for offer in known)))
 

@@ -8,6 +8,7 @@ span again is kept all the same. Payment terms follow the cut: see ``ledger.term
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from plait.client.prefix import Warm
 from plait.errors import NoRoute
 from plait.ledger.terms import SessionTerms, StageTerms
 from plait.router.plan import Plan, PlannedStage, plan
@@ -38,10 +39,37 @@ class Asked:
     source: PeerId
 
 
-def plan_first(asked: Asked, view: View, avoid: Collection[PeerId], now_ms: int) -> Plan:
-    """The best route for a new session; raises ``NoRoute``."""
+def plan_first(
+    asked: Asked, view: View, avoid: Collection[PeerId], now_ms: int, warm: Warm | None = None
+) -> Plan:
+    """The best route for a new session; raises ``NoRoute``.
+
+    The route of ``warm`` stages is taken if it is better by what need not be computed there
+    once more. What is predicted for it still assumes that everything is.
+    """
     request = replace(asked.request, ignore=asked.request.ignore | frozenset(avoid))
-    return plan(view, asked.model, request, source=asked.source, now_ms=now_ms, alternates=0)
+
+    def best(request: RouteRequest) -> Plan:
+        return plan(view, asked.model, request, source=asked.source, now_ms=now_ms, alternates=0)
+
+    cold = best(request)
+    if warm is None:
+        return cold
+    same = replace(request, pin=request.pin + warm.stages)
+    left = max(1, request.prompt_tokens - warm.tokens)
+    try:
+        hot = best(replace(same, prompt_tokens=left))
+        return best(same) if _cost(hot) <= _cost(cold) else cold
+    except NoRoute:
+        return cold
+
+
+def _cost(chosen: Plan) -> float:
+    """What a request wants least of: credit, or time."""
+    predicted, request = chosen.predicted, chosen.request
+    if request.sort == "price":
+        return predicted.price_microcredits
+    return predicted.ttft_s + predicted.tpot_s * request.max_tokens
 
 
 def plan_again(

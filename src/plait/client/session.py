@@ -60,6 +60,7 @@ from plait.client.driver import (
 from plait.client.epoch import Epoch, Order, Party
 from plait.client.opening import Opening
 from plait.client.pace import Pace
+from plait.client.prefix import Reuse
 from plait.client.recovery import Recovery
 from plait.client.reroute import Asked, next_terms
 from plait.client.suspects import Kind
@@ -334,7 +335,7 @@ class SessionCore:
             self._credit.enter(entered)
         self._phase = _Phase.CONFIRMING
         self._await("confirm", epoch.peers)
-        self._out += epoch.confirmations(self.books.voucher)
+        self._out += epoch.confirmations(self.books.voucher, self._opening.start(epoch))
         self._out.append(SetTimer(self._now_ms + CONFIRM_TIMEOUT_MS))
 
     def _try_another_route(self, calls: Calls) -> None:
@@ -369,7 +370,7 @@ class SessionCore:
             self._out.append(Note("rerouted", f"epoch {epoch.number}: {route}"))
             self._perform(self.driver.resume(replay=terms.stages[0].rebuilt))
         else:
-            self._perform(self.driver.start())
+            self._perform(self.driver.start(self._opening.start(epoch)))
         self._show_grants()
         if self._unwanted:
             self._out.append(AskView())
@@ -477,7 +478,7 @@ class SessionCore:
             self._ask_to_move()
 
     def _finish(self, reason: FinishReason) -> None:
-        self._close(self.epoch.peers, reason)
+        self._close(self.epoch.peers, reason, reuse=self.order.reuse)
         self._out.append(Finished(reason))
 
     # Trouble ------------------------------------------------------------------------
@@ -569,6 +570,8 @@ class SessionCore:
         except PlaitError as error:
             self._wait_for_a_replica(error)
             return
+        if not self.books.counts.prompt:
+            self.driver.forget_cached()
         terms = next_terms(
             epoch.terms,
             chosen.stages,
@@ -657,7 +660,7 @@ class SessionCore:
         self._phase = _Phase.OVER
         self._out.append(Failed(error))
 
-    def _close(self, peers: tuple[PeerId, ...], reason: str) -> None:
+    def _close(self, peers: tuple[PeerId, ...], reason: str, reuse: Reuse | None = None) -> None:
         self._keep_evidence()
         voucher = self._books.voucher if self._books is not None else None
         if self._driven:
@@ -665,9 +668,21 @@ class SessionCore:
         else:
             self._demand.let_go(peers, self.order.qos)
         self._phase = _Phase.OVER
+        names: tuple[bytes, ...] = ()
+        if reuse is not None:
+            known = (*self.order.prompt_ids, *self.driver.drawn)[: self.driver.position]
+            names = reuse.names(known)
         self._out += [
             SetTimer(None),
-            CloseStages(self.epoch.number, peers, voucher, reason, last=True),
+            CloseStages(
+                self.epoch.number,
+                peers,
+                voucher,
+                reason,
+                last=True,
+                prefix=names,
+                keep_alive_s=reuse.keep_alive_s if reuse is not None else 0,
+            ),
         ]
 
     def _keep_evidence(self) -> None:

@@ -10,6 +10,7 @@ from plait.errors import BadProof
 from plait.ledger.balances import EntryKind, entry_from_payload
 from plait.ledger.bundle import BundleParts, EpochParts
 from plait.ledger.lottery import Lot
+from plait.ledger.verify_frames import cached_positions
 from plait.types import AccountId, Digest, PeerId
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.stage_pb2 import AuditAnchor, AuditChallenge, AuditEpoch
@@ -53,9 +54,14 @@ def paying_entry(parts: BundleParts, lot: Lot) -> tuple[int, SignedEnvelope]:
 def challenge_for(
     parts: BundleParts, lot: Lot, nonce: bytes, anchor: AuditAnchor
 ) -> AuditChallenge:
-    """The challenge of one lot, for its stage and for the auditor."""
+    """The challenge of one lot, for its stage and for the auditor.
+
+    Raises ``BadProof`` if the stage began from cached positions: nobody can open those.
+    """
     epoch = _epoch(parts, lot.epoch)
     stage = epoch.terms.stages[lot.stage_index]
+    if stage.entered_epoch == 1 and (cached := cached_positions(parts)):
+        raise BadProof(f"the stage took {cached} positions from its cache, which it cannot open")
     stint = list(_stint(parts, stage.peer, stage.entered_epoch, lot.epoch))
     own = _receipts(epoch, lot.stage_index)
     return AuditChallenge(

@@ -93,6 +93,8 @@ def read_challenge(message: AuditChallenge, network: NetworkFile) -> Challenge:
     terms = epochs[-1].terms
     stage = terms.stages[lot.stage_index]
     _check_stint(epochs, stage)
+    if stage.entered_epoch == 1 and last.cached_prompt_tokens:
+        raise BadProof("the stage began from cached positions, which it cannot open")
     if digest(message.offer.payload) != stage.offer_digest:
         raise BadProof("the offer is not the one that the route names")
     anchor = check_anchor(message.anchor, network, lot, terms, peer)

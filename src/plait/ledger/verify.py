@@ -18,7 +18,12 @@ from plait.ledger.verify_credit import (
     check_reservations,
     check_witnesses,
 )
-from plait.ledger.verify_frames import EpochFrames, check_coverage, check_frames
+from plait.ledger.verify_frames import (
+    EpochFrames,
+    cached_positions,
+    check_coverage,
+    check_frames,
+)
 from plait.ledger.verify_receipts import (
     check_closed_ring,
     check_draws,
@@ -62,6 +67,10 @@ _NEVER_CHECKED = (
     "the clocks: every date is the signer's own",
     "the publisher: the manifest is the model's by digest; who made the model is not proven",
 )
+_CACHED = (
+    "the cache: that the stages had the first {} positions cached, from the same model and the "
+    "same ids; each signed that it did, and nobody can replay them"
+)
 _CREDIT_CLAIMS = "caps, journal and log"
 _NOT_WITNESSED = (
     "the log's other readers: no witness has cosigned, so another history could be shown to them"
@@ -92,6 +101,8 @@ def verify_bundle(data: bytes, network: NetworkFile, replay: Replay | None = Non
             _check_replay(findings, bundle.parts, replay)
     replayed = any(claim.name == _REPLAY and claim.ok for claim in findings.claims)
     findings.unchecked.extend(_REPLAYED if replayed else _NOT_REPLAYED)
+    if bundle is not None and (cached := cached_positions(bundle.parts)):
+        findings.unchecked.append(_CACHED.format(cached))
     findings.unchecked.extend(_NEVER_CHECKED)
     findings.unchecked.append(_WITNESSED if network.witness_quorum else _NOT_WITNESSED)
     return findings.report()

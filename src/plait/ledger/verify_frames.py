@@ -30,6 +30,15 @@ class EpochFrames:
     counts: TokenCounts
 
 
+def cached_positions(parts: BundleParts) -> int:
+    """How many leading positions of the prompt came from the stages' caches.
+
+    Only a first epoch that fed something can have begun so; a later one is rebuilt.
+    """
+    live = (frame for frame in parts.epochs[0].frames if not frame[6])
+    return next((frame[1] for frame in live), 0)
+
+
 def check_frames(parts: BundleParts) -> tuple[EpochFrames, ...]:
     """Every position went through in order, epoch after epoch; returns where chunks ended."""
     terms = parts.terms

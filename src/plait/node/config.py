@@ -52,6 +52,10 @@ class NodeConfig:
     """Memory for the rows that a replacement of the next stage would be rebuilt from."""
     spill_mb: int = 4096
     """Disk for what of them does not fit in memory."""
+    prefix_disk_mb: int = 1024
+    """Disk for prompts and answers that clients asked to be kept."""
+    keep_alive_s_max: int = 3600
+    """For so long at most they are kept there; 0: not at all."""
     retain_inputs: bool = True
     """Keep what is committed to, frame by frame, so that an auditor can ask for it."""
     tape_mb: int = 2048

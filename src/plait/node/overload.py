@@ -48,6 +48,8 @@ class Limits:
     """Frames of one session that wait, replayed ones not counted: their rows are bounded."""
     peer_queued_bytes_max: int = 128 * 1024 * 1024
     """Of frames that came from one peer and wait."""
+    keep_alive_s_max: int = 3_600
+    """For so long at most a prefix is kept although its room is needed."""
     interactive: Threshold = Threshold(2_000, 1.0, stretch_max=4.0)
     standard: Threshold = Threshold(5_000, 0.95, stretch_max=10.0)
     batch: Threshold = Threshold(30_000, 0.75, stretch_max=40.0)

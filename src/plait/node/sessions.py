@@ -59,6 +59,12 @@ class StageSession:
     """What this stage started on when it entered by a reroute."""
     positions: int = 0
     """KV is computed for the positions before this one."""
+    prefix: tuple[bytes, ...] = ()
+    """Names of the prompt's full pages, until they are published."""
+    reusable: int = 0
+    """Leading positions that were found in the cache."""
+    cached: int = 0
+    """Leading positions that its client started behind."""
     frames_queued: int = 0
     received: int = 0
     """Last traversal received in this epoch, plus one."""
@@ -154,6 +160,19 @@ class StageSession:
         if self.books is None:
             raise RemoteProtocolError("frames before the grant was shown")
         return self.books
+
+    def start_at(self, cached: int) -> None:
+        """Begin behind positions that are in the cache; 0 changes nothing.
+
+        Raises ``RemoteProtocolError`` if this stage has not so many, or its epoch began
+        elsewhere.
+        """
+        if not cached:
+            return
+        if cached > self.reusable or cached >= self.terms.prompt_tokens or self.terms.epoch > 1:
+            raise RemoteProtocolError(f"{cached} positions are not cached here for this session")
+        self.positions = self.cached = cached
+        self.progress = Progress(self.terms, cached)
 
     def activate(self, books: StageBooks, now_ms: int) -> None:
         """Make a held session live."""

@@ -38,6 +38,7 @@ from plait.node.admission import (
 from plait.node.faults import CLIENT_GONE, DRAINING, fault_of, tell
 from plait.node.overload import CostLine, Limits, Load, too_much
 from plait.node.ports import Job, Links, Settlement, Worker
+from plait.node.prefixes import Prefixes, check_names
 from plait.node.replay import replay_while_room
 from plait.node.retained import Key, Retained
 from plait.node.sessions import (
@@ -115,6 +116,7 @@ class Stage:
         self._speeds_us = speeds_us
         self._vocabulary = vocabulary
         self._limits = limits
+        self._prefixes = Prefixes(compute, limits.keep_alive_s_max)
         self.tape = tape
         self._queued_bytes: Counter[PeerId] = Counter()
         self._token = CostLine.guess(speeds_us()[0])
@@ -169,7 +171,9 @@ class Stage:
                     session = None
             if session is None:
                 session = examine(opening, self._identify(), self._view(), now_ms)
+                check_names(request.prefix_digests, session.terms.prompt_tokens)
                 self._hold(session, request.context_ids)
+                self._prefixes.adopt(session, request.prefix_digests)
             else:
                 terms = examine_next(opening, session, self._view())
                 self._suspend(session)
@@ -186,7 +190,9 @@ class Stage:
             tokens=session.tokens_max,
         )
         return session_pb2.OpenResponse(
-            hold_expires_ms=session.expires_ms, stage_cert=self._settlement.cert
+            hold_expires_ms=session.expires_ms,
+            stage_cert=self._settlement.cert,
+            reusable_tokens=session.reusable,
         )
 
     def _hold(self, session: StageSession, context_ids: Sequence[int]) -> None:
@@ -234,6 +240,8 @@ class Stage:
             )
             if request.HasField("voucher") and session.books is not None:
                 session.books.accept_voucher(request.voucher)
+            if session.phase == "held":
+                session.start_at(request.cached_tokens)
         except (VerificationError, RemoteProtocolError) as error:
             self._end(session, f"credit refused: {error}")
             return session_pb2.ConfirmResponse(refusal=refusal(Refused("credit", str(error))))
@@ -328,11 +336,13 @@ class Stage:
         epoch = min(session.terms.epoch, request.epoch)
         session = self.sessions.of_client(session.id, epoch, caller)
         try:
+            check_names(request.prefix_digests, session.tokens_max)
             if request.HasField("voucher") and session.books is not None:
                 session.books.accept_voucher(request.voucher)
         except PlaitError as error:
-            self._end(session, f"closed with a bad voucher: {error}")
+            self._end(session, f"closed in a way that does not hold: {error}")
             raise
+        self._prefixes.publish_all(session, request.prefix_digests, request.keep_alive_s)
         self._free(session)
         log.info("session closed", session=session.id.hex(), reason=request.reason[:80])
         return session
@@ -426,6 +436,7 @@ class Stage:
         try:
             if done.error is not None:
                 raise done.error
+            self._prefixes.publish_prompt(session)
             self._push_on(job, done)
         except PlaitError as error:
             self._fail(session, error.code, str(error))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ import psutil
 
 from plait.compute.load import check_loadable, load_stage
 from plait.compute.port import StageCompute
+from plait.compute.spill import DiskRoom
 from plait.errors import ConfigError, PeerUnreachable
 from plait.identity import SigningKey, load_or_create_key
 from plait.ledger.certs import make_key_cert
@@ -81,6 +83,7 @@ MEMORY_SHARE = 0.5
 """Of the free memory, what an automatically chosen span may take."""
 UPKEEP_PERIOD_S = 0.5
 EXPIRY_PERIOD_S = 0.2
+PARK_PERIOD_S = 2.0
 STOP_GRACE_S = 1.0
 
 
@@ -191,8 +194,10 @@ async def _load_compute(
         span = _automatic_span(me, local, view)
         log.info("span chosen", span=str(span))
     threads = config.threads or psutil.cpu_count() or 1
+    disk = DiskRoom(config.data_dir / "prefixes", config.prefix_disk_mb * MEBIBYTE)
+    load_it = partial(load_stage, disk=disk)
     compute = await asyncio.to_thread(
-        load_stage, local, span, config.dtype, threads, config.kv_tokens_max
+        load_it, local, span, config.dtype, threads, config.kv_tokens_max
     )
     speed_us = await asyncio.to_thread(compute.measure)
     log.info("weights loaded", span=str(span), decode_us=speed_us[0])
@@ -256,7 +261,11 @@ def _bind(
 def _limits(config: NodeConfig) -> Limits:
     # Even a gateway, which is one client, leaves some room for another.
     per_client = max(1, config.sessions_max * 3 // 4)
-    return Limits(sessions_max=config.sessions_max, sessions_per_client_max=per_client)
+    return Limits(
+        sessions_max=config.sessions_max,
+        sessions_per_client_max=per_client,
+        keep_alive_s_max=config.keep_alive_s_max,
+    )
 
 
 def _retained(config: NodeConfig, spill: SpillFiles) -> Retained:
@@ -358,6 +367,7 @@ class StageNode:
         self._tasks.create_task(self._meter.run(), name="link meter")
         self._tasks.create_task(self._upkeep_forever(), name="upkeep")
         self._tasks.create_task(self._expire_forever(), name="expiry")
+        self._tasks.create_task(self._park_forever(), name="prefixes to disk")
         stack.callback(self._spill.close)
         stack.callback(self._tape_files.close)
         stack.push_async_callback(self._leave)
@@ -390,8 +400,9 @@ class StageNode:
         return not self._stage.core.sessions
 
     def status(self) -> dict[str, Any]:
-        """What holds anything: all of it is zero again once every session has ended."""
+        """What holds anything: all but the prefixes is zero again once every session has ended."""
         core, compute = self._stage.core, self._compute
+        prefixes = compute.prefixes
         phases = Counter(session.phase for session in core.sessions)
         return {
             "model": self._shape.name,
@@ -403,6 +414,9 @@ class StageNode:
             "kv_tokens_used": compute.kv_tokens_total - compute.kv_tokens_free,
             "frames_queued": self._stage.frames_queued,
             "frames_queued_bytes": core.queued_bytes,
+            "prefix_tokens_cached": prefixes.cached_tokens,
+            "prefix_tokens_parked": prefixes.parked_tokens,
+            "prefix_bytes_parked": prefixes.parked_bytes,
             "retained_bytes": core.retained.memory_bytes,
             "spill_bytes": core.retained.spill_bytes,
             "spill_files": len(self._spill),
@@ -464,6 +478,11 @@ class StageNode:
         while True:
             await asyncio.sleep(EXPIRY_PERIOD_S)
             self._stage.core.expire()
+
+    async def _park_forever(self) -> None:
+        while True:
+            await asyncio.sleep(PARK_PERIOD_S)
+            await asyncio.to_thread(self._compute.park_prefixes)
 
     async def _upkeep_forever(self) -> None:
         while True:

@@ -5,7 +5,7 @@ It performs a core's actions in order and reports each outcome as an event, as
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from plait.client.actions import (
     Action,
@@ -39,6 +39,7 @@ from plait.client.actions import (
 from plait.client.demand import Demand
 from plait.client.driver import Deliver, Embedded
 from plait.client.epoch import Order, Party
+from plait.client.prefix import WarmRoutes
 from plait.client.session import SessionCore
 from plait.envelope import digest, seal
 from plait.errors import NetworkError, PlaitError, RemoteProtocolError
@@ -110,6 +111,7 @@ class ClientHost(Swarming):
         super().__init__(engine, name)
         self.requests: list[Request] = []
         self.lanes = LaneDisk()
+        self.warm = WarmRoutes()
         self.running_session: _Session | None = None
         self.on_event: Callable[[Request], None] = _ignore
         """Told before each event that a session takes."""
@@ -211,8 +213,11 @@ class _Session:
         self._view_wanted = False
         self._epoch = 0
         self._over = False
+        order = request.order
+        if order.reuse is not None:
+            order = replace(order, warm=host.warm.find(order.reuse.names(order.prompt_ids)))
         request.core = self._core = SessionCore(
-            request.order,
+            order,
             Party(
                 network_id=NETWORK_ID,
                 authorities=host.network.authorities,
@@ -386,6 +391,7 @@ class _Session:
                 client_cert=cert_of(self._host.name),
                 stage_index=index,
                 context_ids=action.context_ids if index == len(action.offers) - 1 else (),
+                prefix_digests=action.prefix,
             )
             peer = offer.peer
 
@@ -459,7 +465,11 @@ class _Session:
 
     def _close(self, action: CloseStages) -> None:
         """Nothing of this session is reported any more; the next one may have another id."""
-        self._end_on(action.epoch, action.peers, action.voucher, action.reason)
+        self._end_on(
+            action.epoch, action.peers, action.voucher, action.reason, prefix=action.prefix
+        )
+        if action.prefix:
+            self._host.warm.note(action.prefix, self._core.epoch.stages)
         self._session_id = b""
         links, self._links = self._links, {}
         for link in links.values():
@@ -471,9 +481,15 @@ class _Session:
         peers: tuple[PeerId, ...],
         voucher: SignedEnvelope | None,
         reason: str,
+        *,
+        prefix: tuple[bytes, ...] = (),
     ) -> None:
         request = session_pb2.CloseRequest(
-            session_id=self._session_id, epoch=epoch, voucher=voucher, reason=reason
+            session_id=self._session_id,
+            epoch=epoch,
+            voucher=voucher,
+            reason=reason,
+            prefix_digests=prefix,
         )
         for peer in peers:
             self._wires.call(

@@ -10,6 +10,7 @@ from typing import Literal
 
 from plait.client.driver import Accounting
 from plait.client.epoch import Order
+from plait.client.prefix import Reuse
 from plait.router.request import RouteRequest
 from plait.sim.client import ClientHost, Request
 from plait.sim.control import LedgerSide, witnessed_network
@@ -77,6 +78,8 @@ class NetworkWorld:
         self.stages: list[StageHost] = []
         self.clients: list[ClientHost] = []
         self._add_hosts()
+        self._followed = chance.choice(self.clients[0].requests)
+        """The request that faults are aimed at."""
         stages = [host.name for host in self.stages]
         special = {
             **self.side.faults(),
@@ -115,7 +118,9 @@ class NetworkWorld:
                 watches=self.engine.random.sample(names, k=3),
                 addresses=addresses,
             )
-            client.requests = [self._request() for _ in range(self.engine.random.choice([1, 2]))]
+            client.requests = [self._request()]
+            if self.engine.random.random() < 0.6:
+                client.requests.append(self._request(client.requests[0]))
             self.clients.append(client)
         for host in self._hosts:
             self.wires.add(host)
@@ -124,11 +129,19 @@ class NetworkWorld:
     def _hosts(self) -> list[Host]:
         return [*self.stages, *self.clients]
 
-    def _request(self) -> Request:
+    def _request(self, earlier: Request | None = None) -> Request:
+        """A question; after an earlier one, mostly the next turn of the same conversation."""
         chance = self.engine.random
         temperature = chance.choice([0, 0, 700_000])
+        known: tuple[int, ...] = ()
+        if earlier is not None and chance.random() < 0.8:
+            known = (*earlier.question.prompt_ids, *earlier.reference)
+        length = chance.randrange(1, 24 if earlier is None else 60)
+        new_ids = chance.choices(range(VOCABULARY_SIZE), k=length)
         question = Question(
-            prompt_ids=tuple(chance.choices(range(VOCABULARY_SIZE), k=chance.randrange(1, 24))),
+            prompt_ids=(*known[: chance.randrange(len(known) + 1)], *new_ids)
+            if chance.random() < 0.3
+            else (*known, *new_ids),
             max_tokens=chance.choice([1, 4, 9, 13, 16, 20]),
             sampling=Sampling(
                 temperature_micros=temperature,
@@ -146,6 +159,7 @@ class NetworkWorld:
             vocabulary_size=VOCABULARY_SIZE,
             manifest=MANIFEST,
             want_bundle=True,
+            reuse=Reuse() if chance.random() < 0.9 else None,
             accounting=Accounting(
                 chunk_tokens=chance.choice([1, 3, 4, 32]),
                 prefill_chunk_tokens=chance.choice([4, 9, 256]),
@@ -198,10 +212,6 @@ class NetworkWorld:
             lasts_us = chance.randrange(*LASTS_US)
             begin = partial(self.faults.begin, kind, lasts_us)
             self.engine.after(chance.randrange(FAULT_DELAY_US_MAX), "", begin)
-
-    @property
-    def _followed(self) -> Request:
-        return self.clients[0].requests[0]
 
     def _serving(self) -> list[str]:
         """The stages of the sessions under way."""

@@ -166,7 +166,7 @@ class StageHost(Swarming):
 
     def account_of(self, session: StageSession) -> Account:
         """The account of a session, made on first need."""
-        resumed = session.entry_terms.resume_position
+        resumed = max(session.entry_terms.resume_position, session.cached)
         account = self.accounts.setdefault(session.id, Account(resumed, resumed))
         account.prompt_tokens = session.terms.prompt_tokens
         account.chunk_tokens = session.terms.chunk_tokens

@@ -224,16 +224,20 @@ class ConfirmResponse(_message.Message):
     def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class CloseRequest(_message.Message):
-    __slots__ = ("session_id", "epoch", "voucher", "reason")
+    __slots__ = ("session_id", "epoch", "voucher", "reason", "prefix_digests", "keep_alive_s")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     VOUCHER_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_ALIVE_S_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     voucher: _identity_pb2.SignedEnvelope
     reason: str
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., voucher: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+    prefix_digests: _containers.RepeatedScalarFieldContainer[bytes]
+    keep_alive_s: int
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., voucher: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., reason: _Optional[str] = ..., prefix_digests: _Optional[_Iterable[bytes]] = ..., keep_alive_s: _Optional[int] = ...) -> None: ...
 
 class CloseResponse(_message.Message):
     __slots__ = ("settled",)
