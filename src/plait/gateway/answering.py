@@ -8,7 +8,7 @@ before the work and settled after it, whatever happens between.
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -85,6 +85,7 @@ class Answering:
         stream: bool,
     ) -> None:
         self._desk, self._config, self._dialect = desk, desk.config, dialect
+        jobs = [_of_owner(job, owner) for job in jobs]
         self._jobs = jobs
         self._request_id, self._owner = request_id, owner
         self._stream = stream
@@ -273,6 +274,11 @@ class Answering:
             prompt_tokens=sum(job.prompt_tokens for job in self._jobs if job.choice == 0),
             completion_tokens=sum(outcome.completion_tokens for outcome in outcomes),
             cost=sum(outcome.cost or 0 for outcome in outcomes),
+            cached_tokens=sum(
+                result.outcome.answer.cached_tokens
+                for result in self._results
+                if result.job.choice == 0 and result.outcome and result.outcome.answer
+            ),
         )
 
     def _spent(self) -> Spent:
@@ -325,6 +331,12 @@ def headers_of(routes: Sequence[Sequence[RouteStep]], cost: int) -> dict[str, st
     if routes:
         headers["x-plait-route"] = ",".join(f"{step.span}={step.peer}" for step in routes[0])
     return headers
+
+
+def _of_owner(job: Job, owner: str) -> Job:
+    """A job that shares cached prompts with jobs of the same owner only."""
+    options = replace(job.ask.options, tenant=owner)
+    return replace(job, ask=replace(job.ask, options=options))
 
 
 def _headers(results: Sequence[Result], answers: list[dict[str, Any]], cost: int) -> dict[str, str]:

@@ -57,7 +57,7 @@ async def _jobs(request: EmbeddingRequest, model: Shelved, config: GatewayConfig
     texts = texts_of(request.input, "input")
     if len(texts) > config.answers_max:
         raise invalid("input", f"more than {config.answers_max} inputs in one request")
-    options = routing(Options(max_tokens=1), request.provider, None)
+    options = routing(Options(max_tokens=1, reuse=False), request.provider, None)
     jobs = []
     for index, text in enumerate(texts):
         ids = await text_ids(model, text, "input")

@@ -32,6 +32,8 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cost: int
+    cached_tokens: int = 0
+    """Of the prompt's tokens, those that every stage had cached for the same owner."""
 
     def to_json(self) -> dict[str, Any]:
         """As the completions have it."""
@@ -39,6 +41,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "cost": self.cost,
         }
 
