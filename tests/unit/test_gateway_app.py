@@ -151,6 +151,7 @@ async def test_a_chat_answers_with_its_bill() -> None:
         "prompt_tokens": prompt,
         "completion_tokens": 3,
         "total_tokens": prompt + 3,
+        "prompt_tokens_details": {"cached_tokens": 0},
         "cost": 7,
     }
     [account] = body["plait"]["answers"]

@@ -58,6 +58,13 @@ SubAccount = Annotated[
     str, typer.Option(help="Pay within the limits of this share of your account.")
 ]
 
+KeepAlive = Annotated[
+    int, typer.Option(min=0, help="Seconds to have prompt and answer kept for the next turn.")
+]
+ReuseOption = Annotated[
+    bool, typer.Option("--reuse/--no-reuse", help="Let stages keep prompts, for you alone.")
+]
+
 
 def run(
     model: Annotated[str, typer.Argument(help="A model of the catalogue.")],
@@ -79,6 +86,8 @@ def run(
     wire: WireFormat = None,
     wait_replica: WaitReplica = 20.0,
     hedge: Hedge = 0.0,
+    keep_alive: KeepAlive = 0,
+    reuse: ReuseOption = True,
     sub_account: SubAccount = "",
     audit: Audit = True,
     min_audited: MinAudited = 0,
@@ -108,6 +117,8 @@ def run(
         wire=wire,
         replica_wait_s=wait_replica,
         hedge_share=hedge,
+        keep_alive_s=keep_alive,
+        reuse=reuse,
         sub_account=sub_account,
         audited_min=min_audited,
         **_peers(pin, only, ignore),
@@ -145,6 +156,8 @@ def chat(
     qos: QosClass = "standard",
     wire: WireFormat = None,
     wait_replica: WaitReplica = 20.0,
+    keep_alive: KeepAlive = 600,
+    reuse: ReuseOption = True,
     sub_account: SubAccount = "",
     audit: Audit = True,
     min_audited: MinAudited = 0,
@@ -165,6 +178,8 @@ def chat(
         qos=qos,
         wire=wire,
         replica_wait_s=wait_replica,
+        keep_alive_s=keep_alive,
+        reuse=reuse,
         sub_account=sub_account,
         audited_min=min_audited,
         **_peers(pin, only, ignore),

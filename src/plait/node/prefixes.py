@@ -35,14 +35,13 @@ class Prefixes:
         """
         session.prefix = tuple(names)
         if names and session.terms.epoch == 1:
-            tenant = session.terms.client
-            session.reusable = self._compute.adopt_prefix(session.id, tenant, names)
+            session.reusable = self._compute.adopt_prefix(session.id, _tenant(session), names)
 
     def publish_prompt(self, session: StageSession) -> None:
         """Publish the prompt's pages, once they are all computed and nothing is under way."""
         if not session.prefix or session.prompt_rows_left or session.frames_queued:
             return
-        self._compute.publish_prefix(session.id, session.terms.client, session.prefix)
+        self._compute.publish_prefix(session.id, _tenant(session), session.prefix)
         session.prefix = ()
 
     def publish_all(self, session: StageSession, names: Sequence[bytes], keep_alive_s: int) -> None:
@@ -51,4 +50,9 @@ class Prefixes:
         if not computed or session.frames_queued or session.books is None:
             return
         keep_ms = min(keep_alive_s, self._keep_alive_s_max) * 1000
-        self._compute.publish_prefix(session.id, session.terms.client, computed, keep_ms)
+        self._compute.publish_prefix(session.id, _tenant(session), computed, keep_ms)
+
+
+def _tenant(session: StageSession) -> str:
+    # What crossed the hops in another format led to other keys and values.
+    return f"{session.terms.client} {session.terms.wire_dtype}"
