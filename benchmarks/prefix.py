@@ -74,7 +74,7 @@ def testnet(model: str, dtype: str, rounds: int, tokens: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "net"
         up = ("testnet", "up", "--detach", "--dir", str(folder), "--model", model)
-        plait(*up, "-n", "3", "--stages", "3", "--dtype", dtype)
+        plait(*up, "--stages", "3", "--dtype", dtype)
         try:
             network = folder / "network.toml"
             with Client(network, account=folder / "client") as client:
