@@ -318,6 +318,8 @@ def project_files() -> Iterator[Path]:
             and name != ".hypothesis"
         ]
         for name in names:
+            if name in skipped:  # a worktree's .git, a linked .venv
+                continue
             path = Path(folder) / name
             if path.suffix in TEXT_SUFFIXES and not path.is_symlink() and name != ".coverage":
                 yield path
