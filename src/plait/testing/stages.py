@@ -403,9 +403,9 @@ class PaperClient:
 
     # Feeding ------------------------------------------------------------------------
 
-    def prefill(self) -> None:
-        """Feed the prompt."""
-        size, start = self._sizes[2], 0
+    def prefill(self, cached: int = 0) -> None:
+        """Feed the prompt, from behind what every stage has cached."""
+        size, start = self._sizes[2], cached
         while start < len(self.prompt):
             ids = self.prompt[start : start + size]
             start += len(ids)

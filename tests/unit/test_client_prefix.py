@@ -1,0 +1,47 @@
+"""Where a session starts, and which route its client takes again."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plait.client.prefix import PAGES_MAX, Reuse, Warm, WarmRoutes, agreed_start
+from plait.compute.pages import PAGE_TOKENS
+from plait.ledger.terms import SessionTerms
+from plait.testing.accounting import Plot, terms_of
+from plait.types import PeerId, Prices, Span
+
+STAGES = ((Span(0, 2), PeerId("a")), (Span(2, 4), PeerId("b")))
+
+
+def terms(prompt_tokens: int, prices: Prices = Prices(prompt=5)) -> SessionTerms:  # noqa: B008
+    return terms_of(replace(Plot(), prompt_ids=tuple(range(3, 3 + prompt_tokens)), prices=prices))
+
+
+@given(st.integers(1, 100), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4))
+def test_the_start_is_whole_pages_that_everybody_has_and_leaves_a_token(
+    prompt_tokens: int, reusable: list[int]
+) -> None:
+    start = agreed_start(reusable, terms(prompt_tokens))
+    assert start % PAGE_TOKENS == 0
+    assert 0 <= start < prompt_tokens
+    assert start <= min(reusable) < start + PAGE_TOKENS or prompt_tokens - start <= PAGE_TOKENS
+
+
+def test_cached_tokens_that_cost_more_are_not_taken() -> None:
+    assert agreed_start([64], terms(65, Prices(prompt=5, cached_prompt=5))) == 64
+    assert agreed_start([64], terms(65, Prices(prompt=5, cached_prompt=6))) == 0
+
+
+def test_a_client_remembers_who_had_the_longest_part_of_a_prompt() -> None:
+    warm, reuse = WarmRoutes(), Reuse(b"salt")
+    ids = list(range(64))
+    warm.note(reuse.names(ids[:32]), STAGES)
+    longer = (*ids[:32], *range(500, 532))
+    assert warm.find(reuse.names(longer)) == Warm(STAGES, 32)
+    assert warm.find(Reuse(b"another").names(longer)) is None
+    warm.note(reuse.names(longer), STAGES[:1])
+    assert warm.find(reuse.names((*longer, 1))) == Warm(STAGES[:1], 64)
+    for number in range(PAGES_MAX):
+        warm.note((b"%d" % number,), STAGES)
+    assert warm.find(reuse.names(longer)) is None
