@@ -1768,7 +1768,7 @@ function cachedPositions(bundle) {
 function cachedNote(cached) {
   return (
     `the cache: that the stages had the first ${cached} positions cached, from the same model and the ` +
-    "same ids; each signed that it did, and nobody can replay them"
+    "same ids; each signed that it did, and no audit can look (computing the answer again can)"
   );
 }
 

@@ -11,6 +11,8 @@ from plait.ledger.verify import verify_bundle
 from plait.ledger.verify_frames import check_frames
 from plait.testing.accounting import PaperSession, Plot, key_of, paper_network
 from plait.testing.compute import FakeStage
+from plait.testing.course import PaperCourse
+from plait.testing.reference import run_pipeline
 from plait.types import Sampling, Span
 
 PROMPT = (5, 6, 7, 8, 9)
@@ -18,8 +20,6 @@ PROMPT = (5, 6, 7, 8, 9)
 
 def drawn_by_the_fake() -> tuple[int, ...]:
     """What the fake model draws greedily after the prompt."""
-    from plait.testing.reference import run_pipeline
-
     return tuple(run_pipeline([FakeStage(Span(0, 4))], PROMPT, 8).tokens)
 
 
@@ -45,6 +45,24 @@ def test_the_ids_are_confirmed_and_a_changed_one_is_named() -> None:
         replay_bundle(parts, check_frames(parts), Sampling(), fake_for(parts))
     with pytest.raises(BadProof, match="another model"):
         replay_bundle(parts, check_frames(parts), Sampling(), FakeStage(Span(0, 4)))
+
+
+def test_what_came_from_caches_is_computed_too() -> None:
+    prompt = tuple(range(5, 45))
+    drawn = tuple(run_pipeline([FakeStage(Span(0, 4))], prompt, 8).tokens)
+    plot = Plot(spans=(Span(0, 2), Span(2, 4)), prompt_ids=prompt, drawn_ids=drawn, max_tokens=8)
+    parts = PaperCourse(plot, cached=32).play().bundle_parts()
+    found = replay_bundle(parts, check_frames(parts), Sampling(), fake_for(parts))
+    assert (found.exact, found.margin) == (8, 0.0)
+
+    def replayed(parts: BundleParts, frames: object, sampling: Sampling) -> str:
+        return "all of it"
+
+    data = build_bundle(parts, key_of("client"))
+    for how, notes in ((None, 1), (replayed, 0)):
+        report = verify_bundle(data, paper_network(), how)
+        assert report.outcome == "verified"
+        assert sum("first 32 positions" in note for note in report.unchecked) == notes
 
 
 def test_verify_claims_the_replay_and_says_what_it_leaves_open() -> None:

@@ -21,6 +21,7 @@ from plait.ledger.cosignature import cosign
 from plait.ledger.verify import verify_bundle
 from plait.network_file import NetworkFile, Witness, parse_network_file
 from plait.testing.accounting import NOW_MS, PaperSession, Plot, key_of, paper_network
+from plait.testing.course import Cut, PaperCourse
 from plait.types import WireDtype
 from plait.v1.identity_pb2 import SignedEnvelope
 
@@ -259,3 +260,21 @@ def test_the_page_may_load_nothing_but_its_script() -> None:
     assert re.findall(r'(?:src|href)="([^"]*)"', page) == ["verify.js"]
     script = (DOCS / "verify.js").read_text(encoding="utf-8")
     assert not re.search(r"fetch\(|XMLHttpRequest|WebSocket|import\(|innerHTML|eval\(", script)
+
+
+@pytest.mark.parametrize("cuts", [(), (Cut(2, frozenset({1})),)], ids=["whole", "rerouted"])
+def test_a_session_that_began_from_caches(cuts: tuple[Cut, ...]) -> None:
+    """Both say what nobody can replay; a start that is not the stages' is false in both."""
+    plot = Plot(prompt_ids=tuple(range(3, 60)))
+    parts = PaperCourse(plot, cuts, cached=48).play().bundle_parts()
+    data = build_bundle(parts, key_of("client"))
+    said = [note for note in verify_bundle(data, paper_network()).unchecked if "48" in note]
+    assert len(said) == 1
+    assert "no audit can look" in said[0]
+    first = parts.epochs[0]
+    frames = tuple(
+        (f[0], f[1] - 16, f[2] + 16, *f[3:]) if i == 0 else f for i, f in enumerate(first.frames)
+    )
+    lied = replace(parts, epochs=(replace(first, frames=frames), *parts.epochs[1:]))
+    both = [data, build_bundle(lied, key_of("client"))]
+    assert agree(paper_network(), both) == ["verified", "false"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from plait.compute.port import Done, Work
+from plait.envelope import open_envelope, seal
 from plait.errors import BadProof, CapacityError, PlaitError, VerificationError
 from plait.ledger.audit_request import lots_of
 from plait.ledger.audit_rules import Finding, Tolerance, judge, tolerance_of
@@ -25,6 +26,7 @@ from plait.testing.audits import Docket, audit_network, sign_offers
 from plait.testing.compute import FakeStage
 from plait.testing.stages import AUDIT_WINDOW_MS, PaperClient, PaperSwarm
 from plait.types import MILLION, PeerId, Sampling, Span, WireDtype
+from plait.v1.ledger_pb2 import StageReceipt
 from plait.v1.stage_pb2 import AuditOpening, AuditVerdict
 
 SPANS = (Span(0, 1), Span(1, 3), Span(3, 4))
@@ -278,6 +280,18 @@ def _swap(part: AuditOpening) -> None:
 
 def _other_epoch(part: AuditOpening) -> None:
     part.epoch = 2
+
+
+def test_a_stint_that_began_from_a_cache_is_not_opened() -> None:
+    swarm, docket, peers = finished()
+    lot = Lot(1, 3, 1)
+    message = docket.challenge(lot)
+    receipt = open_envelope(message.epochs[-1].receipt, StageReceipt)
+    receipt.cached_prompt_tokens = 16
+    key = swarm.nodes[peers[1]].settlement.key
+    message.epochs[-1].receipt.CopyFrom(seal(key, receipt))
+    with pytest.raises(BadProof, match="cached positions"):
+        read_challenge(message, audit_network())
 
 
 def test_only_what_the_lottery_drew_is_opened_and_only_for_its_client() -> None:

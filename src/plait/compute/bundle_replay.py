@@ -13,9 +13,10 @@ from plait.compute.port import StageCompute, Work
 from plait.errors import BadProof
 from plait.ledger.audit_rules import Finding, judge, tolerance_of
 from plait.ledger.bundle import BundleParts
-from plait.ledger.verify_frames import EpochFrames
+from plait.ledger.verify_frames import EpochFrames, cached_positions
 from plait.types import Sampling, SessionId
 
+_ROWS = 256
 _SESSION = SessionId(b"plait/replaying!")
 
 
@@ -53,6 +54,10 @@ def replay_bundle(
     prompt = len(parts.prompt_ids)
     compute.reserve(_SESSION, len(sequence) + 16, sampling, None, parts.prompt_ids, prompt)
     try:
+        # What came from caches is computed like any prompt: here the ids are all that counts.
+        cached = parts.prompt_ids[: cached_positions(parts)]
+        for start in range(0, len(cached), _ROWS):
+            _margins(compute, Work(_SESSION, start, cached[start : start + _ROWS], None))
         for epoch, found in zip(parts.epochs, frames, strict=True):
             for frame, drawn in zip(epoch.frames, found.drawn, strict=True):
                 _, first_position, rows, drafts, sample, _, replay = frame

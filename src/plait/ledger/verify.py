@@ -69,7 +69,7 @@ _NEVER_CHECKED = (
 )
 _CACHED = (
     "the cache: that the stages had the first {} positions cached, from the same model and the "
-    "same ids; each signed that it did, and nobody can replay them"
+    "same ids; each signed that it did, and no audit can look (computing the answer again can)"
 )
 _CREDIT_CLAIMS = "caps, journal and log"
 _NOT_WITNESSED = (
@@ -100,9 +100,9 @@ def verify_bundle(data: bytes, network: NetworkFile, replay: Replay | None = Non
         if replay is not None:
             _check_replay(findings, bundle.parts, replay)
     replayed = any(claim.name == _REPLAY and claim.ok for claim in findings.claims)
-    findings.unchecked.extend(_REPLAYED if replayed else _NOT_REPLAYED)
-    if bundle is not None and (cached := cached_positions(bundle.parts)):
+    if bundle is not None and not replayed and (cached := cached_positions(bundle.parts)):
         findings.unchecked.append(_CACHED.format(cached))
+    findings.unchecked.extend(_REPLAYED if replayed else _NOT_REPLAYED)
     findings.unchecked.extend(_NEVER_CHECKED)
     findings.unchecked.append(_WITNESSED if network.witness_quorum else _NOT_WITNESSED)
     return findings.report()
