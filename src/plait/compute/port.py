@@ -146,6 +146,10 @@ class StageCompute(Protocol):
         """Capacity of the KV cache, in tokens of all sessions together."""
 
     @property
+    def kv_bytes_total(self) -> int:
+        """Memory that the whole KV cache takes once it was full."""
+
+    @property
     def kv_tokens_free(self) -> int:
         """What is not reserved of it."""
 

@@ -112,6 +112,11 @@ class TorchStage:
         return self._kv.tokens_total
 
     @property
+    def kv_bytes_total(self) -> int:
+        """Memory of the whole KV cache."""
+        return self._kv.data.nbytes
+
+    @property
     def kv_tokens_free(self) -> int:
         """Tokens not reserved."""
         return self._kv.tokens_free

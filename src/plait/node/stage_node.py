@@ -410,6 +410,7 @@ class StageNode:
             "sessions": len(core.sessions),
             "sessions_suspended": phases["suspended"],
             "kv_tokens_total": compute.kv_tokens_total,
+            "kv_bytes_total": compute.kv_bytes_total,
             "kv_tokens_free": compute.kv_tokens_free,
             "kv_tokens_used": compute.kv_tokens_total - compute.kv_tokens_free,
             "frames_queued": self._stage.frames_queued,

@@ -61,6 +61,11 @@ class FakeStage:
         self._prefixes: dict[tuple[str, Span, bytes], list[list[bytes]]] = {}
 
     @property
+    def kv_bytes_total(self) -> int:
+        """Some bytes a token."""
+        return self.kv_tokens_total * WIDTH * 4
+
+    @property
     def kv_tokens_free(self) -> int:
         """Tokens not reserved."""
         return self.kv_tokens_total - sum(held.tokens for held in self._sessions.values())
