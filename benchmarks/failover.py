@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -32,6 +32,7 @@ from plait.errors import PlaitError
 from plait.testnet.chaos_report import distribution
 from plait.testnet.control import await_node, request
 from plait.testnet.load import PROMPTS
+from plait.types import PeerId
 
 STAGES, REPLICAS = 3, 2
 ATTEMPTS_PER_RUN = 5
@@ -66,6 +67,25 @@ def plait(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+async def usable(client: AsyncClient, names: Mapping[PeerId, str]) -> None:
+    """Wait until each of these nodes is offered, measured and idle."""
+    deadline_s = time.monotonic() + BACK_TIMEOUT_S
+    while True:
+        view, me = client.view(), client.account.peer
+        if all(
+            peer in view.offers
+            and view.offers[peer].state == "ready"
+            and view.offers[peer].sessions_active == 0
+            and (me, peer) in view.rtt_us
+            for peer in names
+        ):
+            return
+        if time.monotonic() > deadline_s:
+            absent = [name for peer, name in names.items() if peer not in view.offers]
+            raise SystemExit(f"not usable again after {BACK_TIMEOUT_S:g} s; absent: {absent}")
+        await asyncio.sleep(0.05)
+
+
 class Bench:
     """The runs on one testnet."""
 
@@ -82,31 +102,12 @@ class Bench:
 
     async def prepare(self) -> None:
         """The undisturbed answers, greedy and drawn."""
-        await self.usable()
+        await usable(self.client, self.names)
         for number, prompt in enumerate(PROMPTS):
             temperature = 0.8 * (number % 2)
             asked = Options(max_tokens=self.options.tokens, seed=number, temperature=temperature)
             self.asked.append((prompt, asked))
             self.wanted.append(await self.client.generate(self.model, prompt, asked))
-
-    async def usable(self) -> None:
-        """Wait until every node is offered, measured and idle."""
-        deadline_s = time.monotonic() + BACK_TIMEOUT_S
-        while True:
-            view = self.client.view()
-            me = self.client.account.peer
-            if all(
-                peer in view.offers
-                and view.offers[peer].state == "ready"
-                and view.offers[peer].sessions_active == 0
-                and (me, peer) in view.rtt_us
-                for peer in self.names
-            ):
-                return
-            if time.monotonic() > deadline_s:
-                absent = [name for peer, name in self.names.items() if peer not in view.offers]
-                raise SystemExit(f"not usable again after {BACK_TIMEOUT_S:g} s; absent: {absent}")
-            await asyncio.sleep(0.05)
 
     async def run(self) -> Run:
         """One answer with one blow."""
@@ -178,7 +179,7 @@ class Bench:
         await asyncio.to_thread(
             await_node, self.directory, run.node, ("ready",), starts=starts, timeout_s=60.0
         )
-        await self.usable()
+        await usable(self.client, self.names)
 
 
 def _differing(got: Sequence[int], wanted: Sequence[int]) -> int:
