@@ -90,6 +90,17 @@ def test_one_side_answers_whatever_happens(steps: list[Step]) -> None:
     assert running or outcomes
 
 
+@pytest.mark.parametrize("failed", [True, False])
+@pytest.mark.parametrize("winner", SIDES)
+def test_a_cancelled_side_that_ends_leaves_the_other_alone(winner: Side, failed: bool) -> None:
+    race = Race()
+    assert race.late(allowed=True)
+    loser = race.came(winner)
+    assert loser == next(side for side in SIDES if side != winner)
+    assert race.ended(loser, failed=failed) == (False, None)
+    assert race.ended(winner, failed=False) == (True, None)
+
+
 # The shell
 
 

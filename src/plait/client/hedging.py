@@ -98,7 +98,8 @@ class Race:
             return False, None
         if self.winner is None:
             self.winner = side
-        return self.winner == side, self._drop_other(side)
+        decides = self.winner == side
+        return decides, self._drop_other(side) if decides else None
 
     def _drop_other(self, side: Side) -> Side | None:
         others = sorted(self._running - {side})

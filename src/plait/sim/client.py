@@ -11,6 +11,7 @@ from plait.client.actions import (
     Action,
     AskView,
     Call,
+    Cancelled,
     CloseEpoch,
     CloseStages,
     ConfirmStage,
@@ -39,11 +40,13 @@ from plait.client.actions import (
 from plait.client.demand import Demand
 from plait.client.driver import Deliver, Embedded
 from plait.client.epoch import Order, Party
+from plait.client.hedging import HedgeBudget
 from plait.client.prefix import WarmRoutes
 from plait.client.session import SessionCore
 from plait.envelope import digest, seal
 from plait.errors import NetworkError, PlaitError, RemoteProtocolError
 from plait.network_file import NetworkFile
+from plait.sim.asking import Asking, Ended
 from plait.sim.authority import LEDGER
 from plait.sim.engine import MS, Engine, S, Timer, Violation
 from plait.sim.gossip import GossipPeer, Swarming
@@ -75,7 +78,11 @@ class Request:
     question: Question
     order: Order
     reference: tuple[int, ...]
+    hedge_share: float = 0.0
     core: SessionCore | None = None
+    """Of the session that answers."""
+    cores: list[SessionCore] = field(default_factory=list)
+    """Of all its sessions: a hedged request may have two."""
     delivered: list[int] = field(default_factory=list)
     outcome: Finished | Failed | None = None
     events: int = 0
@@ -89,6 +96,15 @@ class Request:
     def over(self) -> bool:
         """Whether nothing more will come."""
         return self.vanished or self.outcome is not None
+
+    def deliver(self, token_id: int) -> None:
+        """Take a token of the answer; raises ``Violation`` for one that is not the reference's."""
+        place = len(self.delivered)
+        self.delivered.append(token_id)
+        if self.reference[place : place + 1] != (token_id,):
+            raise Violation(
+                "tokens", f"token {place} is {token_id}, not {self.reference[place : place + 1]}"
+            )
 
 
 def _ignore(request: Request) -> None:
@@ -112,20 +128,21 @@ class ClientHost(Swarming):
         self.requests: list[Request] = []
         self.lanes = LaneDisk()
         self.warm = WarmRoutes()
-        self.running_session: _Session | None = None
+        self.asking: Asking | None = None
+        self._request: Request | None = None
         self.on_event: Callable[[Request], None] = _ignore
         """Told before each event that a session takes."""
         self.network = network
         self._wires = wires
         self._watches, self._addresses = watches, addresses
         self._issued = False
-        self.demand = Demand()
+        self.demand, self.hedges = Demand(), HedgeBudget()
 
     def on_start(self) -> None:
         """Watch the network, get credit, go on with the next request."""
         self.lanes.unlock_all()
-        self.running_session = None
-        self.demand = Demand()
+        self.asking = self._request = None
+        self.demand, self.hedges = Demand(), HedgeBudget()
         self._started_us = self.engine.now_us
         self.gossip = GossipPeer(
             self,
@@ -141,10 +158,10 @@ class ClientHost(Swarming):
         self.after(self.engine.random.randrange(S), "", self._begin)
 
     def on_crash(self) -> None:
-        """The session under way is lost with its process."""
-        if self.running_session is not None:
-            self.running_session.request.vanished = True
-            self.running_session = None
+        """The request under way is lost with its process."""
+        if self._request is not None:
+            self._request.vanished = True
+            self.asking = self._request = None
 
     def name_of(self, peer: PeerId) -> str:
         """The host behind a peer id."""
@@ -164,8 +181,36 @@ class ClientHost(Swarming):
         if not self._sees_all_layers() and waited_us < SETTLE_US:
             self.after(RETRY_US, "", self._begin)
         elif waiting:
-            self.running_session = _Session(self, self._wires, self._addresses, waiting[0])
-            self.running_session.start()
+            self._ask(waiting[0])
+
+    def _ask(self, request: Request) -> None:
+        def make(
+            order: Order, take: Callable[[int], None], ended: Callable[[Ended], None]
+        ) -> _Session:
+            return _Session(self, self._wires, self._addresses, request, order, take, ended)
+
+        def over(core: SessionCore, outcome: Ended) -> None:
+            request.core, request.outcome = core, outcome
+            request.ended_us = self.engine.now_us
+            self.asking = self._request = None
+            self.after(self.engine.random.randrange(S), "", self._begin)
+
+        request.began_us = self.engine.now_us
+        self._request = request
+        self.asking = Asking(
+            self,
+            request.order,
+            make,
+            me=peer_of(self.name),
+            view=self.gossip.view,
+            demand=self.demand,
+            hedges=self.hedges,
+            share=request.hedge_share,
+            deliver=request.deliver,
+            over=over,
+        )
+        request.cores = self.asking.cores
+        self.asking.start()
 
     def _sees_all_layers(self) -> bool:
         offers = self.gossip.view().offers.values()
@@ -188,35 +233,37 @@ class ClientHost(Swarming):
         ledger = self._wires.hosts[LEDGER]
         self._wires.call(self, ledger, "Issue", request, 5 * S, answered)
 
-    def session_over(self) -> None:
-        """Go on with the next request."""
-        self.running_session = None
-        self.after(self.engine.random.randrange(S), "", self._begin)
-
     def _changed(self) -> None:
-        if self.running_session is not None:
-            self.running_session.view_changed()
+        if self.asking is not None:
+            self.asking.view_changed()
 
 
 class _Session:
     """One core at work."""
 
     def __init__(
-        self, host: ClientHost, wires: Wires, addresses: Mapping[PeerId, str], request: Request
+        self,
+        host: ClientHost,
+        wires: Wires,
+        addresses: Mapping[PeerId, str],
+        request: Request,
+        order: Order,
+        take: Callable[[int], None],
+        ended: Callable[[Ended], None],
     ) -> None:
         self.request = request
         self._host, self._wires, self._addresses = host, wires, addresses
-        self._peers: tuple[PeerId, ...] = ()
+        self._take_token, self._ended = take, ended
+        self.peers: tuple[PeerId, ...] = ()
         self._session_id = b""
         self._links: dict[PeerId, Connection] = {}
         self._timer: Timer | None = None
         self._view_wanted = False
         self._epoch = 0
         self._over = False
-        order = request.order
         if order.reuse is not None:
             order = replace(order, warm=host.warm.find(order.reuse.names(order.prompt_ids)))
-        request.core = self._core = SessionCore(
+        self.core = SessionCore(
             order,
             Party(
                 network_id=NETWORK_ID,
@@ -230,8 +277,11 @@ class _Session:
 
     def start(self) -> None:
         """Begin."""
-        self.request.began_us = self._host.engine.now_us
         self._report(Started())
+
+    def cancel(self) -> None:
+        """Nobody wants its answer any more."""
+        self._report(Cancelled())
 
     # Events and actions ---------------------------------------------------------------
 
@@ -250,7 +300,7 @@ class _Session:
             return
         if not isinstance(event, Viewed | Ticked):
             host.engine.note(f"{host.name}: {_event_text(event, self._addresses)}")
-        for action in self._core.handle(event, host.now_ms()):
+        for action in self.core.handle(event, host.now_ms()):
             if not isinstance(action, SetTimer | AskView):
                 host.engine.note(f"{host.name} → {_action_text(action, self._addresses)}")
             self._perform(action)
@@ -260,7 +310,7 @@ class _Session:
             case Embedded():
                 pass
             case Deliver():
-                self._deliver(action.token_id)
+                self._take_token(action.token_id)
             case SetTimer():
                 self._set_timer(action.at_ms)
             case AskView():
@@ -286,21 +336,10 @@ class _Session:
             case Finished() | Failed():
                 self._end(action)
 
-    def _deliver(self, token_id: int) -> None:
-        request = self.request
-        place = len(request.delivered)
-        request.delivered.append(token_id)
-        if request.reference[place : place + 1] != (token_id,):
-            raise Violation(
-                "tokens", f"token {place} is {token_id}, not {request.reference[place : place + 1]}"
-            )
-
     def _end(self, action: Finished | Failed) -> None:
-        self.request.outcome = action
-        self.request.ended_us = self._host.engine.now_us
         self._over = True
         self._set_timer(None)
-        self._host.session_over()
+        self._ended(action)
 
     def _set_timer(self, at_ms: int | None) -> None:
         if self._timer is not None:
@@ -384,7 +423,7 @@ class _Session:
     def _open(self, action: OpenStages) -> None:
         terms = action.terms
         self._session_id, self._epoch = terms.session_id, terms.epoch
-        self._peers = tuple(stage.peer for stage in terms.stages)
+        self.peers = tuple(stage.peer for stage in terms.stages)
         for index, offer in enumerate(action.offers):
             request = session_pb2.OpenRequest(
                 session_open=action.opening,
@@ -469,7 +508,7 @@ class _Session:
             action.epoch, action.peers, action.voucher, action.reason, prefix=action.prefix
         )
         if action.prefix:
-            self._host.warm.note(action.prefix, self._core.epoch.stages)
+            self._host.warm.note(action.prefix, self.core.epoch.stages)
         self._session_id = b""
         links, self._links = self._links, {}
         for link in links.values():
@@ -534,7 +573,7 @@ class _Session:
         )
 
     def _send(self, action: Send) -> None:
-        frame, peer = action.frame, self._peers[0]
+        frame, peer = action.frame, self.peers[0]
         message = stage_pb2.Frame(
             session_id=self._session_id,
             epoch=action.epoch,
@@ -559,18 +598,18 @@ class _Session:
         assert isinstance(message, stage_pb2.LinkResponse)
         if message.WhichOneof("kind") == "result":
             result = message.result
-            if result.session_id == self._session_id and peer == self._peers[-1]:
+            if result.session_id == self._session_id and peer == self.peers[-1]:
                 self._report(_result(result))
         else:
             fault = message.fault
             if fault.session_id == self._session_id:
                 check_fault(fault, self._addresses)
-                blamed = PeerId(fault.peer_id) if fault.peer_id in self._peers else peer
+                blamed = PeerId(fault.peer_id) if fault.peer_id in self.peers else peer
                 self._report(Faulted(fault.epoch, peer, blamed, fault.code, fault.reason))
 
     def lost(self, peer: PeerId, connection: Connection, reason: str) -> None:
         """One of our links ended."""
-        if self._links.get(peer) is connection and peer in (self._peers[0], self._peers[-1]):
+        if self._links.get(peer) is connection and peer in (self.peers[0], self.peers[-1]):
             self._report(LinkLost(self._epoch, peer, reason))
 
 

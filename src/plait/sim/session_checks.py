@@ -61,9 +61,8 @@ def check_money(
 ) -> None:
     """Nobody is charged beyond what was signed; whoever was promised something has it."""
     books = ledger.recorder.books
-    for request in requests:
-        core = request.core
-        if core is None or not core.epochs:
+    for core in (core for request in requests for core in request.cores):
+        if not core.epochs:
             continue
         session_id = core.epochs[0].terms.session_id
         paid_sum = 0

@@ -6,6 +6,7 @@ everything at once.
 """
 
 from functools import partial
+from random import Random
 from typing import Literal
 
 from plait.client.driver import Accounting
@@ -35,6 +36,8 @@ SETTLED_AFTER_US = 2 * S
 EVENTS_TO_OPEN = 12
 """About so many events come before the first token."""
 EVENTS_BETWEEN_FAULTS_MAX = 14
+HEDGED = 1 / 3
+"""The share of requests that may be asked of a second pipeline."""
 FAULT_DELAY_US_MAX = 60 * MS
 LASTS_US = (200 * MS, 12 * S)
 
@@ -75,6 +78,8 @@ class NetworkWorld:
         delay_us = chance.choice([500, 5 * MS, 20 * MS])
         self.wires = Wires(engine, delay_us=delay_us, jitter_us=delay_us // 4)
         self.side = LedgerSide(engine, self.wires, self.network)
+        # Chance of its own, so that a seed without hedges is the run that it always was.
+        self._hedging = Random(f"hedges of {engine.seed}")
         self.stages: list[StageHost] = []
         self.clients: list[ClientHost] = []
         self._add_hosts()
@@ -165,7 +170,8 @@ class NetworkWorld:
                 prefill_chunk_tokens=chance.choice([4, 9, 256]),
             ),
         )
-        return Request(question, order, question.reference())
+        share = 1.0 if self._hedging.random() < HEDGED else 0.0
+        return Request(question, order, question.reference(), hedge_share=share)
 
     # The course of a run ----------------------------------------------------------------
 
@@ -217,11 +223,10 @@ class NetworkWorld:
         """The stages of the sessions under way."""
         names = []
         for client in self.clients:
-            session = client.running_session
-            core = session.request.core if session is not None else None
-            if core is not None and core.epochs:
-                peers = [stage.peer for stage in core.epochs[-1].terms.stages]
-                names += [client.name_of(peer) for peer in peers]
+            for core in client.asking.cores if client.asking is not None else ():
+                if core.epochs:
+                    peers = [stage.peer for stage in core.epochs[-1].terms.stages]
+                    names += [client.name_of(peer) for peer in peers]
         return names
 
     def _at_peace(self) -> bool:
