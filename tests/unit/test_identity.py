@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -230,3 +230,12 @@ def test_a_bad_key_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="read by others") as caught:
         load_key(tmp_path / "open.key")
     assert caught.value.remedy.startswith("chmod 600")
+
+
+@given(seed=st.binary(min_size=32, max_size=32), message=st.binary(max_size=300))
+def test_both_back_ends_sign_alike(seed: bytes, message: bytes) -> None:
+    sign = identity.libsodium_sign()
+    assert sign is not None
+    key = SigningKey.from_seed(seed)
+    plain = Ed25519PrivateKey.from_private_bytes(seed)
+    assert sign(key.seed, key.public, message) == plain.sign(message) == key.sign(message)

@@ -2,9 +2,10 @@
 
 Unlike ``Retained``, which keeps the newest row of each position for a replacement, a tape
 keeps frames as they were, rejected drafts included, because the hand-off chains hash those.
-Bytes go to spill files at once; only the index stays in memory. Past the limit the sessions
-that ended first are forgotten, then the one that grows: it cannot answer an audit then, which
-makes it suspect and nothing worse.
+Bytes go to spill files, many frames at once, so that a token does not wait for a write; in
+memory stay the index and, of each running session, less than ``UNWRITTEN_BYTES_MAX`` a kind. Past
+the limit the sessions that ended first are forgotten, then the one that grows: it cannot answer
+an audit then, which makes it suspect and nothing worse.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from plait.node.retained import KINDS, Key, Kind, SpillStore
 from plait.types import Digest, SessionId
 
 SESSIONS_MAX = 4096
+UNWRITTEN_BYTES_MAX = 32 * 1024
 
 
 @dataclass(slots=True)
@@ -24,6 +26,8 @@ class _Session:
     forget_ms: int | None = None
     """None while the session runs."""
     sizes: dict[Kind, int] = field(default_factory=dict)
+    """Bytes kept, those not written yet included."""
+    unwritten: dict[Kind, bytearray] = field(default_factory=dict)
     epochs: dict[int, "EpochTape"] = field(default_factory=dict)
     given_up: bool = False
 
@@ -106,6 +110,7 @@ class Tape:
         held = self._sessions.get(session)
         if held is not None and held.forget_ms is None:
             held.forget_ms = now_ms + self._window_ms
+            self._write_all(session, held)
 
     def expire(self, now_ms: int) -> None:
         """Forget the sessions whose window has ended."""
@@ -120,9 +125,11 @@ class Tape:
 
         Raises ``CapacityError`` if it is not kept.
         """
-        tape = self._known(session).epochs.get(epoch)
+        held = self._known(session)
+        tape = held.epochs.get(epoch)
         if tape is None:
             raise CapacityError("this epoch is not kept for audits")
+        self._write_all(session, held)
         return [
             self._opened((session, kind), mark)
             if mark.crossing.traversal >= opened_from
@@ -133,7 +140,7 @@ class Tape:
         ]
 
     def append(self, key: Key, data: bytes) -> int | None:
-        """Write bytes; returns where they begin, None if they are not kept."""
+        """Keep bytes; returns where they begin, None if they are not kept."""
         held = self._sessions.get(key[0])
         if held is None or held.given_up:
             return None
@@ -142,14 +149,28 @@ class Tape:
         try:
             if self.bytes_kept + len(data) > self._bytes_max:
                 raise CapacityError("no room is left for the tape")
-            if data:
-                self._spill.append(key, data)
+            waiting = held.unwritten.setdefault(key[1], bytearray())
+            waiting += data
+            if len(waiting) >= UNWRITTEN_BYTES_MAX:
+                self._write(key, held)
         except (OSError, CapacityError):
             self._give_up(key[0])
             return None
         held.sizes[key[1]] = offset + len(data)
         self.bytes_kept += len(data)
         return offset
+
+    def _write_all(self, session: SessionId, held: _Session) -> None:
+        try:
+            for kind in tuple(held.unwritten):
+                self._write((session, kind), held)
+        except (OSError, CapacityError):
+            self._give_up(session)
+
+    def _write(self, key: Key, held: _Session) -> None:
+        waiting = held.unwritten.pop(key[1], None)
+        if waiting:
+            self._spill.append(key, bytes(waiting))
 
     def _opened(self, key: Key, mark: _Mark) -> Crossing:
         try:
@@ -198,6 +219,7 @@ class Tape:
     def _drop_bytes(self, session: SessionId, held: _Session) -> None:
         self.bytes_kept -= sum(held.sizes.values())
         held.sizes.clear()
+        held.unwritten.clear()
         held.epochs.clear()
         for kind in KINDS:
             self._spill.drop((session, kind))
