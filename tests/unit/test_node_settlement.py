@@ -7,13 +7,25 @@ import pytest
 
 from plait.errors import LedgerError, PeerUnreachable
 from plait.identity import SigningKey
+from plait.ledger.policy import Policy, policy_of, read_policy
+from plait.ledger.service.remote import Evidence
 from plait.ledger.settling import RESERVATION_WAIT_MS
 from plait.ledger.stage_books import StageBooks
+from plait.ledger.witnessed import Patience
 from plait.node.sessions import StageSession
 from plait.node.settlement import Settler
 from plait.task_scope import TaskScope
-from plait.testing.accounting import NOW_MS, PaperSession, Plot, cert_of, key_of
-from plait.types import Microcredits, Sampling
+from plait.testing.accounting import (
+    NOW_MS,
+    PaperSession,
+    Plot,
+    cert_of,
+    cosigned_by,
+    key_of,
+    paper_network,
+    witnessed_network,
+)
+from plait.types import Digest, Microcredits, Sampling, SessionId
 from plait.v1.identity_pb2 import SignedEnvelope
 
 
@@ -49,6 +61,25 @@ class SlowLedger(FakeLedger):
         return await super().settle(request, cert, voucher)
 
 
+class WitnessedLedger(FakeLedger):
+    """Pays, and shows the log under a checkpoint that ``witnesses`` have cosigned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.witnesses: tuple[int, ...] = ()
+        self.down = False
+        self.asked = 0
+
+    async def evidence(self, session_id: SessionId) -> Evidence:
+        self.asked += 1
+        if self.down:
+            raise PeerUnreachable("down")
+        log = PaperSession(Plot()).play().settle()
+        note = cosigned_by(log.checkpoint, self.witnesses)
+        proofs = tuple((index, tuple(map(Digest, hashes))) for index, hashes in log.proofs)
+        return Evidence(log.entries, proofs, note, settled=True)
+
+
 def session_with_voucher() -> StageSession:
     played = PaperSession(Plot()).play()
     terms = played.terms
@@ -59,7 +90,12 @@ def session_with_voucher() -> StageSession:
     return session
 
 
-def settler(folder: Path, ledger: FakeLedger, tasks: TaskScope) -> Settler:
+def settler(
+    folder: Path,
+    ledger: FakeLedger,
+    tasks: TaskScope,
+    policy: Policy | None = None,
+) -> Settler:
     key: SigningKey = key_of("stage 0 ledger")
     return Settler(
         key=key,
@@ -68,6 +104,8 @@ def settler(folder: Path, ledger: FakeLedger, tasks: TaskScope) -> Settler:
         spool_dir=folder / "settlements",
         clock_ms=lambda: NOW_MS,
         tasks=tasks,
+        policy=policy,
+        patience=Patience(Microcredits(0), 1_000),
     )
 
 
@@ -165,3 +203,71 @@ async def test_a_damaged_spool_file_harms_nothing_else(tmp_path: Path, content: 
         (tmp_path / "settlements" / "0-1").write_bytes(content)
         await subject.retry_once()
     assert spooled(tmp_path) in ([], [".refused"])
+
+
+QUORUM = read_policy(policy_of(witnessed_network()).encode())
+
+
+async def test_evidence_is_kept_until_the_witnesses_have_seen_it(tmp_path: Path) -> None:
+    ledger = WitnessedLedger()
+    async with TaskScope() as tasks:
+        subject = settler(tmp_path, ledger, tasks, QUORUM)
+        assert await subject.settle(session_with_voucher())
+        assert spooled(tmp_path) == [".settled"]
+        for witnesses in ((), (1,)):
+            ledger.witnesses = witnesses
+            await subject.confirm_once()
+            assert spooled(tmp_path) == [".settled"]
+        assert len(subject.awaiting) == 1
+        assert subject.awaiting.credit > 0
+        ledger.witnesses = (1, 2)
+        await subject.confirm_once()
+    assert spooled(tmp_path) == []
+    assert len(subject.awaiting) == subject.awaiting.credit == 0
+    assert len(ledger.presented) == 1
+
+
+async def test_a_ledger_that_does_not_answer_proves_nothing(tmp_path: Path) -> None:
+    ledger = WitnessedLedger()
+    ledger.witnesses, ledger.down = (0, 1), True
+    async with TaskScope() as tasks:
+        subject = settler(tmp_path, ledger, tasks, QUORUM)
+        await subject.settle(session_with_voucher())
+        await subject.confirm_once()
+    assert spooled(tmp_path) == [".settled"]
+
+
+async def test_what_waits_for_witnesses_outlives_the_process_and_refuses_in_time(
+    tmp_path: Path,
+) -> None:
+    ledger = WitnessedLedger()
+    async with TaskScope() as tasks:
+        await settler(tmp_path, ledger, tasks, QUORUM).settle(session_with_voucher())
+        subject = settler(tmp_path, ledger, tasks, QUORUM)
+        assert subject.refusal == ""
+        subject._clock_ms = lambda: NOW_MS + 1_001
+        assert "witnesses have not seen it" in subject.refusal
+        ledger.witnesses = (0, 2)
+        await subject.confirm_once()
+        assert subject.refusal == ""
+    assert spooled(tmp_path) == []
+
+
+async def test_a_network_without_a_quorum_trusts_the_authority(tmp_path: Path) -> None:
+    ledger = WitnessedLedger()
+    async with TaskScope() as tasks:
+        policy = read_policy(policy_of(paper_network()).encode())
+        subject = settler(tmp_path, ledger, tasks, policy)
+        await subject.settle(session_with_voucher())
+        await subject.confirm_once()
+    assert spooled(tmp_path) == []
+    assert ledger.asked == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xff"])
+async def test_a_damaged_settled_file_is_kept_aside(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "settlements").mkdir()
+    (tmp_path / "settlements" / "0-1.settled").write_bytes(content)
+    async with TaskScope() as tasks:
+        assert len(settler(tmp_path, WitnessedLedger(), tasks, QUORUM).awaiting) == 0
+    assert spooled(tmp_path) == [".refused"]

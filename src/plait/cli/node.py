@@ -54,6 +54,13 @@ def run(
     retained_mb: Annotated[int, typer.Option(min=0, help="Memory to rebuild others from.")] = 512,
     spill_mb: Annotated[int, typer.Option(min=0, help="Disk for what goes beyond that.")] = 4096,
     drain_s: Annotated[float, typer.Option(min=0, help="How long a drain may take.")] = 30.0,
+    unwitnessed_max: Annotated[
+        int,
+        typer.Option(min=0, help="Microcredits settled but not witnessed, before none is taken."),
+    ] = 100_000,
+    unwitnessed_s: Annotated[
+        int, typer.Option(min=0, help="How long the witnesses may take before that counts.")
+    ] = 600,
     data_dir: DataDirOption = None,
     with_parent: WithParent = False,
     bootstrap: Annotated[
@@ -91,6 +98,8 @@ def run(
         retained_mb=retained_mb,
         spill_mb=spill_mb,
         drain_s=drain_s,
+        unwitnessed_max=unwitnessed_max,
+        unwitnessed_s=unwitnessed_s,
         with_parent=with_parent,
         extra_bootstrap=tuple(bootstrap or ()),
     )

@@ -25,6 +25,7 @@ from plait.v1.identity_pb2 import SignedEnvelope
 
 STAGES_MAX = 64
 DRAINING_RETRY_MS = 60_000
+UNWITNESSED_RETRY_MS = 30_000
 
 
 class Refused(Exception):
@@ -49,6 +50,8 @@ class StageIdentity:
     draining: bool
     revoked: Mapping[PeerId, int] = field(default_factory=lambda: NOTHING_REVOKED)
     """The least serial that still counts, of peers that revoked keys."""
+    unwitnessed: str = ""
+    """Why no new session is taken while the ledger's witnesses are behind; empty: they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,8 @@ def examine(opening: Opening, me: StageIdentity, view: View, now_ms: int) -> Sta
     Raises ``Refused`` for terms this stage does not take and ``RemoteProtocolError`` for
     those that no session has.
     """
+    if me.unwitnessed:
+        raise Refused("unwitnessed", me.unwitnessed, UNWITNESSED_RETRY_MS)
     own = opening.message.route.stages[opening.stage_index]
     if opening.message.epoch > 1 and own.entered_epoch != opening.message.epoch:
         raise Refused("terms", "this stage does not know the session any more")

@@ -62,6 +62,10 @@ class NodeConfig:
     """Disk for that."""
     audit_window_s: int = 900
     """How long it is kept after a session has ended."""
+    unwitnessed_max: int = 100_000
+    """Microcredits that the ledger may say it paid without its witnesses having seen it ..."""
+    unwitnessed_s: int = 600
+    """... for longer than this, before no new session is taken."""
     with_parent: bool = False
     """End when standard input does: with the process that started this one."""
     extra_bootstrap: tuple[str, ...] = field(default=())
@@ -72,6 +76,8 @@ class NodeConfig:
             raise ConfigError("a node needs at least one role: stage, ledger or witness")
         if "stage" in self.roles and not self.model:
             raise ConfigError("a stage needs a model", remedy="add --model smollm2-135m")
+        if self.unwitnessed_max < 0 or self.unwitnessed_s < 0:
+            raise ConfigError("what may be unwitnessed, and for how long, is not below 0")
         for port in (self.public_port, self.peer_port, self.p2p_port, self.ledger_port):
             if not 0 <= port < 65536:
                 raise ConfigError(f"not a port: {port}")

@@ -4,7 +4,9 @@ The file survives the process, not a power cut: that costs a fsync per session, 
 client's own settlement of the same voucher pays all stages.
 
 A settlement that the ledger did not acknowledge is tried again every few seconds, and
-after a restart: settling twice pays once.
+after a restart: settling twice pays once. One that it did acknowledge keeps its file, as
+``.settled``, until the network's witnesses have seen it in the log (``ledger.witnessed``); if
+the network file asks for no witnesses, the authority's word is enough.
 """
 
 import asyncio
@@ -14,23 +16,31 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from plait.errors import LedgerError, PlaitError
+from plait.errors import LedgerError, PlaitError, RemoteProtocolError
 from plait.identity import SigningKey
+from plait.ledger.policy import Policy
 from plait.ledger.service.committee import Ledger
 from plait.ledger.settling import may_still_be_paid
+from plait.ledger.witnessed import Awaiting, Claim, Patience, check_claim, claim_of
 from plait.logs import get_logger
 from plait.node.sessions import StageSession
 from plait.task_scope import TaskScope
+from plait.types import Microcredits
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import SettlementRequest, SettleRequest
 
 log = get_logger(__name__)
 
 RETRY_S = 5.0
+SETTLED = ".settled"
+PATIENCE = Patience(credit_max=Microcredits(100_000), wait_ms=600_000)
 
 
 class Settler:
-    """One stage's side of settlement. ``cert`` is its NodeKeyCert, ``key`` its ledger key."""
+    """One stage's side of settlement. ``cert`` is its NodeKeyCert, ``key`` its ledger key.
+
+    ``policy`` names the witnesses that must have seen a settlement; None asks for none.
+    """
 
     def __init__(
         self,
@@ -41,7 +51,13 @@ class Settler:
         spool_dir: Path,
         clock_ms: Callable[[], int],
         tasks: TaskScope,
+        policy: Policy | None = None,
+        patience: Patience = PATIENCE,
     ) -> None:
+        self.awaiting = Awaiting()
+        """What the ledger acknowledged and the witnesses have not been seen to see."""
+        self._policy = policy if policy is not None and policy.quorum is not None else None
+        self._patience = patience
         self.key = key
         self.cert = cert
         self._certs = {key.public: cert}
@@ -52,6 +68,8 @@ class Settler:
         self._running: set[asyncio.Task[None]] = set()
         self._presenting: set[Path] = set()
         spool_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in sorted(spool_dir.glob(f"*{SETTLED}")):
+            self._await_witnesses(path)
 
     async def settle(self, session: StageSession) -> bool:
         """Present the session's best voucher; True once the ledger has posted it."""
@@ -80,6 +98,11 @@ class Settler:
     def waiting(self) -> int:
         """Settlements under way."""
         return len(self._running) + len(self._presenting)
+
+    @property
+    def refusal(self) -> str:
+        """Why no new session should be taken: too much is unwitnessed; empty if not."""
+        return self.awaiting.refusal(self._clock_ms(), self._patience)
 
     def _spool(self, session: StageSession) -> Path | None:
         if session.books is None:
@@ -130,9 +153,45 @@ class Settler:
             path.replace(path.with_suffix(".refused"))
             return False
         with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+            if self._policy is None:
+                path.unlink()
+            else:
+                kept = path.with_suffix(SETTLED)
+                path.replace(kept)
+                self._await_witnesses(kept)
         log.info("settled", session=path.name, paid_microcredits=paid)
         return True
+
+    def _await_witnesses(self, path: Path) -> None:
+        try:
+            self.awaiting.add(path.name, claim_of(SettleRequest.FromString(path.read_bytes())))
+        except (OSError, DecodeError, RemoteProtocolError) as error:
+            log.error("a settled voucher cannot be read", file=str(path), reason=str(error))
+            with contextlib.suppress(OSError):
+                path.replace(path.with_suffix(".refused"))
+
+    async def confirm_forever(self) -> None:
+        """Ask again and again whether the witnesses have seen what was settled."""
+        while True:
+            await self.confirm_once()
+            await asyncio.sleep(RETRY_S)
+
+    async def confirm_once(self) -> None:
+        """Ask for a bounded number of settlements; forget the files of those proven."""
+        for name, claim in self.awaiting.next():
+            try:
+                await self._confirm(claim)
+            except PlaitError as error:
+                log.info("a settlement waits for witnesses", session=name, reason=str(error))
+            else:
+                (self._spool_dir / name).unlink(missing_ok=True)
+                self.awaiting.drop(name)
+
+    async def _confirm(self, claim: Claim) -> None:
+        """Raises ``PlaitError`` while the log is not seen to hold what was claimed."""
+        told = await self._ledger.evidence(claim.session)
+        if self._policy is not None:
+            check_claim(claim, told.entries, told.proofs, told.checkpoint, self._policy)
 
     def _may_come(self, message: SettleRequest, error: LedgerError) -> bool:
         issued_ms = SettlementRequest.FromString(message.request.payload).issued_ms

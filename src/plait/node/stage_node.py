@@ -22,6 +22,7 @@ from plait.errors import ConfigError, PeerUnreachable
 from plait.identity import SigningKey, load_or_create_key
 from plait.ledger.certs import make_key_cert
 from plait.ledger.notices import NoticeBoard
+from plait.ledger.policy import policy_of, read_policy
 from plait.ledger.service.committee import Ledger, connect
 from plait.ledger.service.key_store import newest_ledger_key, newest_serial
 from plait.ledger.service.notices import (
@@ -32,6 +33,7 @@ from plait.ledger.service.notices import (
     posts_of,
 )
 from plait.ledger.service.witness_edge import make_witness
+from plait.ledger.witnessed import Patience
 from plait.logs import get_logger
 from plait.model.catalog import load
 from plait.model.local import LocalModel
@@ -68,7 +70,7 @@ from plait.node.tape import Tape
 from plait.router.placement import choose_span
 from plait.router.view import Offer, View
 from plait.task_scope import TaskScope
-from plait.types import PeerId, Span
+from plait.types import Microcredits, PeerId, Span
 from plait.v1 import log_pb2_grpc, offer_pb2, offer_pb2_grpc, stage_pb2_grpc
 from plait.v1.identity_pb2 import SignedEnvelope
 
@@ -323,6 +325,10 @@ class StageNode:
             spool_dir=me.config.data_dir / "settlements",
             clock_ms=me.clock_ms,
             tasks=tasks,
+            policy=read_policy(policy_of(me.network).encode()),
+            patience=Patience(
+                Microcredits(me.config.unwitnessed_max), me.config.unwitnessed_s * 1000
+            ),
         )
         self._spill = SpillFiles(me.config.data_dir / "spill")
         self._tape_files = SpillFiles(me.config.data_dir / "tape")
@@ -364,6 +370,7 @@ class StageNode:
         self._upkeep()
         self._tasks.create_task(self._stage.compute_forever(), name="compute")
         self._tasks.create_task(self._settler.retry_forever(), name="settlement retries")
+        self._tasks.create_task(self._settler.confirm_forever(), name="witnessed settlements")
         self._tasks.create_task(self._meter.run(), name="link meter")
         self._tasks.create_task(self._upkeep_forever(), name="upkeep")
         self._tasks.create_task(self._expire_forever(), name="expiry")
@@ -425,6 +432,8 @@ class StageNode:
             "audit_bytes_kept": core.tape.bytes_kept if core.tape is not None else 0,
             "audit_bytes_max": self._me.config.tape_mb * MEBIBYTE,
             "settlements_waiting": self._settler.waiting,
+            "settlements_unwitnessed": len(self._settler.awaiting),
+            "unwitnessed_microcredits": self._settler.awaiting.credit,
             "links": self._stage.links,
         }
 
@@ -523,6 +532,7 @@ class StageNode:
             offers=self._gossip.recent_offers,
             draining=self._draining,
             revoked=self._notices.board.revoked,
+            unwitnessed=self._settler.refusal,
         )
 
     def _probe(self, request: offer_pb2.ProbeRequest) -> offer_pb2.ProbeResponse:
@@ -537,6 +547,8 @@ class StageNode:
             reason = f"{free} KV tokens are free"
         elif len(self._stage.core.sessions) >= self._limits.sessions_max:
             reason = "all sessions are taken"
+        else:
+            reason = self._settler.refusal
         return offer_pb2.ProbeResponse(
             would_accept=not reason,
             reason=reason,

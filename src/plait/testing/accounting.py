@@ -5,7 +5,7 @@ tests and test vectors are made of; it computes no model.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from plait.envelope import digest, encode, open_envelope, seal
@@ -15,6 +15,7 @@ from plait.ledger.bundle import BundleParts, EpochParts, Frame, InclusionProof
 from plait.ledger.certs import make_key_cert
 from plait.ledger.checkpoint import sign_checkpoint
 from plait.ledger.client_books import ClientBooks
+from plait.ledger.cosignature import cosign
 from plait.ledger.handoff import ids_payload
 from plait.ledger.journal import Accepted, Books, Command, Issue, Reserve, SetSubAccount, Settle
 from plait.ledger.merkle import Tree, leaf_hash
@@ -24,7 +25,7 @@ from plait.ledger.reserve import check_grant, make_reservation
 from plait.ledger.stage_books import StageBooks
 from plait.ledger.sub_accounts import SubAccount, terms_message
 from plait.ledger.terms import SessionTerms, StageTerms
-from plait.network_file import Authority, NetworkFile
+from plait.network_file import Authority, NetworkFile, Witness
 from plait.prices_wire import prices_to_message
 from plait.types import AccountId, Digest, ModelShape, Prices, Sampling, SessionId, Span, WireDtype
 from plait.v1.bundle_pb2 import ModelManifest
@@ -70,6 +71,20 @@ def paper_network(**changes: object) -> NetworkFile:
         "bootstrap": (),
     }
     return NetworkFile(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def witnessed_network() -> NetworkFile:
+    """The same with three witnesses, of which two are needed."""
+    witnesses = tuple(Witness(f"w{i}.example", key_of(f"witness {i}").public) for i in range(3))
+    return paper_network(witnesses=witnesses, witness_quorum=2)
+
+
+def cosigned_by(checkpoint: str, witnesses: Iterable[int]) -> str:
+    """A checkpoint with the cosignatures of some witnesses of ``witnessed_network``."""
+    time_s = NOW_MS // 1000
+    return checkpoint + "".join(
+        cosign(key_of(f"witness {i}"), f"w{i}.example", checkpoint, time_s) for i in witnesses
+    )
 
 
 @dataclass(frozen=True, slots=True)

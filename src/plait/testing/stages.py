@@ -130,6 +130,7 @@ class PaperNode:
         self.worker = FakeWorker()
         self.congested: set[PeerId] = set()
         self.draining = False
+        self.unwitnessed = ""
         self._swarm = swarm
         self.stage = Stage(
             compute=self.compute,
@@ -151,7 +152,15 @@ class PaperNode:
 
     def _identity(self) -> StageIdentity:
         offers = {self.offer.digest: self.offer}
-        return StageIdentity(NETWORK_ID, self.peer, FAKE_SHAPE, 2048, offers, self.draining)
+        return StageIdentity(
+            NETWORK_ID,
+            self.peer,
+            FAKE_SHAPE,
+            2048,
+            offers,
+            self.draining,
+            unwitnessed=self.unwitnessed,
+        )
 
     def send_down(self, peer: PeerId, message: stage_pb2.LinkRequest) -> None:
         """Queue a message for the next stage."""
