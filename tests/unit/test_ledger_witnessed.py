@@ -55,7 +55,7 @@ def check(one: Claim, evidence: Evidence, witnesses: Iterable[int] = (0, 1)) -> 
 @pytest.mark.parametrize("index", range(3))
 def test_a_settlement_under_a_quorum_is_proven(index: int) -> None:
     one = claim(index)
-    assert one.payee == key_of(f"stage {index}").peer_id
+    assert one.payee == AccountId(key_of(f"stage {index}").peer_id)
     assert one.amount == PLAYED.stages[index].earned > 0
     assert one.since_ms == 5
     check(one, EVIDENCE)

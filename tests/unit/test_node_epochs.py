@@ -344,6 +344,20 @@ def test_a_client_that_only_one_end_misses_may_reroute() -> None:
     assert client.drawn == EXPECTED
 
 
+def test_while_settlements_are_unwitnessed_only_new_sessions_are_refused() -> None:
+    swarm, peers = swarm_of()
+    client = PaperClient(swarm, PROMPT, TOKENS, chunk_tokens=32)
+    client.open(*peers[:4])
+    client.prefill()
+    swarm.nodes[peers[2]].unwitnessed = "the witnesses have not seen it"
+    with pytest.raises(Rejected, match="the witnesses have not seen it") as caught:
+        PaperClient(swarm, PROMPT, TOKENS, session=b"another").open(*peers[:4])
+    assert "unwitnessed" in str(caught.value)
+    client.reroute(peers[0], peers[1], peers[2], peers[7])
+    client.decode(TOKENS - 1)
+    assert client.drawn == undisturbed()
+
+
 def test_draining_is_told_and_goes_on_serving() -> None:
     swarm, peers = swarm_of()
     client = PaperClient(swarm, PROMPT, TOKENS, chunk_tokens=32)
