@@ -20,7 +20,8 @@ token), settlement, log, witnesses and audits (after the last).
 ``warm`` plays the frames one after another; ``cold`` walks over ``--evict-mb`` of memory before
 each process's turn, as if the model's weights had taken its caches. ``client_in_answer_us`` is
 the client's part as it was timed inside the real answers, to judge the two by. Prints one JSON
-object; compare figures within one run only.
+object; compare figures within one run only. Where the machine is busy, the processor's time
+(``cpu_us_per_token``) says what the work is, the clock's what it was made to wait as well.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter_ns
+from time import perf_counter_ns, thread_time_ns
 from typing import Any, TypeVar
 
 from plait.client import Client, Options
@@ -61,19 +62,21 @@ Result = TypeVar("Result")
 
 
 class Stopwatch:
-    """Nanoseconds by part."""
+    """Nanoseconds by part: of the clock, and of the processor."""
 
     def __init__(self) -> None:
         self.ns: Counter[str] = Counter()
+        self.cpu_ns: Counter[str] = Counter()
         self.on = True
 
     def time(self, part: str, call: Callable[..., Result], *given: Any, **named: Any) -> Result:
         """Make a call and add its time to a part."""
-        start = perf_counter_ns()
+        start, cpu = perf_counter_ns(), thread_time_ns()
         try:
             return call(*given, **named)
         finally:
             if self.on:
+                self.cpu_ns[part] += thread_time_ns() - cpu
                 self.ns[part] += perf_counter_ns() - start
 
 
@@ -254,6 +257,10 @@ def measure(client: Client, arguments: argparse.Namespace, tape: Tape) -> list[d
                 name: {p: ns / 1000 / one.tokens for p, ns in one.watch.ns.items()}
                 for name, one in (("warm", warm), ("cold", cold))
             },
+            "cpu": {
+                name: {p: ns / 1000 / one.tokens for p, ns in one.watch.cpu_ns.items()}
+                for name, one in (("warm", warm), ("cold", cold))
+            },
             "wire": parts.terms.wire_dtype,
         }
         rows.append(row)
@@ -288,8 +295,13 @@ def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[st
         share = median(
             lambda row: (row[f"{name}_us"] - row["parts"][name]["tape"]) / row["tpot_us"]  # noqa: B023
         )
+        cpu = {
+            part: round(median(lambda row: row["cpu"][name][part]), 1)  # noqa: B023
+            for part in path
+        }
         out[name] = {
             "us_per_token": path,
+            "cpu_us_per_token": cpu,
             "path_us_per_token": round(total, 1),
             "share_of_tpot": round(share, 5),
         }

@@ -22,6 +22,18 @@ _WAIT_POLL_S = 0.1
 DataDirOption = Annotated[
     Path | None, typer.Option(help="Keys and state; by default in the XDG data folder.")
 ]
+SpanOption = Annotated[
+    str, typer.Option(help="Layers start:end, or auto: what free memory holds and lacks most.")
+]
+BootstrapOption = Annotated[
+    list[str] | None, typer.Option(help="Another multiaddr to dial; repeatable.")
+]
+UnwitnessedMax = Annotated[
+    int, typer.Option(min=0, help="Microcredits settled but unwitnessed that end new sessions.")
+]
+UnwitnessedS = Annotated[
+    int, typer.Option(min=0, help="How long witnesses may take before that counts.")
+]
 WithParent = Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.")]
 
 
@@ -34,9 +46,7 @@ def run(
         list[str] | None,
         typer.Option(help="stage (default), witness, ledger; repeatable."),
     ] = None,
-    span: Annotated[
-        str, typer.Option(help="Layers start:end, or auto: what free memory holds and lacks most.")
-    ] = "auto",
+    span: SpanOption = "auto",
     dtype: Annotated[str, typer.Option(help="fp32, bf16, int4, int8 or auto.")] = "fp32",
     price_prompt: Annotated[
         int, typer.Option(min=0, help="Microcredits per million prompt tokens per layer.")
@@ -54,18 +64,11 @@ def run(
     retained_mb: Annotated[int, typer.Option(min=0, help="Memory to rebuild others from.")] = 512,
     spill_mb: Annotated[int, typer.Option(min=0, help="Disk for what goes beyond that.")] = 4096,
     drain_s: Annotated[float, typer.Option(min=0, help="How long a drain may take.")] = 30.0,
-    unwitnessed_max: Annotated[
-        int,
-        typer.Option(min=0, help="Microcredits settled but not witnessed, before none is taken."),
-    ] = 100_000,
-    unwitnessed_s: Annotated[
-        int, typer.Option(min=0, help="How long the witnesses may take before that counts.")
-    ] = 600,
+    unwitnessed_max: UnwitnessedMax = 100_000,
+    unwitnessed_s: UnwitnessedS = 600,
     data_dir: DataDirOption = None,
     with_parent: WithParent = False,
-    bootstrap: Annotated[
-        list[str] | None, typer.Option(help="Another multiaddr to dial; repeatable.")
-    ] = None,
+    bootstrap: BootstrapOption = None,
     network: Annotated[Path | None, typer.Option(help="Network file.")] = None,
 ) -> None:
     """Run a node in the foreground.
