@@ -557,6 +557,39 @@ async def test_comments_keep_a_slow_stream_alive() -> None:
     assert reply.events()[-1] == "[DONE]"
 
 
+@pytest.mark.parametrize("after", [0, 1])
+async def test_a_reader_that_stalls_loses_its_place(after: int) -> None:
+    """The write after the first text, or the one before it, never returns."""
+    call = Caller(
+        FakeUpstream(endless=True, interval_s=0.001),
+        GatewayConfig(write_timeout_s=0.02, keep_alive_s=10),
+    )
+    body = json.dumps({"model": MODEL, "prompt": "x", "stream": True, "max_tokens": 2000})
+    writes = 0
+
+    async def receive() -> MutableMapping[str, Any]:
+        nonlocal body
+        if body:
+            data, body = body.encode(), ""
+            return {"type": "http.request", "body": data, "more_body": False}
+        return await asyncio.Future[MutableMapping[str, Any]]()
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        nonlocal writes
+        if message["type"] == "http.response.body":
+            writes += 1
+            if writes > after:
+                await asyncio.Future[None]()
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+    async with asyncio.timeout(10):
+        await call.app(scope | {"query_string": b"", "headers": headers}, receive, send)
+    assert writes == after + 1
+    assert call.upstream.cancelled == 1
+    assert call.gateway.in_progress.sessions == 0
+
+
 async def test_an_answer_that_takes_too_long_is_a_504() -> None:
     call = Caller(FakeUpstream(gate=asyncio.Event()), GatewayConfig(request_timeout_s=0.01))
     reply = await call.chat()

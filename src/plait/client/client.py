@@ -493,13 +493,14 @@ class AsyncClient:
         ``ConfigError`` if a package is missing, or if we host layers: that gateway's routes
         would not keep to them.
         """
-        return openai_classes()[1](base_url=await self.gateway_url(), api_key="none")
+        url = await self.gateway_url()
+        return openai_classes()[1](base_url=url, api_key="none")
 
     async def gateway_url(self) -> str:
         """The base URL of a gateway of our own; raises what ``openai`` raises."""
-        openai_classes()
         if self._hosting is not None:
             raise ConfigError("the gateway would not keep to the layers that are hosted here")
+        openai_classes()
         if self._gateway is None or self._gateway.ended:
             self._gateway = Child.start(gateway_arguments(self._path))
             self._stack.push_async_callback(self._gateway.close)

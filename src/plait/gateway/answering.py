@@ -8,6 +8,7 @@ before the work and settled after it, whatever happens between.
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ from plait.gateway.running import (
 )
 from plait.gateway.shares import Shares
 from plait.gateway.till import Till, predicted_cost
+from plait.gateway.watchdog import Watchdog
 from plait.task_scope import TaskScope
 
 BUNDLE_PATH = "/v1/bundles/"
@@ -96,6 +98,14 @@ class Answering:
         self._delivered = False
         self._started_s = time.monotonic()
         self._begun = False
+        self._stalled = False
+        self._watchdog = Watchdog(
+            self._config.keep_alive_s,
+            self._config.write_timeout_s,
+            on_quiet=self._events.nudge,
+            on_stall=self._stall,
+        )
+        self._limit = asyncio.timeout(self._config.request_timeout_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         place = self._desk.in_progress.enter(self._events, len(self._jobs))
@@ -117,20 +127,34 @@ class Answering:
     ) -> None:
         try:
             try:
-                async with asyncio.timeout(self._config.request_timeout_s):
-                    await self._wait(place, send)
-                    await self._start(tasks)
-                    await (self._write_stream(send) if self._stream else self._write_whole(send))
+                async with self._limit:
+                    with self._watchdog:
+                        await self._wait(place, send)
+                        await self._start(tasks)
+                        write = self._write_stream if self._stream else self._write_whole
+                        await write(send)
             except _ClientGone:
                 return
             except Exception as error:  # noqa: BLE001 - every failure of a job arrives here
-                problem = failure.of(error)
+                if self._stalled:
+                    return
+                await self._fail(failure.of(error), scope, receive, send)
+        except _ClientGone:
+            return
+
+    async def _fail(self, problem: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        """Say what went wrong, to whoever still reads."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.write_timeout_s):
                 if self._begun:
                     await self._send(send, self._dialect.failed(problem), last=True)
                 else:
                     await problem.response(scope["path"])(scope, receive, send)
-        except _ClientGone:
-            return
+
+    def _stall(self) -> None:
+        # A reader that stalls must not keep its place for ever.
+        self._stalled = True
+        self._limit.reschedule(0.0)
 
     async def _wait(self, place: Place, send: Send) -> None:
         """Wait for a place, telling a stream how many stand before it."""
@@ -166,7 +190,7 @@ class Answering:
 
     async def _write_whole(self, send: Send) -> None:
         while self._unfinished:
-            await self._take(None)
+            await self._take()
         answers = [self._account(result) for result in self._results]
         usage = self._usage()
         body = self._dialect.whole(self._results, usage, {"answers": answers})
@@ -176,7 +200,7 @@ class Answering:
     # Streamed -----------------------------------------------------------------------
 
     async def _write_stream(self, send: Send) -> None:
-        event = await self._take(self._config.keep_alive_s)
+        event = await self._take()
         await self._begin(send)
         while True:
             frames = self._frames(event)
@@ -190,7 +214,7 @@ class Answering:
             if not self._unfinished:
                 break
             await self._send(send, frames)
-            event = await self._take(self._config.keep_alive_s)
+            event = await self._take()
         frames += self._dialect.end(self._results, self._usage())
         await self._send(send, frames, last=True)
 
@@ -213,19 +237,20 @@ class Answering:
             await self._send(send, frames)
 
     async def _send(self, send: Send, frames: list[bytes], *, last: bool = False) -> None:
-        # A reader that stalls must not keep its place for ever.
         body = b"".join(frames)
+        self._watchdog.writing()
         try:
-            async with asyncio.timeout(self._config.write_timeout_s):
-                await send({"type": "http.response.body", "body": body, "more_body": not last})
-        except (TimeoutError, OSError) as error:
+            await send({"type": "http.response.body", "body": body, "more_body": not last})
+        except OSError as error:
             raise _ClientGone from error
+        self._watchdog.written()
 
     # Both ---------------------------------------------------------------------------
 
-    async def _take(self, timeout_s: float | None) -> Piece | Done | None:
-        """The next event, noted; raises what a job raised, or that the client is gone."""
-        return self._noted(await self._events.next(timeout_s))
+    async def _take(self) -> Piece | Done | None:
+        """The next event, noted, or None after a silence; raises what a job raised, or that
+        the client is gone."""
+        return self._noted(await self._events.next())
 
     def _take_now(self) -> Piece | Done | None:
         return self._noted(self._events.next_now())

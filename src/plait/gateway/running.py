@@ -83,29 +83,41 @@ Event = Piece | Done | Failed | Gone
 
 
 class Events:
-    """Events of all jobs of one request; there is always room, as the jobs are bounded."""
+    """Events of all jobs of one request, for one reader.
+
+    Their number is bounded, as the jobs are: more than that is a bug and raises.
+    """
 
     def __init__(self, jobs: list[Job]) -> None:
-        size = sum(job.max_tokens + _ROOM for job in jobs)
-        self._queue: asyncio.Queue[Event] = asyncio.Queue(size)
+        self._most = sum(job.max_tokens + _ROOM for job in jobs)
+        self._events: deque[Event] = deque()
+        self._reader: asyncio.Future[None] | None = None
 
     def put(self, event: Event) -> None:
         """Add an event."""
-        self._queue.put_nowait(event)
+        if len(self._events) >= self._most:
+            raise asyncio.QueueFull
+        self._events.append(event)
+        self.nudge()
+
+    def nudge(self) -> None:
+        """Let ``next`` return, without an event if there is none."""
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def next_now(self) -> Event | None:
         """The next event if there is one."""
-        return None if self._queue.empty() else self._queue.get_nowait()
+        return self._events.popleft() if self._events else None
 
-    async def next(self, timeout_s: float | None = None) -> Event | None:
-        """The next event, or None after ``timeout_s``."""
-        if not self._queue.empty():
-            return self._queue.get_nowait()
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._queue.get()
-        except TimeoutError:
-            return None
+    async def next(self) -> Event | None:
+        """The next event, or None after a nudge."""
+        if not self._events:
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        return self.next_now()
 
 
 @dataclass(slots=True)
