@@ -126,6 +126,10 @@ class Scripted:
     def stop(self) -> None:
         self.stopped = True
 
+    def deliver(self, token: int) -> None:
+        """A token, before the test lets the answer go on."""
+        self._emit(Deliver(token, 0.0))
+
     async def run(self, decode: Callable[[Sequence[int]], str]) -> Answer:
         self.started.set()
         try:
@@ -134,7 +138,7 @@ class Scripted:
             self.cancelled = True
             raise
         for token in self.tokens:
-            self._emit(Deliver(token, 0.0))
+            self.deliver(token)
         if self.error is not None:
             raise self.error
         return self.answer
@@ -152,7 +156,7 @@ class Bench:
 
     def __init__(self, tasks: TaskScope, *, allowed: bool = True, late_s: float = 0.0) -> None:
         self.made: list[Scripted] = []
-        self.second_made = asyncio.Event()
+        self.second_made, self.came = asyncio.Event(), asyncio.Event()
         self.got: list[int] = []
 
         def make(avoid: frozenset[PeerId], emit: Emit) -> Scripted:
@@ -161,9 +165,13 @@ class Bench:
                 self.second_made.set()
             return self.made[-1]
 
+        def take(token: Deliver) -> None:
+            self.got.append(token.token_id)
+            self.came.set()
+
         self.subject = HedgedGeneration(
             make,
-            lambda token: self.got.append(token.token_id),
+            take,
             tasks.create_task,
             late_s=late_s,
             allowed=lambda peers: allowed,
@@ -200,6 +208,20 @@ async def test_a_side_that_fails_leaves_the_answer_to_the_other() -> None:
         second.go_on.set()
         assert await bench.work is second.answer
         assert bench.got == [3]
+
+
+async def test_a_loser_that_fails_as_the_token_comes_does_not_end_the_winner() -> None:
+    async with TaskScope() as tasks:
+        bench = Bench(tasks)
+        first, second = await bench.both()
+        second.error = CapacityError("full")
+        second.go_on.set()
+        asyncio.get_running_loop().call_soon(first.deliver, 5)
+        await bench.came.wait()
+        first.go_on.set()
+        assert await bench.work is first.answer
+        assert bench.got == [5]
+        assert not first.cancelled
 
 
 async def test_without_leave_there_is_no_second() -> None:
