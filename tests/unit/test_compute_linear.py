@@ -152,3 +152,54 @@ def test_where_no_kernel_adds_up_alike_rows_go_one_by_one(monkeypatch: pytest.Mo
     found = single.rows(given)
     assert torch.equal(found[2:4], single.rows(given[2:4]))
     assert torch.equal(found[2], functional.linear(given[2], weight))
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_int4_does_without_bf16_where_the_machine_has_none(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    import torch
+
+    from plait.compute import linear
+    from plait.compute.linear import Int4Linear, kernel_of
+
+    monkeypatch.setattr(linear, "has_bf16", lambda: bf16)
+    four = Int4Linear(planes("Q4_1")[0])
+    assert four.expanded().dtype == (torch.bfloat16 if bf16 else torch.float32)
+    wanted = "torch-int4pack32" if bf16 else "torch-int4pack32+onednn-packed"
+    assert kernel_of("int4", [four]) == wanted
+    assert kernel_of("bf16", [four]) == "onednn-bf16"
+
+
+@pytest.mark.parametrize(("bf16", "kind"), [(True, "SumLinear"), (False, "Fp32Linear")])
+def test_an_8_bit_head_is_fp32_where_the_machine_has_no_bf16(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, kind: str
+) -> None:
+    import torch
+
+    from plait.compute import linear
+    from plait.compute.linear import load_head, load_linear
+
+    monkeypatch.setattr(linear, "has_bf16", lambda: bf16)
+    head = load_head(StoredWeights("Q8_0"), "head", "int4")  # type: ignore[arg-type]
+    assert type(head).__name__ == kind
+    given = inputs(3)
+    wanted = given @ torch.from_numpy(fp32("Q8_0")).t()
+    assert float((head.rows(given) - wanted).norm() / wanted.norm()) < 5e-3
+    layer = load_linear(StoredWeights("Q8_0"), ["layer"], "int4")  # type: ignore[arg-type]
+    assert type(layer).__name__ == "SumLinear"
+    other = load_linear(StoredWeights("F32"), ["layer"], "int4")  # type: ignore[arg-type]
+    assert type(other).__name__ == ("Bf16Linear" if bf16 else "Fp32Linear")
+
+
+class StoredWeights:
+    """Tensors of one format; the part of ``Weights`` that linear layers read."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def nibbles(self, name: str) -> tuple[Nibbles, ...]:
+        return planes(self._kind)
+
+    def fp32(self, name: str) -> np.ndarray:
+        return fp32(self._kind)

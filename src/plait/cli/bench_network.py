@@ -16,10 +16,13 @@ from pathlib import Path
 from statistics import median
 
 from plait.client import AsyncClient, Client, Options
+from plait.errors import DeadlineExceeded
 from plait.model import catalog
 
 PROMPT = "Explain in a few sentences why the sky is blue and sunsets are red."
 _PEER_PROMPT_ROWS = 64
+_TOGETHER_S_MAX = 60.0
+"""For so long at most one batch is waited for: what has not answered then is an error."""
 
 Progress = Callable[[int, int], None]
 
@@ -176,19 +179,27 @@ def _batch_figure(
 
 
 async def _together(network: Path, model: str, sessions: int, tokens: int) -> tuple[float, float]:
-    """(tokens/s of all sessions while they decode, tokens/s with prefill)."""
+    """(tokens/s of all sessions while they decode, tokens/s with prefill).
+
+    They are of class ``batch``: stages refuse others once a token would take too long.
+    Raises ``DeadlineExceeded`` if not all have ended within a minute.
+    """
+    options = Options(max_tokens=tokens, qos="batch")
     async with AsyncClient(network, audits=False) as client:
         started = time.perf_counter()
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with asyncio.timeout(_TOGETHER_S_MAX), asyncio.TaskGroup() as tasks:
                 running = [
-                    tasks.create_task(
-                        client.generate(model, f"{PROMPT} ({index})", Options(max_tokens=tokens))
-                    )
+                    tasks.create_task(client.generate(model, f"{PROMPT} ({index})", options))
                     for index in range(sessions)
                 ]
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from failed
+        except TimeoutError as late:
+            raise DeadlineExceeded(
+                f"{sessions} sessions did not end within {_TOGETHER_S_MAX:.0f} s",
+                remedy="--tokens 16, or fewer sessions: --batches 1,4",
+            ) from late
         elapsed_s = time.perf_counter() - started
     answers = [task.result() for task in running]
     total = sum(answer.completion_tokens for answer in answers)

@@ -10,6 +10,12 @@ machine, and where it does not hold, rows go one by one.
 int4 computes on the file's own codes: Q4_0, Q4_1 and Q4_K as they are, Q8_0 as the sum of
 two 4-bit planes, with scale and offset rounded to bf16. Other formats, and shapes that the
 kernel does not take, fall back to bf16.
+
+Where oneDNN has no bf16 (on x86: without AVX-512), torch multiplies bf16 number by number, up
+to sixty times slower than fp32. There, what int4 would leave to bf16 is done in fp32: items of many
+rows, formats without 4-bit codes, and an 8-bit head, which is also read faster than twice four
+bits. This follows from the instruction set and not from a measurement, so that replicas
+on machines of one kind are of one numeric class; the class's kernel name says which it is.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +33,8 @@ NARROW_ROWS = 32
 """Items of more rows than this are computed by themselves."""
 UNPACK_ROWS = 128
 """From this many rows of one item on, int4 weights are first expanded to bf16."""
+UNPACK_ROWS_FP32 = 64
+"""The same where they are expanded to fp32, for want of bf16 in the machine."""
 
 PACKED_ROWS = 16
 """The number of rows that fp32 weights are laid out for; any other number is as right."""
@@ -76,9 +84,21 @@ class Fp32Linear:
 
 def kernel_of(dtype: str, matrices: Iterable[Linear]) -> str:
     """What multiplies, for the numeric class."""
-    if any(isinstance(matrix, Fp32Linear) and matrix.one_by_one for matrix in matrices):
-        return "torch-rows"
+    one_by_one = any(isinstance(matrix, Fp32Linear) and matrix.one_by_one for matrix in matrices)
+    fp32 = "torch-rows" if one_by_one else KERNELS["fp32"]
+    if dtype == "fp32":
+        return fp32
+    if dtype == "int4" and not has_bf16():
+        return f"{KERNELS[dtype]}+{fp32}"
     return KERNELS[dtype]
+
+
+@cache
+def has_bf16() -> bool:
+    """Whether the machine multiplies bf16 by instructions of its own."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @cache
@@ -142,11 +162,16 @@ class Int8Linear:
 class Int4Linear:
     """4-bit codes in groups of 32 with a bf16 scale and offset; inputs in bf16.
 
-    Many rows of one item are multiplied with weights expanded to bf16 on the spot: the
-    4-bit kernel saves reading memory, and with many rows that is not what takes time.
+    Many rows of one item are multiplied with weights expanded to bf16 on the spot, or to fp32
+    where that is faster: the 4-bit kernel saves reading memory, and with many rows that is
+    not what takes time.
     """
 
     def __init__(self, weights: Nibbles) -> None:
+        bf16 = has_bf16()
+        self._wide, self._wide_rows = (
+            (torch.bfloat16, UNPACK_ROWS) if bf16 else (torch.float32, UNPACK_ROWS_FP32)
+        )
         codes = torch.from_numpy(weights.codes)
         self._packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         # The kernel computes (code - 8) * scale + zero.
@@ -165,18 +190,20 @@ class Int4Linear:
 
     def item(self, rows: torch.Tensor) -> torch.Tensor:
         """See ``Linear.item``."""
-        if len(rows) < UNPACK_ROWS:
+        if len(rows) < self._wide_rows:
             return self.rows(rows)
-        return (rows.bfloat16() @ self.expanded()).float()
+        # The inputs are rounded to bf16 in any case, as the 4-bit kernel has them.
+        return (rows.bfloat16().to(self._wide) @ self.expanded()).float()
 
     def expanded(self) -> torch.Tensor:
-        """[inputs, outputs] in bf16."""
+        """[inputs, outputs] in bf16, or in fp32 where there is no bf16."""
         groups, half, outputs = self._bytes.shape
-        weight = torch.empty(groups, 2, half, outputs, dtype=torch.bfloat16)
+        weight = torch.empty(groups, 2, half, outputs, dtype=self._wide)
         weight[:, 0] = self._bytes & 15
         weight[:, 1] = self._bytes >> 4
         weight -= 8
-        scale, zero = self._scale_and_zero.permute(2, 0, 1)[:, :, None, None].contiguous()
+        pairs = self._scale_and_zero.permute(2, 0, 1)[:, :, None, None]
+        scale, zero = pairs.to(self._wide).contiguous()
         torch.addcmul(zero, weight, scale, out=weight)
         return weight.view(groups * 2 * half, outputs)
 
@@ -229,6 +256,13 @@ def load_linear(weights: Weights, names: Sequence[str], dtype: str) -> Linear:
     return kinds[dtype](dense)
 
 
+def load_head(weights: Weights, name: str, dtype: str) -> Linear:
+    """The head's matrix in ``dtype``, or in fp32 where that is faster than an int4 sum."""
+    if dtype == "int4" and not has_bf16() and len(_planes(weights, name)) > 1:
+        return load_linear(weights, [name], "fp32")
+    return load_linear(weights, [name], dtype)
+
+
 def _load_int4(weights: Weights, names: Sequence[str]) -> Linear:
     planes = [_planes(weights, name) for name in names]
     if all(len(of_matrix) == 1 for of_matrix in planes):
@@ -237,7 +271,8 @@ def _load_int4(weights: Weights, names: Sequence[str]) -> Linear:
         return JoinedLinear([_load_int4(weights, [name]) for name in names])
     if planes[0]:
         return SumLinear([Int4Linear(plane) for plane in planes[0]])
-    return Bf16Linear(torch.from_numpy(weights.fp32(names[0])))
+    dense = torch.from_numpy(weights.fp32(names[0]))
+    return Bf16Linear(dense) if has_bf16() else Fp32Linear(dense)
 
 
 def _planes(weights: Weights, name: str) -> tuple[Nibbles, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from plait.compute.kv import KvLayout, SessionKv
-from plait.compute.linear import NARROW_ROWS, Linear, kernel_of, load_linear
+from plait.compute.linear import NARROW_ROWS, Linear, kernel_of, load_head, load_linear
 from plait.errors import LocalProtocolError
 from plait.model.config import EMBEDDING, FINAL_NORM, LlamaConfig
 from plait.model.weights import Rows, Weights
@@ -238,7 +238,7 @@ def load_ragged(weights: Weights, span: Span, dtype: str, progress: LayerProgres
         dtype,
         rows=weights.rows(EMBEDDING) if span.start == 0 else None,
         final_norm=torch.from_numpy(weights.fp32(FINAL_NORM)) if last else None,
-        head=load_linear(weights, [config.head_tensor], dtype) if last else None,
+        head=load_head(weights, config.head_tensor, dtype) if last else None,
     )
 
 

@@ -22,6 +22,7 @@ class SpillFiles:
         folder.mkdir(parents=True, mode=0o700, exist_ok=True)
         self._folder = folder
         self._files: dict[Key, BinaryIO] = {}
+        self._ends: dict[Key, int] = {}
 
     def __len__(self) -> int:
         return len(self._files)
@@ -32,10 +33,11 @@ class SpillFiles:
         if file is None:
             made = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
             file = self._files[key] = cast("BinaryIO", made)
-        end = file.seek(0, os.SEEK_END)
-        if file.write(data) != len(data):
+        end = self._ends.get(key, 0)
+        if os.pwrite(file.fileno(), data, end) != len(data):
             file.truncate(end)
             raise OSError("the disk took only a part")
+        self._ends[key] = end + len(data)
 
     def read(self, key: Key, offset: int, size: int) -> bytes:
         """Read exactly ``size`` bytes; raises ``OSError``."""
@@ -50,10 +52,12 @@ class SpillFiles:
         file = self._files.get(key)
         if file is not None:
             file.truncate(size)
+            self._ends[key] = size
 
     def drop(self, key: Key) -> None:
         """Close the file, which frees its room."""
         file = self._files.pop(key, None)
+        self._ends.pop(key, None)
         if file is not None:
             file.close()
 
