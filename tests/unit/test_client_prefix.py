@@ -5,11 +5,14 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plait.client import Options
+from plait.client.epoch import Order
 from plait.client.prefix import PAGES_MAX, Reuse, Warm, WarmRoutes, agreed_start
 from plait.compute.pages import PAGE_TOKENS
 from plait.ledger.terms import SessionTerms
 from plait.testing.accounting import Plot, terms_of
-from plait.types import PeerId, Prices, Span
+from plait.testing.compute import FAKE_SHAPE
+from plait.types import PeerId, Prices, Sampling, Span
 
 STAGES = ((Span(0, 2), PeerId("a")), (Span(2, 4), PeerId("b")))
 
@@ -45,3 +48,20 @@ def test_a_client_remembers_who_had_the_longest_part_of_a_prompt() -> None:
     for number in range(PAGES_MAX):
         warm.note((b"%d" % number,), STAGES)
     assert warm.find(reuse.names(longer)) is None
+
+
+def test_a_prompt_that_is_scored_asks_for_no_cached_prefix() -> None:
+    ids = tuple(range(PAGE_TOKENS + 1))
+    plain = Order(
+        model=FAKE_SHAPE,
+        prompt_ids=ids,
+        sampling=Sampling(),
+        route=Options().route_request(len(ids)),
+        vocabulary_size=1000,
+        manifest=b"",
+        want_bundle=False,
+        reuse=Reuse(b"salt"),
+    )
+    assert plain.prefix == Reuse(b"salt").names(ids) != ()
+    assert replace(plain, score=True).prefix == ()
+    assert replace(plain, reuse=None).prefix == ()

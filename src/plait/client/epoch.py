@@ -67,6 +67,16 @@ class Order:
     warm: Warm | None = None
     accounting: Accounting = field(default_factory=Accounting)
 
+    @property
+    def prefix(self) -> tuple[bytes, ...]:
+        """Names of the prompt's pages to use if a stage has them kept.
+
+        There are none where the prompt is to be scored: every position must be computed.
+        """
+        if self.reuse is None or self.score:
+            return ()
+        return self.reuse.names(self.prompt_ids)
+
 
 @dataclass(slots=True)
 class Epoch:

@@ -107,13 +107,12 @@ class Opening:
         self._demand.asking(epoch.entered, self._order.qos, now_ms)
         ids = (*self._order.prompt_ids, *drawn)
         timeout_ms = OPEN_TIMEOUT_MS if epoch.number == 1 else REOPEN_TIMEOUT_MS
-        reuse = self._order.reuse
-        names = reuse.names(self._order.prompt_ids) if reuse is not None else ()
-        return OpenStages(epoch.terms, epoch.opening, epoch.offers, ids, timeout_ms, names)
+        prefix = self._order.prefix
+        return OpenStages(epoch.terms, epoch.opening, epoch.offers, ids, timeout_ms, prefix)
 
     def start(self, epoch: Epoch) -> int:
         """The first position to feed: those before it are in every stage's cache."""
-        if epoch.number > 1 or self._order.reuse is None or self._order.score:
+        if epoch.number > 1 or not self._order.prefix:
             return 0
         return agreed_start((self._reusable.get(peer, 0) for peer in epoch.peers), epoch.terms)
 
