@@ -70,20 +70,24 @@ class Watchdog:
         """It is over."""
         self._since_s, self._writing = self._loop.time(), False
 
+    @property
+    def _due_s(self) -> float:
+        """When what goes on now has lasted too long."""
+        return self._since_s + (self._write_s if self._writing else self._quiet_s)
+
     def _set(self, now_s: float) -> None:
-        due_s = self._since_s + (self._write_s if self._writing else self._quiet_s)
         # What begins right after this look must not be found too late.
-        due_s = min(due_s, now_s + self._quiet_s, now_s + self._write_s)
+        due_s = min(self._due_s, now_s + self._quiet_s, now_s + self._write_s)
         self._timer = self._loop.call_at(due_s, self._look)
 
     def _look(self) -> None:
         now_s = self._loop.time()
-        passed_s = now_s - self._since_s
-        if self._writing and passed_s >= self._write_s:
-            self._timer = None
-            self._on_stall()
-            return
-        if not self._writing and passed_s >= self._quiet_s:
+        # By the very sum that the timer was set to: a difference may round to less.
+        if now_s >= self._due_s:
+            if self._writing:
+                self._timer = None
+                self._on_stall()
+                return
             self._since_s = now_s
             self._on_quiet()
         self._set(now_s)
