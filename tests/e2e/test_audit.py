@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 TINY = "tiny-random"
 STAGES, LAYER, END = 3, 3, 6
 TOKENS = 40
+ATTEMPTS = 6
 
 
 def run_plait(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -52,7 +53,11 @@ class Stage:
             async with AsyncClient(self.directory / "network.toml") as client:
                 span = Span(LAYER, END)
                 options = Options(max_tokens=TOKENS, bundle=True, pin=((span, peer),), raw=True)
-                answer = await client.generate(TINY, "The sky is blue and", options)
+                # A session that moved on a busy machine leaves no host that took no part.
+                for _ in range(ATTEMPTS):
+                    answer = await client.generate(TINY, "The sky is blue and", options)
+                    if answer.epochs == 1:
+                        break
                 assert answer.bundle is not None
                 return answer.bundle
 

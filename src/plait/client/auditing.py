@@ -30,7 +30,8 @@ from plait.v1 import stage_pb2, stage_pb2_grpc
 from plait.v1.identity_pb2 import SignedEnvelope
 
 EXAMINE_TIMEOUT_S = 600.0
-VIEW_TIMEOUT_S = 5.0
+VIEW_TIMEOUT_S = 20.0
+"""For all lots of a bundle together. A host that fell out of view offers again within 15 s."""
 
 _OUTCOMES = {
     stage_pb2.AUDIT_OUTCOME_CONSISTENT: "consistent",
@@ -88,6 +89,7 @@ async def audit_bundle(
     parts = replace(parts, entries=evidence.entries)
     nonce = session_nonce(account.ledger_key, parts.terms.session_id)
     anchors: dict[bytes, stage_pb2.AuditAnchor] = {}
+    view_until_s = asyncio.get_running_loop().time() + VIEW_TIMEOUT_S
     audited = []
     for lot in [one for one in lots_of(parts) if one not in skip]:
         peer = audited_peer(parts, lot)
@@ -98,7 +100,8 @@ async def audit_bundle(
                 audited.append(Audited(lot, peer, "undrawn"))
                 continue
             challenge = challenge_for(parts, lot, nonce, anchor)
-            audited.append(await _audit(parts, lot, challenge, seed, dialer, known, only))
+            eligible = await _eligible(parts, lot, known, only, view_until_s)
+            audited.append(await _audit(parts, lot, challenge, seed, dialer, known, eligible))
         except PlaitError as error:
             audited.append(Audited(lot, peer, "unaudited", reason=str(error)))
     return audited
@@ -139,13 +142,13 @@ async def _audit(
     seed: Digest,
     dialer: Dialer,
     known: Known,
-    only: Collection[PeerId],
+    eligible: Sequence[PeerId],
 ) -> Audited:
     peer = audited_peer(parts, lot)
-    found = await _eligible(parts, lot, known, only)
-    auditor = auditor_of(seed, lot, found)
+    auditor = auditor_of(seed, lot, eligible)
     if auditor is None:
-        return Audited(lot, peer, "unaudited", reason="no other host of these layers is known")
+        reason = "no host of these layers is known that took no part in the session"
+        return Audited(lot, peer, "unaudited", reason=reason)
     openings, verdict = await _examined(dialer, known.view().offers[auditor], challenge)
     evidence = stage_pb2.AuditEvidence(challenge=challenge, openings=openings, verdict=verdict)
     said = open_envelope(verdict, stage_pb2.AuditVerdict)
@@ -157,11 +160,11 @@ async def _audit(
 
 
 async def _eligible(
-    parts: BundleParts, lot: Lot, known: Known, only: Collection[PeerId]
+    parts: BundleParts, lot: Lot, known: Known, only: Collection[PeerId], until_s: float
 ) -> list[PeerId]:
     """Who may be the auditor. A client that has just begun may hear of them in a moment."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(VIEW_TIMEOUT_S):
+        async with asyncio.timeout_at(until_s):
             while not eligible_auditors(parts, lot, known.view()):
                 await known.changed()
     eligible = eligible_auditors(parts, lot, known.view())
