@@ -108,6 +108,15 @@ def test_a_span_outside_the_model_is_refused(net: Net, tmp_path: Path) -> None:
     one_clear_line(finished, "0:8")
 
 
+@pytest.mark.parametrize(("device", "says"), [("cuda:99", "CUDA cards"), ("gpu", "'gpu'")])
+def test_a_device_that_is_not_there_is_named(
+    net: Net, tmp_path: Path, device: str, says: str
+) -> None:
+    finished = start_node(net, tmp_path / "node", "--span", "0:3", "--device", device)
+    assert finished.returncode == 3
+    one_clear_line(finished, says)
+
+
 def test_a_dead_network_is_not_a_missing_layer(testnet: Callable[..., Net]) -> None:
     net = testnet(stages=1, fresh=True)
     net.control("down")

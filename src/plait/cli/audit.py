@@ -102,6 +102,7 @@ def check(
     from google.protobuf.message import DecodeError
 
     from plait.compute.load import load_stage
+    from plait.ledger.audit_rules import tolerance_of
     from plait.ledger.audit_wire import read_challenge
     from plait.locate import network_path
     from plait.model import catalog
@@ -120,6 +121,7 @@ def check(
     if local.manifest.digest != challenge.terms.model_digest:
         raise ConfigError(f"{model} is not the model of this session", remedy="--model NAME")
     try:
+        tolerance_of(challenge.numeric_class)
         steps = steps_of(challenge, message.openings)
     except BadProof as error:
         typer.echo(json.dumps({"outcome": "unresponsive", "reason": str(error)}))

@@ -28,11 +28,20 @@ SpanOption = Annotated[
 BootstrapOption = Annotated[
     list[str] | None, typer.Option(help="Another multiaddr to dial; repeatable.")
 ]
+PricePrompt = Annotated[
+    int, typer.Option(min=0, help="Microcredits per million prompt tokens per layer.")
+]
+PriceOutput = Annotated[
+    int, typer.Option(min=0, help="Microcredits per million output tokens per layer.")
+]
 UnwitnessedMax = Annotated[
     int, typer.Option(min=0, help="Microcredits settled but unwitnessed that end new sessions.")
 ]
 UnwitnessedS = Annotated[
     int, typer.Option(min=0, help="How long witnesses may take before that counts.")
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="Where to compute: cpu, auto, cuda, cuda:N or mps.")
 ]
 WithParent = Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.")]
 
@@ -48,12 +57,9 @@ def run(
     ] = None,
     span: SpanOption = "auto",
     dtype: Annotated[str, typer.Option(help="fp32, bf16, int4, int8 or auto.")] = "fp32",
-    price_prompt: Annotated[
-        int, typer.Option(min=0, help="Microcredits per million prompt tokens per layer.")
-    ] = 5_000,
-    price_output: Annotated[
-        int, typer.Option(min=0, help="Microcredits per million output tokens per layer.")
-    ] = 20_000,
+    device: DeviceOption = "cpu",
+    price_prompt: PricePrompt = 5_000,
+    price_output: PriceOutput = 20_000,
     region: Annotated[str, typer.Option(help="Where the node stands; clients may filter.")] = "",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     public_port: Annotated[int, typer.Option(help="0: chosen free.")] = 0,
@@ -76,12 +82,14 @@ def run(
     SIGTERM or Ctrl-C drains it: its clients are told to move, and it ends when they have, or
     after --drain-s. A second signal ends it at once.
     """
+    from plait.compute.device import check_device
     from plait.locate import network_path, node_dir
     from plait.node.config import NodeConfig
     from plait.node.daemon import main
     from plait.types import Prices
 
     _check_multiaddrs(bootstrap or ())
+    check_device(device)
     config = NodeConfig(
         name="node",
         network_file=network_path(network),
@@ -90,6 +98,7 @@ def run(
         model=model,
         span=_layers(span),
         dtype=dtype,
+        device=device,
         prices=Prices(prompt=price_prompt, output=price_output),
         region=region,
         host=host,

@@ -29,6 +29,18 @@ _CARRIERS = {
     "tun": "network namespaces",
     "forwarder": "a forwarder between loopback addresses",
 }
+DeviceOption = Annotated[
+    str, typer.Option(help="Where they compute: cpu, auto, cuda, cuda:N or mps.")
+]
+DiskOption = Annotated[
+    int, typer.Option(min=0, help="A disk of this size for each node; needs root.")
+]
+AuthoritiesOption = Annotated[
+    int, typer.Option(min=1, help="Ledger authorities: 1, or a committee of 4, 7, …")
+]
+UnprivilegedOption = Annotated[
+    bool, typer.Option("--unprivileged", help="Shape without namespaces, even as root.")
+]
 NodeArgument = Annotated[str, typer.Argument(metavar="NODE", help="A name, as in: status.")]
 
 
@@ -39,18 +51,13 @@ def up(
     replicas: Annotated[int | None, typer.Option(help="Hosts of each span.")] = None,
     stages: Annotated[int | None, typer.Option(help="Equal spans to cut the model in.")] = None,
     dtype: Annotated[str, typer.Option(help="Numeric type of the stages.")] = "fp32",
+    device: DeviceOption = "cpu",
     wan: Annotated[
         str | None, typer.Option(help="lan, metro, continental, global, lossy or nat.")
     ] = None,
-    unprivileged: Annotated[
-        bool, typer.Option("--unprivileged", help="Shape without namespaces, even as root.")
-    ] = False,
-    disk_mb: Annotated[
-        int, typer.Option(min=0, help="A disk of this size for each node; needs root.")
-    ] = 0,
-    authorities: Annotated[
-        int, typer.Option(min=1, help="Ledger authorities: 1, or a committee of 4, 7, …")
-    ] = 1,
+    unprivileged: UnprivilegedOption = False,
+    disk_mb: DiskOption = 0,
+    authorities: AuthoritiesOption = 1,
     witnesses: Annotated[
         int | None, typer.Option(min=0, help="Nodes that witness the log; default 3.")
     ] = None,
@@ -66,6 +73,7 @@ def up(
 
     Example: plait testnet up -n 4 --model smollm2-135m --detach
     """
+    from plait.compute.device import CPU, check_device
     from plait.compute.load import check_loadable
     from plait.model import catalog
     from plait.testnet import launch
@@ -73,7 +81,9 @@ def up(
 
     directory = (directory or default_testnet_dir()).resolve()
     local = catalog.load(model)
-    check_loadable(local, None, dtype)
+    check_device(device)
+    # A stage looks for its device itself: asking here would start a driver that forks.
+    check_loadable(local, None, dtype, CPU if device == CPU.name else None)
     placed = place(local.manifest.layers, nodes=nodes, stages=stages, replicas=replicas)
     network = launch.choose_wan(wan, placed, unprivileged=unprivileged) if wan else None
     if network is not None:
@@ -83,6 +93,7 @@ def up(
         placed,
         model=model,
         dtype=dtype,
+        device=device,
         wan=network,
         disk_mb=disk_mb,
         with_parent=not detach,

@@ -59,6 +59,7 @@ def _replay_with(threads: int) -> "Replay":
         from plait.compute.bundle_replay import dtype_of, replay_bundle
         from plait.compute.load import load_stage
         from plait.ledger.report import Absent
+        from plait.ledger.terms import accelerator_of
         from plait.ledger.verify_session import check_manifest
         from plait.model import catalog
 
@@ -66,6 +67,9 @@ def _replay_with(threads: int) -> "Replay":
             local = catalog.load(check_manifest(parts).name)
         except ModelError as error:
             raise Absent(f"{error}: {error.remedy}") from error
+        kind = accelerator_of(parts.terms.stages[0].numeric_class)
+        if kind:
+            raise Absent(f"computed on {kind}, for which no tolerance is published")
         dtype = dtype_of(parts)
         whole = Span(0, local.manifest.layers)
         found = replay_bundle(parts, frames, sampling, load_stage(local, whole, dtype, threads))

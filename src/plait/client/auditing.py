@@ -17,12 +17,14 @@ from plait.client.dialer import Dialer
 from plait.envelope import open_envelope
 from plait.errors import BadProof, PeerUnreachable, PlaitError, RemoteProtocolError
 from plait.ledger.audit_request import audited_peer, challenge_for, lots_of, paying_entry
+from plait.ledger.audit_rules import tolerance_of
 from plait.ledger.audit_wire import check_anchor
 from plait.ledger.balances import entry_from_payload
 from plait.ledger.bundle import BundleParts, read_bundle
 from plait.ledger.lottery import Lot, audit_seed, auditor_of, is_drawn, session_nonce
 from plait.ledger.service.committee import Ledger
 from plait.ledger.service.proving import fetch_anchor
+from plait.ledger.terms import StageTerms
 from plait.network_file import NetworkFile
 from plait.router.view import Offer, View
 from plait.types import Digest, PeerId
@@ -99,6 +101,7 @@ async def audit_bundle(
             if not is_drawn(seed, lot, network.audit_rate_percent):
                 audited.append(Audited(lot, peer, "undrawn"))
                 continue
+            tolerance_of(_stage_of(parts, lot).numeric_class)  # or nothing can be said of it
             challenge = challenge_for(parts, lot, nonce, anchor)
             eligible = await _eligible(parts, lot, known, only, view_until_s)
             audited.append(await _audit(parts, lot, challenge, seed, dialer, known, eligible))
@@ -173,8 +176,7 @@ async def _eligible(
 
 def eligible_auditors(parts: BundleParts, lot: Lot, view: View) -> tuple[PeerId, ...]:
     """Other hosts of the stage's layers in its numeric class, that took no part."""
-    epoch = next(epoch for epoch in parts.epochs if epoch.terms.epoch == lot.epoch)
-    stage = epoch.terms.stages[lot.stage_index]
+    stage = _stage_of(parts, lot)
     took_part = {one.peer for epoch in parts.epochs for one in epoch.terms.stages}
     return tuple(
         sorted(
@@ -186,6 +188,11 @@ def eligible_auditors(parts: BundleParts, lot: Lot, view: View) -> tuple[PeerId,
             and offer.peer not in took_part
         )
     )
+
+
+def _stage_of(parts: BundleParts, lot: Lot) -> StageTerms:
+    epoch = next(epoch for epoch in parts.epochs if epoch.terms.epoch == lot.epoch)
+    return epoch.terms.stages[lot.stage_index]
 
 
 async def _examined(

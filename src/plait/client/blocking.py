@@ -67,6 +67,7 @@ class Client:
         audits: bool = True,
         host: str | None = None,
         host_dtype: str = "fp32",
+        host_device: str = "cpu",
         host_address: str = "127.0.0.1",
         draft: str | None = None,
     ) -> None:
@@ -76,6 +77,7 @@ class Client:
             audits=audits,
             host=host,
             host_dtype=host_dtype,
+            host_device=host_device,
             host_address=host_address,
             draft=draft,
         )

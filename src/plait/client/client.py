@@ -167,7 +167,8 @@ class AsyncClient:
     ``host`` names layers, such as ``"0:2"`` or ``"0:2,28:30"``, that every route leaves on this
     machine: nodes of the client's own serve them, one process for each span (this needs
     plait[node] and the model's weights), from the first request for a model until the
-    client is left. ``host_address`` is where the others' nodes reach them.
+    client is left. ``host_device`` is where they compute (``cpu``,
+    ``cuda``, …), ``host_address`` where the others' nodes reach them.
 
     ``draft`` names a small local model that drafts for those with its tokenizer (needs torch).
     """
@@ -180,6 +181,7 @@ class AsyncClient:
         audits: bool = True,
         host: str | None = None,
         host_dtype: str = "fp32",
+        host_device: str = "cpu",
         host_address: str = "127.0.0.1",
         draft: str | None = None,
     ) -> None:
@@ -188,7 +190,12 @@ class AsyncClient:
         self.network: NetworkFile = load_network_file(path)
         self._hosting: Hosting | None = None
         if host is not None:
-            terms = HostTerms(spans=parse_spans(host), dtype=host_dtype, address=host_address)
+            terms = HostTerms(
+                spans=parse_spans(host),
+                dtype=host_dtype,
+                device=host_device,
+                address=host_address,
+            )
             self._hosting = Hosting(terms, path, self.view, self.changed)
         self._folder = Path(account) if account is not None else client_dir(path)
         self._warm = WarmRoutes()

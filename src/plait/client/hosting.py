@@ -43,6 +43,7 @@ class HostTerms:
 
     spans: tuple[Span, ...]
     dtype: str = "fp32"
+    device: str = "cpu"
     address: str = "127.0.0.1"
 
 
@@ -103,6 +104,7 @@ class Hosting:
     def _arguments(self, model: str, span: Span, folder: str) -> Sequence[str]:
         terms = self.terms
         what = ["--model", model, "--span", str(span), "--dtype", terms.dtype]
+        what += ["--device", terms.device]
         where = ["--network", str(self.network), "--host", terms.address, "--data-dir", folder]
         free = ["--price-prompt", "0", "--price-output", "0", "--drain-s", "1"]
         return ["node", "run", *what, *where, *free, "--with-parent"]

@@ -34,11 +34,12 @@ class KvLayout:
     span: Span
     heads: int
     head_size: int
+    number: torch.dtype = torch.float32
 
     @property
     def position_bytes(self) -> int:
-        """Memory of one position, in fp32."""
-        return len(self.span) * 2 * self.heads * self.head_size * 4
+        """Memory of one position."""
+        return len(self.span) * 2 * self.heads * self.head_size * self.number.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ class KvCache:
         *,
         disk: DiskRoom = DiskRoom(),  # noqa: B008 - frozen
         clock_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000,
+        device: torch.device | None = None,
     ) -> None:
         pages = tokens_max // PAGE_TOKENS
         self.layout = layout
@@ -142,6 +144,8 @@ class KvCache:
             layout.heads,
             pages * PAGE_TOKENS,
             layout.head_size,
+            dtype=layout.number,
+            device=device,
         )
         self._table = PageTable(pages)
         self._sessions: dict[SessionId, SessionKv] = {}
@@ -357,7 +361,7 @@ class KvCache:
                 return
             self._table.hold([page])
         try:
-            self._file.write(slot, _bytes_of(self._page(span, page).contiguous()))
+            self._file.write(slot, _bytes_of(self._page(span, page).cpu().contiguous()))
         except CapacityError:
             with self._lock:
                 self._kept.forget_wish(key)
@@ -378,7 +382,7 @@ class KvCache:
     def _read(self, span: Span, page: int, one: Adopted) -> None:
         assert one.slot is not None
         here = self._page(span, page)
-        there = torch.empty(here.shape)
+        there = torch.empty(here.shape, dtype=here.dtype)
         try:
             self._file.read(one.slot, _bytes_of(there))
         except CapacityError:
@@ -400,4 +404,4 @@ class KvCache:
 
 
 def _bytes_of(numbers: torch.Tensor) -> memoryview:
-    return numbers.numpy().data.cast("B")
+    return numbers.view(torch.uint8).numpy().data.cast("B")

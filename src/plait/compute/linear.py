@@ -258,15 +258,15 @@ def load_linear(weights: Weights, names: Sequence[str], dtype: str) -> Linear:
 
 def load_head(weights: Weights, name: str, dtype: str) -> Linear:
     """The head's matrix in ``dtype``, or in fp32 where that is faster than an int4 sum."""
-    if dtype == "int4" and not has_bf16() and len(_planes(weights, name)) > 1:
+    if dtype == "int4" and not has_bf16() and len(nibble_planes(weights, name)) > 1:
         return load_linear(weights, [name], "fp32")
     return load_linear(weights, [name], dtype)
 
 
 def _load_int4(weights: Weights, names: Sequence[str]) -> Linear:
-    planes = [_planes(weights, name) for name in names]
+    planes = [nibble_planes(weights, name) for name in names]
     if all(len(of_matrix) == 1 for of_matrix in planes):
-        return Int4Linear(_stacked([of_matrix[0] for of_matrix in planes]))
+        return Int4Linear(stacked([of_matrix[0] for of_matrix in planes]))
     if len(names) > 1:
         return JoinedLinear([_load_int4(weights, [name]) for name in names])
     if planes[0]:
@@ -275,12 +275,14 @@ def _load_int4(weights: Weights, names: Sequence[str]) -> Linear:
     return Bf16Linear(dense) if has_bf16() else Fp32Linear(dense)
 
 
-def _planes(weights: Weights, name: str) -> tuple[Nibbles, ...]:
+def nibble_planes(weights: Weights, name: str) -> tuple[Nibbles, ...]:
+    """The 4-bit planes whose sum a matrix is; none if no 4-bit kernel takes it."""
     planes = weights.nibbles(name)
     return () if planes and len(planes[0].codes) % _OUTPUTS_MULTIPLE else planes
 
 
-def _stacked(parts: Sequence[Nibbles]) -> Nibbles:
+def stacked(parts: Sequence[Nibbles]) -> Nibbles:
+    """Matrices over the same inputs as one, their outputs one after the other."""
     return Nibbles(
         np.concatenate([part.codes for part in parts]),
         np.concatenate([part.scale for part in parts]),

@@ -142,6 +142,10 @@ class StageCompute(Protocol):
         """Length of one activation row."""
 
     @property
+    def device(self) -> str:
+        """Where it computes: ``cpu``, ``cuda:0``, ``mps``."""
+
+    @property
     def kv_tokens_total(self) -> int:
         """Capacity of the KV cache, in tokens of all sessions together."""
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from plait.compute.device import kernel_on
+from plait.compute.device_linear import TORCH_DTYPES, load_on
+from plait.compute.device_memory import HOST, DeviceMemory
 from plait.compute.kv import KvLayout, SessionKv
 from plait.compute.linear import NARROW_ROWS, Linear, kernel_of, load_head, load_linear
 from plait.errors import LocalProtocolError
@@ -60,18 +63,20 @@ class RaggedModel:
         rows: Rows | None,
         final_norm: torch.Tensor | None,
         head: Linear | None,
+        memory: DeviceMemory = HOST,
     ) -> None:
         self.config = config
         self.span = span
-        self.layout = KvLayout(span, config.kv_heads, config.head_size)
-        self.numerics = f"{dtype}/{kernel_of(dtype, _matrices(layers, head))}"
+        self.layout = KvLayout(span, config.kv_heads, config.head_size, _kv_number(dtype, memory))
+        self.memory = memory
+        self.numerics = f"{dtype}/{_kernel(dtype, layers, head, memory)}"
         self._layers = layers
         self._rows = rows
         self._final_norm = final_norm
         self._head = head
-        self._epsilon = torch.tensor(config.norm_epsilon)
+        self._epsilon = memory.put(torch.tensor(config.norm_epsilon))
         even = torch.arange(0, config.head_size, 2).float()
-        self._frequencies = 1.0 / config.rope_base ** (even / config.head_size)
+        self._frequencies = memory.put(1.0 / config.rope_base ** (even / config.head_size))
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """[len(ids), hidden] for ids in range. Only the first stage can."""
@@ -84,7 +89,7 @@ class RaggedModel:
 
         The items' sessions differ, and all run the same span.
         """
-        batch = _Batch(self.config, self._frequencies, items)
+        batch = _Batch(self.config, self._frequencies, items, self.memory)
         span = items[0].kv.span
         hidden = batch.hidden
         for index in range(span.start - self.span.start, span.end - self.span.start):
@@ -123,7 +128,11 @@ class _Batch:
     """The rows of a step: items of few rows first, so that they form one piece."""
 
     def __init__(
-        self, config: LlamaConfig, frequencies: torch.Tensor, items: Sequence[Item]
+        self,
+        config: LlamaConfig,
+        frequencies: torch.Tensor,
+        items: Sequence[Item],
+        memory: DeviceMemory,
     ) -> None:
         self._order = sorted(range(len(items)), key=lambda i: len(items[i].hidden) > NARROW_ROWS)
         self._items = [items[i] for i in self._order]
@@ -133,9 +142,9 @@ class _Batch:
         self._narrow_rows = sum(self._sizes) - sum(wide)
         self._pieces = [self._narrow_rows, *wide]
         self._group = config.heads // config.kv_heads
-        self._masks = [_mask(item) for item in self._items]
+        self._masks = [_mask(item, memory) for item in self._items]
         positions = [torch.arange(len(i.hidden)) + i.first_position for i in self._items]
-        angles = torch.cat(positions).float()[:, None] * frequencies
+        angles = memory.carry(torch.cat(positions).float())[:, None] * frequencies
         self._turns = torch.polar(torch.ones_like(angles), angles)[:, None]
 
     def apply(self, linear: Linear, rows: torch.Tensor) -> torch.Tensor:
@@ -187,6 +196,7 @@ class _Batch:
         cached_keys, cached_values = item.kv.write(
             layer, item.first_position, keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
         )
+        queries = queries.to(cached_keys.dtype)
         if rows <= NARROW_ROWS:
             # Each row by itself, so that a draft's row is what it would be without drafts.
             # The query heads that share a key head stand in as rows: nothing is copied.
@@ -198,7 +208,7 @@ class _Batch:
                 )
                 for query, end in zip(grouped, ends, strict=True)
             ]
-            return (torch.cat(each) if rows > 1 else each[0]).reshape(rows, heads * size)
+            return (torch.cat(each) if rows > 1 else each[0]).reshape(rows, heads * size).float()
         attended = functional.scaled_dot_product_attention(
             queries.transpose(0, 1)[None],
             cached_keys,
@@ -207,7 +217,7 @@ class _Batch:
             is_causal=mask is None,
             enable_gqa=self._group > 1,
         )
-        return attended[0].transpose(0, 1).reshape(rows, heads * size)
+        return attended[0].transpose(0, 1).reshape(rows, heads * size).float()
 
     def split(self, hidden: torch.Tensor) -> list[torch.Tensor]:
         """The rows of each item, in the order the items were given in."""
@@ -215,20 +225,30 @@ class _Batch:
         return [results[index] for index in range(len(self._order))]
 
 
-def _mask(item: Item) -> torch.Tensor | None:
+def _mask(item: Item, memory: DeviceMemory) -> torch.Tensor | None:
     """[rows, keys], what each row may see; None if that is a plain causal triangle."""
     rows = len(item.hidden)
     if rows <= NARROW_ROWS or item.first_position == 0:
         return None
-    return torch.ones(rows, item.first_position + rows, dtype=torch.bool).tril(item.first_position)
+    seen = torch.ones(rows, item.first_position + rows, dtype=torch.bool)
+    return memory.carry(seen.tril(item.first_position))
 
 
-def load_ragged(weights: Weights, span: Span, dtype: str, progress: LayerProgress) -> RaggedModel:
-    """Load the span in ``dtype``, one of ``load.DTYPES``. Raises ``ModelError`` on a bad tensor."""
+def load_ragged(
+    weights: Weights,
+    span: Span,
+    dtype: str,
+    progress: LayerProgress,
+    memory: DeviceMemory = HOST,
+) -> RaggedModel:
+    """Load the span in ``dtype``, one of ``load.DTYPES``. Raises ``ModelError`` on a bad tensor.
+
+    On an accelerator all but the embedding is in its memory: of that, a step needs a few rows.
+    """
     config = weights.config
     layers = []
     for done, index in enumerate(range(span.start, span.end)):
-        layers.append(_load_layer(weights, index, dtype))
+        layers.append(_load_layer(weights, index, dtype, memory))
         progress(done + 1, len(span))
     last = span.end == config.layers
     return RaggedModel(
@@ -237,9 +257,30 @@ def load_ragged(weights: Weights, span: Span, dtype: str, progress: LayerProgres
         layers,
         dtype,
         rows=weights.rows(EMBEDDING) if span.start == 0 else None,
-        final_norm=torch.from_numpy(weights.fp32(FINAL_NORM)) if last else None,
-        head=load_head(weights, config.head_tensor, dtype) if last else None,
+        final_norm=memory.put(torch.from_numpy(weights.fp32(FINAL_NORM))) if last else None,
+        head=_load_head(weights, config.head_tensor, dtype, memory) if last else None,
+        memory=memory,
     )
+
+
+def _load_head(weights: Weights, name: str, dtype: str, memory: DeviceMemory) -> Linear:
+    if memory.device.is_accelerator:
+        return load_on(memory, weights, [name], dtype)
+    return load_head(weights, name, dtype)
+
+
+def _kernel(dtype: str, layers: Sequence[Layer], head: Linear | None, memory: DeviceMemory) -> str:
+    if memory.device.is_accelerator:
+        return kernel_on(memory.device, dtype)
+    return kernel_of(dtype, _matrices(layers, head))
+
+
+def _kv_number(dtype: str, memory: DeviceMemory) -> torch.dtype:
+    """What keys and values are kept in: an accelerator's memory is dear, and its attention
+    is made for 16 bits."""
+    if memory.device.is_accelerator and dtype != "fp32":
+        return TORCH_DTYPES[dtype if dtype in TORCH_DTYPES else memory.device.half]
+    return torch.float32
 
 
 def _matrices(layers: Sequence[Layer], head: Linear | None) -> list[Linear]:
@@ -249,18 +290,24 @@ def _matrices(layers: Sequence[Layer], head: Linear | None) -> list[Linear]:
     return found
 
 
-def _load_layer(weights: Weights, index: int, dtype: str) -> Layer:
+def _load_layer(weights: Weights, index: int, dtype: str, memory: DeviceMemory) -> Layer:
     def name(part: str) -> str:
         return f"blk.{index}.{part}.weight"
 
     def linear(*parts: str) -> Linear:
-        return load_linear(weights, [name(part) for part in parts], dtype)
+        names = [name(part) for part in parts]
+        if memory.device.is_accelerator:
+            return load_on(memory, weights, names, dtype)
+        return load_linear(weights, names, dtype)
+
+    def norm(part: str) -> torch.Tensor:
+        return memory.put(torch.from_numpy(weights.fp32(name(part))))
 
     return Layer(
-        attention_norm=torch.from_numpy(weights.fp32(name("attn_norm"))),
+        attention_norm=norm("attn_norm"),
         queries_keys_values=linear("attn_q", "attn_k", "attn_v"),
         attention_output=linear("attn_output"),
-        feed_forward_norm=torch.from_numpy(weights.fp32(name("ffn_norm"))),
+        feed_forward_norm=norm("ffn_norm"),
         gate_up=linear("ffn_gate", "ffn_up"),
         down=linear("ffn_down"),
     )

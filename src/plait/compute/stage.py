@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from plait.compute.admission import check_work
+from plait.compute.device_memory import HOST, DeviceMemory
 from plait.compute.draw_state import Draw, DrawState
 from plait.compute.grammar import Vocabulary
 from plait.compute.kv import KvCache, KvLayout
@@ -83,11 +84,13 @@ class TorchStage:
         threads: int,
         vocabulary: Vocabulary | None = None,
         disk: DiskRoom = DiskRoom(),  # noqa: B008 - frozen
+        memory: DeviceMemory = HOST,
     ) -> None:
         self._model = model
         self._shape = shape
         self._threads = threads
-        self._kv = KvCache(model.layout, kv_tokens_max, disk=disk)
+        self._memory = memory
+        self._kv = KvCache(model.layout, kv_tokens_max, disk=disk, device=memory.torch_device)
         self._vocabulary = vocabulary
         self._draws: dict[SessionId, DrawState] = {}
 
@@ -105,6 +108,11 @@ class TorchStage:
     def width(self) -> int:
         """Length of one activation row."""
         return self._model.config.hidden_size
+
+    @property
+    def device(self) -> str:
+        """Where it computes; see ``StageCompute.device``."""
+        return self._memory.device.name
 
     @property
     def kv_tokens_total(self) -> int:
@@ -181,8 +189,9 @@ class TorchStage:
         return [outcomes[index] for index in range(len(batch))]
 
     def numeric_class(self) -> str:
-        """Weights / dtype / kernels / wire dtype / threads."""
-        return f"{self._shape.digest.hex()[:16]}/{self._model.numerics}/f32/t{self._threads}"
+        """Weights / dtype / kernels / wire dtype / threads, of which an accelerator has none."""
+        threads = 0 if self._memory.device.is_accelerator else self._threads
+        return f"{self._shape.digest.hex()[:16]}/{self._model.numerics}/f32/t{threads}"
 
     def measure(self) -> tuple[int, int]:
         """(microseconds of one decode step, microseconds per prompt token), both through
@@ -241,8 +250,7 @@ class TorchStage:
     def _compute_all(self, together: Sequence[_Ready], outcomes: dict[int, Done]) -> None:
         """Compute a group; if that fails, each alone, so that the fault finds its item."""
         try:
-            results = self._model.run([one.item for one in together])
-            logits = self._logits(together, results)
+            results, logits = self._fetched(together)
         except (PlaitError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError
             if len(together) == 1:
                 outcomes[together[0].index] = Done(error=error)
@@ -253,11 +261,21 @@ class TorchStage:
         for one, result in zip(together, results, strict=True):
             outcomes[one.index] = self._finished(one, result, logits.get(one.index))
 
+    def _fetched(
+        self, together: Sequence[_Ready]
+    ) -> tuple[Sequence[torch.Tensor], dict[int, torch.Tensor]]:
+        """The group's outputs, and logits by index, on the host: here the device is waited for."""
+        results = self._model.run([one.item for one in together])
+        logits = self._logits(together, results)
+        outputs = [result.float() for result in results]
+        here = self._memory.fetch([*outputs, *logits.values()])
+        return here[: len(results)], dict(zip(logits, here[len(results) :], strict=True))
+
     def _input(self, work: Work) -> torch.Tensor:
         if work.ids is not None:
-            return self._model.embed(work.ids)
+            return self._memory.carry(self._model.embed(work.ids))
         # A copy: bytes off the wire are read-only, which torch does not take.
-        return torch.tensor(work.hidden)
+        return self._memory.carry(torch.tensor(work.hidden))
 
     def _logits(
         self, together: Sequence[_Ready], results: Sequence[torch.Tensor]
@@ -284,7 +302,7 @@ class TorchStage:
                 done = self._answered(one.work, kv.sampling, output, logits)
             except (PlaitError, RuntimeError, MemoryError) as error:
                 return Done(error=error)
-        done = replace(done, hidden=output.float().contiguous().numpy())
+        done = replace(done, hidden=output.contiguous().numpy())
         kv.length = end
         return done
 
@@ -297,17 +315,18 @@ class TorchStage:
             return Done(scored=scored)
         drawn = self._drawn(work, sampling, logits.numpy())
         if work.embedding:
-            drawn = replace(drawn, embedding=tuple(output[-1].float().tolist()))
+            drawn = replace(drawn, embedding=tuple(output[-1].tolist()))
         return Done(drawn=drawn, scored=scored)
 
     def _scored(self, work: Work, sampling: Sampling, output: torch.Tensor) -> Scored:
         found = []
         for start in range(0, len(work.scored), _SCORED_AT_ONCE):
             ids = work.scored[start : start + _SCORED_AT_ONCE]
-            logits = self._model.logits(output[start : start + len(ids)]).numpy()
+            rows = self._memory.carry(output[start : start + len(ids)])
+            (logits,) = self._memory.fetch([self._model.logits(rows)])
             found += [
                 score(row, token, sampling.top_logprobs)
-                for row, token in zip(logits, ids, strict=True)
+                for row, token in zip(logits.numpy(), ids, strict=True)
             ]
         tops = tuple(top for _, top in found) if sampling.top_logprobs else ()
         return Scored(tuple(logprob for logprob, _ in found), tops)

@@ -20,7 +20,7 @@ from typing import Literal
 from plait.errors import BadProof, RemoteProtocolError
 from plait.ledger.blame import about
 from plait.ledger.handoff import HandoffChain
-from plait.ledger.terms import SessionTerms
+from plait.ledger.terms import SessionTerms, accelerator_of
 from plait.types import Digest
 from plait.v1.ledger_pb2 import StageReceipt
 
@@ -117,10 +117,13 @@ class Finding:
 
 
 def tolerance_of(numeric_class: str) -> Tolerance:
-    """The tolerance of a numeric class; raises ``BadProof`` for one that has none."""
+    """The tolerance of a numeric class; raises ``BadProof`` for one that has none.
+
+    Accelerators have none: honest stages were measured on CPUs only.
+    """
     parts = numeric_class.split("/")
     known = TOLERANCES.get(parts[1]) if len(parts) > 1 else None
-    if known is None:
+    if known is None or accelerator_of(numeric_class):
         raise BadProof(f"no tolerance is published for the numeric class {numeric_class!r}")
     return known
 

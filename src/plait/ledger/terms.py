@@ -29,6 +29,7 @@ NOTHING = Microcredits(0)
 DRAFTS_MAX = 16
 """Most drafted tokens in one frame."""
 _WIRE_PART = 3  # weights / dtype / kernels / wire / threads
+_ACCELERATORS = ("cuda", "mps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +205,14 @@ def dtype_of(numeric_class: str) -> str:
     """The dtype that a numeric class names; ``""`` if it names none."""
     parts = numeric_class.split("/")
     return parts[1] if len(parts) > 1 else ""
+
+
+def accelerator_of(numeric_class: str) -> str:
+    """The kind of accelerator that a numeric class names by its kernels; ``""`` for a CPU's."""
+    parts = numeric_class.split("/")
+    kernels = parts[2] if len(parts) > 2 else ""
+    kind = kernels.partition("-")[0]
+    return kind if kind in _ACCELERATORS else ""
 
 
 def class_on_wire(numeric_class: str, wire_dtype: WireDtype) -> str:

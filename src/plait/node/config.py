@@ -31,6 +31,8 @@ class NodeConfig:
     span: Span | None = None
     """None: chosen from free memory."""
     dtype: str = "fp32"
+    device: str = "cpu"
+    """Where to compute; see ``plait.compute.device``."""
     prices: Prices = DEFAULT_PRICES
     region: str = ""
     host: str = "127.0.0.1"

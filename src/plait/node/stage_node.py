@@ -15,6 +15,8 @@ import grpc
 import grpc.aio
 import psutil
 
+from plait.compute.device import CPU, Device, accelerators, resolve
+from plait.compute.device_memory import memory_of
 from plait.compute.load import check_loadable, load_stage
 from plait.compute.port import StageCompute
 from plait.compute.spill import DiskRoom
@@ -118,13 +120,14 @@ async def start_stage(
     if not network.authorities:
         raise ConfigError("the network file names no ledger authority")
     local = load(config.model or "")
-    check_loadable(local, config.span, config.dtype)
+    device = await asyncio.to_thread(_device, config.device)
+    check_loadable(local, config.span, config.dtype, device)
     listen = f"/ip4/{config.host}/tcp/{config.p2p_port}"
     check_free(listen)
     trusted = TrustedCertificates()
     ports = _Ports.bind(me, trusted)
     view = await look_around(network, me.peer, ports.public_address)
-    compute, speed_us = await _load_compute(me, local, view)
+    compute, speed_us = await _load_compute(me, local, view, device)
     tasks = await stack.enter_async_context(TaskScope())
     control = Libp2pControlPlane(
         me.peer_key,
@@ -189,26 +192,38 @@ def _bootstrap(me: _Self) -> list[str]:
 
 
 async def _load_compute(
-    me: _Self, local: LocalModel, view: View
+    me: _Self, local: LocalModel, view: View, device: Device
 ) -> tuple[StageCompute, tuple[int, int]]:
     config, span = me.config, me.config.span
+    memory = await asyncio.to_thread(memory_of, device)
     if span is None:
-        span = _automatic_span(me, local, view)
+        span = _automatic_span(me, local, view, memory.free_bytes())
         log.info("span chosen", span=str(span))
     threads = config.threads or psutil.cpu_count() or 1
     disk = DiskRoom(config.data_dir / "prefixes", config.prefix_disk_mb * MEBIBYTE)
-    load_it = partial(load_stage, disk=disk)
+    load_it = partial(load_stage, disk=disk, memory=memory)
     compute = await asyncio.to_thread(
         load_it, local, span, config.dtype, threads, config.kv_tokens_max
     )
     speed_us = await asyncio.to_thread(compute.measure)
-    log.info("weights loaded", span=str(span), decode_us=speed_us[0])
+    log.info(
+        "weights loaded",
+        span=str(span),
+        device=compute.device,
+        kv_tokens=compute.kv_tokens_total,
+        decode_us=speed_us[0],
+    )
     return compute, speed_us
 
 
-def _automatic_span(me: _Self, local: LocalModel, view: View) -> Span:
-    free_bytes = psutil.virtual_memory().available * MEMORY_SHARE
-    fits = int(free_bytes // bytes_per_layer(local.manifest))
+def _device(name: str) -> Device:
+    # torch need not look for accelerators where none was asked for.
+    return CPU if name == CPU.name else resolve(name, accelerators())
+
+
+def _automatic_span(me: _Self, local: LocalModel, view: View, device_bytes: int | None) -> Span:
+    free_bytes = psutil.virtual_memory().available if device_bytes is None else device_bytes
+    fits = int(free_bytes * MEMORY_SHARE // bytes_per_layer(local.manifest))
     try:
         return choose_span(view, local.manifest.shape, fits, me.clock_ms(), besides=me.peer)
     except ValueError as error:
@@ -414,6 +429,8 @@ class StageNode:
         return {
             "model": self._shape.name,
             "span": [compute.span.start, compute.span.end],
+            "device": compute.device,
+            "numeric_class": compute.numeric_class(),
             "sessions": len(core.sessions),
             "sessions_suspended": phases["suspended"],
             "kv_tokens_total": compute.kv_tokens_total,

@@ -15,6 +15,7 @@ from plait.types import WireDtype
 
 SAVING_PERCENT_MIN = 20
 """int8 must save this much of the predicted time per token, or of that to the first one."""
+_ROUNDING = ("bf16", "fp16", "int4", "int8")
 _GROUP = 32
 _SCALE_BYTES = 2
 
@@ -54,7 +55,7 @@ def choose_wire(plan: Plan, wanted: WireDtype | None) -> WireDtype:
 def _all_round(plan: Plan) -> bool:
     """Whether every stage states that it computes in something less than fp32."""
     classes = [stage.offer.numeric_class.split("/") for stage in plan.stages]
-    return all(len(parts) > 1 and parts[1] in ("bf16", "int4", "int8") for parts in classes)
+    return all(len(parts) > 1 and parts[1] in _ROUNDING for parts in classes)
 
 
 def _slow(plan: Plan, width: int) -> bool:

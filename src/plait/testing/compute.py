@@ -61,6 +61,11 @@ class FakeStage:
         self._prefixes: dict[tuple[str, Span, bytes], list[list[bytes]]] = {}
 
     @property
+    def device(self) -> str:
+        """Where a fake computes."""
+        return "cpu"
+
+    @property
     def kv_bytes_total(self) -> int:
         """Some bytes a token."""
         return self.kv_tokens_total * WIDTH * 4

@@ -77,6 +77,7 @@ class Cluster:
     wan: Wan | None = None
     disk_mb: int = 0
     """The size of each node's data folder, a disk of its own; 0 leaves it where it is."""
+    device: str = "cpu"
 
     def member(self, name: str) -> Member:
         """The named process; raises ``ConfigError`` listing the names there are."""
@@ -109,6 +110,7 @@ class Cluster:
             model=member.model,
             span=member.span,
             dtype=self.dtype,
+            device=self.device,
             host=self.listening_host(member),
             announce_host=member.host if self.is_forwarded else "",
             public_port=member.ports.public,
@@ -126,6 +128,7 @@ def create(
     *,
     model: str,
     dtype: str = "fp32",
+    device: str = "cpu",
     ports: Callable[[int], list[int]] = choose_ports,
     wan: Wan | None = None,
     disk_mb: int = 0,
@@ -170,7 +173,7 @@ def create(
         members = [
             replace(member, host=wan.address(number)) for number, member in enumerate(members, 1)
         ]
-    cluster = Cluster(f"testnet-{token_hex(4)}", model, dtype, tuple(members), wan, disk_mb)
+    cluster = Cluster(f"testnet-{token_hex(4)}", model, dtype, tuple(members), wan, disk_mb, device)
     _write_network_file(directory, cluster)
     for name in ("identity.key", "ledger.key"):
         load_or_create_key(directory / CLIENT_DIR / name)
