@@ -15,10 +15,11 @@ from plait.router import cost, search
 from plait.router.bounds import Graph
 from plait.router.eligibility import sift
 from plait.router.plan import Plan, plan
-from plait.router.request import RouteRequest
+from plait.router.request import RouteRequest, Sort
 from plait.router.search import best_route, goal_of
 from plait.router.view import Offer, View
-from plait.types import Digest, Microcredits, ModelShape, PeerId, Prices, Span
+from plait.router.wire_choice import on_wire, rounds
+from plait.types import Digest, Microcredits, ModelShape, PeerId, Prices, Span, WireDtype
 
 MODEL = ModelShape("toy", Digest(b"m" * 32), 6, 1, 2, bytes_per_row=4096)
 DRIVER = PeerId("driver")
@@ -177,6 +178,55 @@ def test_the_plan_is_never_worse_than_brute_force_and_keeps_its_bounds(
     assert goal_of(request).scores(totals[0]) == best
     assert planned.predicted.price_microcredits == totals[0].price
     assert all(goal_of(request).allows(total) for total in totals)
+
+
+@st.composite
+def mixed_swarms(draw: st.DrawFn) -> View:
+    """Two or three hosts of each half, of which any may round; slow links everywhere."""
+    offers = [
+        make_offer(
+            peer,
+            *((0, 3) if peer in (P, R, T) else (3, 6)),
+            decode_us=draw(st.sampled_from([1_000, 15_000, 30_000, 60_000])),
+            numeric_class=f"w/{draw(st.sampled_from(['int4', 'fp32']))}/k",
+        )
+        for peer in (P, Q, R, S, T)
+    ]
+    peers = [DRIVER, *(offer.peer for offer in offers)]
+    pairs = {(a, b) for a in peers for b in peers if a != b}
+    bandwidths = {pair: draw(st.sampled_from([10**5, 3 * 10**5])) for pair in sorted(pairs)}
+    return View({offer.peer: offer for offer in offers}, dict.fromkeys(pairs, 1000), bandwidths)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(mixed_swarms(), st.sampled_from(["latency", "throughput"]), st.none() | st.floats(0, 0.2))
+def test_routes_are_compared_by_the_bytes_that_will_cross(
+    view: View, sort: Sort, tpot_s: float | None
+) -> None:
+    """Rows cross a route in bf16 where all of its stages round, else in fp32."""
+    request = RouteRequest(prompt_tokens=1, max_tokens=20, sort=sort, tpot_s=tpot_s)
+    goal = goal_of(request)
+    totals = [
+        cost.totals(view, route, on_wire(MODEL, crossing(route)), request, DRIVER)
+        for route in every_route(list(sift(view, MODEL, request, NOW_MS)[0]), request)
+    ]
+    best = min((goal.scores(total) for total in totals if goal.allows(total)), default=None)
+    try:
+        planned = plan(view, MODEL, request, source=DRIVER, now_ms=NOW_MS)
+    except NoRoute:
+        assert best is None
+        return
+    stages = [(stage.offer, stage.span) for stage in planned.stages]
+    searched = on_wire(MODEL, crossing(stages))
+    assert goal.scores(cost.totals(view, stages, searched, request, DRIVER)) == best
+    assert planned.wire_dtype in (crossing(stages), "int8")
+    assert planned.predicted == cost.predict(view, stages, planned.costed, request, DRIVER)
+
+
+def crossing(route: cost.Stages) -> WireDtype:
+    """What a search takes to cross the hops of a route."""
+    return "bf16" if all(rounds(offer) for offer, _ in route) else "fp32"
 
 
 def check_route(view: View, request: RouteRequest, route: cost.Stages) -> cost.Totals:

@@ -125,6 +125,7 @@ class Options:
                 pin=self.pin,
                 only=self.only,
                 ignore=self.ignore,
+                wire=self.wire,
             )
         except ValueError as error:
             raise ConfigError(f"bad routing option: {error}") from error

@@ -17,6 +17,7 @@ def explain(decision: Plan) -> dict[str, Any]:
     return {
         "model": decision.model.name,
         "sort": decision.request.sort,
+        "wire_dtype": decision.wire_dtype,
         "route": _stages(decision),
         "predicted": _prediction(decision.predicted),
         "alternates": [
@@ -81,7 +82,7 @@ def explain_lines(account: dict[str, Any]) -> list[str]:
 
 def _stages(decision: Plan) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
-    model, request = decision.model, decision.request
+    model, request = decision.costed, decision.request
     before: PeerId = decision.source
     for stage in decision.stages:
         peer = stage.offer.peer

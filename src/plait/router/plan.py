@@ -2,6 +2,10 @@
 
 Pure: the same view, model, request, source and time always give the same plan, whatever
 the order of the view's mappings.
+
+What a hop costs depends on the whole route: only where all stages round do rows cross it in
+fewer bytes. So where both kinds of stages are on offer, the best route of rounding stages, at
+their bytes, is held against the best of all, at fp32's: no third can be better.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,14 +16,15 @@ import numpy as np
 
 from plait.errors import NoRoute, RouteError
 from plait.router import cost
-from plait.router.bounds import Graph
+from plait.router.bounds import Graph, Route
 from plait.router.compare import outclassed
 from plait.router.cost import Prediction, Stages
 from plait.router.eligibility import Rejection, sift
 from plait.router.request import RouteRequest
 from plait.router.search import PRICE, TPOT, TTFT, Goal, best_route, goal_of
 from plait.router.view import Offer, View
-from plait.types import ModelShape, PeerId, Span
+from plait.router.wire_choice import on_wire, rounds, wire_of
+from plait.types import ModelShape, PeerId, Span, WireDtype
 
 _SPARE_LABELS_MAX = 2_000
 
@@ -54,6 +59,13 @@ class Plan:
     request: RouteRequest
     source: PeerId
     now_ms: int
+    wire_dtype: WireDtype = "fp32"
+    """What it was predicted for."""
+
+    @property
+    def costed(self) -> ModelShape:
+        """The model as the cost model has to see it: rows as long as they are on the wire."""
+        return on_wire(self.model, self.wire_dtype)
 
     @property
     def rejections(self) -> tuple[Rejection, ...]:
@@ -63,7 +75,7 @@ class Plan:
         chosen = {offer.peer for offer, _ in stages}
         losers = (offer for offer in eligible if offer.peer not in chosen)
         compared = (
-            outclassed(offer, stages, self.view, self.model, self.request, self.source)
+            outclassed(offer, stages, self.view, self.costed, self.request, self.source)
             for offer in losers
         )
         return tuple(sorted((*rejections, *compared), key=lambda rejection: rejection.peer))
@@ -86,30 +98,64 @@ def plan(
     leave too many comparable routes to compare.
     """
     eligible, rejections = sift(view, model, request, now_ms)
-    graph = Graph(view, eligible, model, request, source)
+    goal = goal_of(request)
+    graph, best = _best(_graphs(view, eligible, model, request, source), goal)
     if missing := graph.missing():
         raise _missing_layers(missing, view, model, request, rejections)
-    goal = goal_of(request)
-    best = best_route(graph, goal)
     if best is None:
         raise _failed_bound(graph)
     stages = graph.stages(best)
     chosen = {offer.peer for offer, _ in stages}
     spares = tuple(
         Alternate(
-            *_planned(graph, spare),
+            *_planned(graph, spare, model),
             tuple(offer.peer for offer, _ in spare if offer.peer in chosen),
         )
         for spare in _spare_routes(graph, goal, stages, alternates)
     )
-    return Plan(*_planned(graph, stages), spares, view, model, request, source, now_ms)
+    wire = wire_of(view, stages, model, request, source)
+    planned, predicted = _planned(graph, stages, model)
+    return Plan(planned, predicted, spares, view, model, request, source, now_ms, wire)
 
 
-def _planned(graph: Graph, stages: Stages) -> tuple[tuple[PlannedStage, ...], Prediction]:
-    planned = tuple(
-        PlannedStage(offer, span, graph.model.priced_layers(span)) for offer, span in stages
-    )
-    predicted = cost.predict(graph.view, stages, graph.model, graph.request, graph.source)
+def _graphs(
+    view: View,
+    eligible: Sequence[Offer],
+    model: ModelShape,
+    request: RouteRequest,
+    source: PeerId,
+) -> list[Graph]:
+    """The offers to search among, with what their rows cost on the wire; all of them last."""
+    rounding = [offer for offer in eligible if rounds(offer)]
+    fewer_bytes = on_wire(model, request.wire or "bf16")
+    graphs = []
+    if rounding:
+        graphs.append(Graph(view, rounding, fewer_bytes, request, source))
+    if len(rounding) < len(eligible) or not rounding:
+        graphs.append(Graph(view, eligible, model, request, source))
+    return graphs
+
+
+def _best(graphs: Sequence[Graph], goal: Goal) -> tuple[Graph, Route | None]:
+    """The best route of all, and where it was found; the first of equals."""
+    found = [
+        (goal.scores(graph.totals(route)), number, graph, route)
+        for number, graph in enumerate(graphs)
+        if not graph.missing() and (route := best_route(graph, goal)) is not None
+    ]
+    if not found:
+        return graphs[-1], None
+    _, _, graph, route = min(found, key=lambda one: one[:2])
+    return graph, route
+
+
+def _planned(
+    graph: Graph, stages: Stages, model: ModelShape
+) -> tuple[tuple[PlannedStage, ...], Prediction]:
+    planned = tuple(PlannedStage(offer, span, model.priced_layers(span)) for offer, span in stages)
+    wire = wire_of(graph.view, stages, model, graph.request, graph.source)
+    costed = on_wire(model, wire)
+    predicted = cost.predict(graph.view, stages, costed, graph.request, graph.source)
     return planned, predicted
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from plait.types import Microcredits, PeerId, Span
+from plait.types import Microcredits, PeerId, Span, WireDtype
 
 Sort = Literal["latency", "price", "throughput", "weighted"]
 
@@ -37,6 +37,8 @@ class RouteRequest:
     allow_fronting_node: bool = False
     """Accept offers whose only evidence is the fronting node's word."""
     prefill_chunk_tokens: int = 256
+    wire: WireDtype | None = None
+    """What hops carry between stages that round; None: see ``wire_choice``."""
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.max_tokens < 1 or self.prefill_chunk_tokens < 1:
