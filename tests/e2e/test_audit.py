@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from plait.client import AsyncClient, Options
 from plait.client.audit_spool import AuditRecord
-from plait.client.client import AsyncClient, Options
 from plait.client.lottery_keeper import LotteryKeeper
 from plait.model import catalog
 from plait.network_file import NetworkFile

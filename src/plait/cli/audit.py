@@ -38,7 +38,7 @@ def request(
     """
     import asyncio
 
-    from plait.client.client import AsyncClient
+    from plait.client import AsyncClient
     from plait.types import PeerId
 
     async def audited() -> "list[Audited]":

@@ -2,8 +2,10 @@
 
 from plait.client.answer import Answer, Embedding, RouteStep, Score, TextDelta
 from plait.client.blocking import BlockingStream, Client
-from plait.client.client import AsyncClient, Options
+from plait.client.client import AsyncClient
 from plait.client.driver import Top
+from plait.client.options import Options
+from plait.client.settings import ClientSettings
 from plait.client.streaming import TextStream
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "AsyncClient",
     "BlockingStream",
     "Client",
+    "ClientSettings",
     "Embedding",
     "Options",
     "RouteStep",

@@ -6,16 +6,18 @@ import threading
 from collections.abc import Coroutine, Generator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from plait.client.answer import Answer, Embedding, TextDelta
 from plait.client.background import background_loop
-from plait.client.client import AsyncClient, Options
+from plait.client.client import NOT_ENTERED, AsyncClient
 from plait.client.openai_client import openai_classes
+from plait.client.options import Options
 from plait.client.prompt import Prompt
+from plait.client.settings import ClientSettings, SubAccountLimits
 from plait.client.streaming import TextStream
 from plait.errors import LocalProtocolError
-from plait.ledger.sub_accounts import BudgetPeriod, SubAccount, SubAccountUse
+from plait.ledger.sub_accounts import SubAccount, SubAccountUse
 from plait.router.plan import Plan
 from plait.router.view import View
 from plait.types import PeerId
@@ -60,27 +62,9 @@ class Client:
     """A client of one network; a context manager. See ``AsyncClient`` for the arguments."""
 
     def __init__(
-        self,
-        network: Path | str | None = None,
-        *,
-        account: Path | str | None = None,
-        audits: bool = True,
-        host: str | None = None,
-        host_dtype: str = "fp32",
-        host_device: str = "cpu",
-        host_address: str = "127.0.0.1",
-        draft: str | None = None,
+        self, network: Path | str | None = None, **settings: Unpack[ClientSettings]
     ) -> None:
-        self._client = AsyncClient(
-            network,
-            account=account,
-            audits=audits,
-            host=host,
-            host_dtype=host_dtype,
-            host_device=host_device,
-            host_address=host_address,
-            draft=draft,
-        )
+        self._client = AsyncClient(network, **settings)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._living: concurrent.futures.Future[None] | None = None
@@ -124,13 +108,13 @@ class Client:
 
     def plan(self, model: str, prompt_tokens: int, options: Options | None = None) -> Plan:
         """The route that would be taken now; raises ``NoRoute``."""
-        return self._client.plan(model, prompt_tokens, options or Options())
+        return self._client.plan(model, prompt_tokens, options)
 
     def explain(
         self, model: str, prompt_tokens: int, options: Options | None = None
     ) -> dict[str, Any]:
         """The route that would be taken now, or why there is none; JSON-ready."""
-        return self._client.explain(model, prompt_tokens, options or Options())
+        return self._client.explain(model, prompt_tokens, options)
 
     def check_model(self, model: str) -> None:
         """Raise ``ModelError`` unless the model is known and its tokenizer is here."""
@@ -163,20 +147,9 @@ class Client:
         """The account's sub-accounts by name, with what each has used."""
         return self._call(self._client.sub_accounts())
 
-    def set_sub_account(
-        self,
-        name: str,
-        *,
-        limit: int = 0,
-        period: BudgetPeriod | None = None,
-        period_limit: int = 0,
-        closed: bool = False,
-    ) -> SubAccount:
+    def set_sub_account(self, name: str, **limits: Unpack[SubAccountLimits]) -> SubAccount:
         """Open, change or close a sub-account; see ``client.sub_accounts``."""
-        order = self._client.set_sub_account(
-            name, limit=limit, period=period, period_limit=period_limit, closed=closed
-        )
-        return self._call(order)
+        return self._call(self._client.set_sub_account(name, **limits))
 
     @property
     def is_open(self) -> bool:
@@ -186,7 +159,7 @@ class Client:
     def _call(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
         if self._loop is None:
             work.close()
-            raise LocalProtocolError("use the client as a context manager: with Client(…)")
+            raise LocalProtocolError(NOT_ENTERED)
         ended = threading.Event()
 
         async def attended() -> ResultT:
