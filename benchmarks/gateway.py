@@ -1,10 +1,11 @@
-"""What the gateway adds to each token, and LiteLLM's proxy in front of it, interleaved.
+"""What the gateway adds to a request, and what LiteLLM's proxy adds, like for like.
 
-    python benchmarks/gateway.py [--litellm] [--rounds 5] [--streams 50] [--cache DIR]
+    python benchmarks/gateway.py [--litellm] [--rounds 3] [--streams 50] [--cache DIR]
 
-Runs `plait bench gateway --json`; with --litellm it first installs LiteLLM's proxy into an
-environment of its own (some hundred megabytes) and names it in the same run. Its figures
-contain the gateway's: subtract them for the proxy alone.
+Runs `plait bench gateway --json`, which says what is compared. With --litellm it first installs
+LiteLLM's proxy into an environment of its own (some hundred megabytes) and names it in the same
+run: LiteLLM (one worker, as we are one process) stands in front of a bare server over the same
+engine, in a process of its own; its figures are what it adds to that server.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--litellm", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/plait/conformance")
     options = parser.parse_args()

@@ -484,8 +484,11 @@ async def test_an_error_in_a_stream_ends_it_without_done() -> None:
 
 async def test_an_unknown_model_and_one_without_a_pipeline() -> None:
     call = Caller()
-    reply = await call.chat(model="none")
-    assert (reply.status, reply.json()["error"]["code"]) == (404, "model_not_found")
+    for name, shown in (("none", "'none'"), ("x" * 10_000, f"'{'x' * 64}…'")):
+        reply = await call.chat(model=name)
+        error = reply.json()["error"]
+        assert (reply.status, error["code"]) == (404, "model_not_found")
+        assert error["message"] == f"there is no model {shown}; served now: {MODEL}"
     reply = await call.chat(model="smollm2-135m")
     assert (reply.status, reply.json()["error"]["param"]) == (404, "model")
     assert "plait models pull" in reply.json()["error"]["remedy"]
@@ -607,6 +610,16 @@ async def test_answers_at_once_are_bounded() -> None:
 
 
 # Models, tokens, evidence -------------------------------------------------------------
+
+
+async def test_the_next_turn_may_be_prepared() -> None:
+    call = Caller()
+    for plait, kept_s in (({"keep_alive_s": 600}, 600), ({}, 0)):
+        await call.chat(plait=plait)
+        assert call.upstream.asked[-1].options.keep_alive_s == kept_s
+    reply = await call.chat(plait={"keep_alive_s": -1})
+    assert reply.status == 400
+    assert "keep_alive_s" in reply.json()["error"]["message"]
 
 
 async def test_models_are_those_with_a_complete_pipeline() -> None:

@@ -25,14 +25,16 @@ def gateway(
     tokens: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 50,
     interval_ms: Annotated[float, typer.Option(help="Time between tokens.", min=0)] = 20.0,
     rounds: Annotated[int, typer.Option(help="How often each is measured.", min=1)] = 5,
-    port: Annotated[int, typer.Option(help="Of the gateway; 0: chosen free.", min=0)] = 0,
+    port: Annotated[int, typer.Option(help="Of the bare engine; 0: chosen free.", min=0)] = 0,
     proxy: Annotated[
         list[str] | None,
         typer.Option(help="NAME=URL=MODEL of a proxy in front of that port, to compare with."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Time what the gateway adds to each token of a fixed-rate engine.
+    """Time what the gateway adds to a request, over calling a fixed-rate engine directly.
+
+    A proxy is measured in front of the same engine behind the least HTTP server there is.
 
     Example: plait bench gateway --streams 50 --json
     """
@@ -61,7 +63,7 @@ def gateway(
         [name, *(row[f"{part}_p50_ms"] for part in ("first", "every", "end"))]
         for name, row in figures["added"].items()
     ]
-    title = f"Added to a token by median, in ms, at {streams} streams:"
+    title = f"Added lag by median, in ms, at {streams} streams (proxies: over bare):"
     table(["through", "first token", "every token", "end"], rows, title=title)
 
 

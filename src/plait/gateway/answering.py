@@ -165,8 +165,8 @@ class Answering:
             except TimeoutError:
                 if self._stream:
                     position = self._desk.in_progress.position(place)
-                    await self._begin(send)
-                    await self._send(send, [b": queue position %d\n\n" % position])
+                    frames = await self._begin(send)
+                    await self._send(send, [*frames, b": queue position %d\n\n" % position])
             match self._events.next_now():
                 case Gone():
                     raise _ClientGone
@@ -201,9 +201,9 @@ class Answering:
 
     async def _write_stream(self, send: Send) -> None:
         event = await self._take()
-        await self._begin(send)
+        frames = await self._begin(send)
         while True:
-            frames = self._frames(event)
+            frames += self._frames(event)
             try:
                 # What has come meanwhile goes out in the same write.
                 while self._unfinished and (event := self._take_now()) is not None:
@@ -214,6 +214,7 @@ class Answering:
             if not self._unfinished:
                 break
             await self._send(send, frames)
+            frames = []
             event = await self._take()
         frames += self._dialect.end(self._results, self._usage())
         await self._send(send, frames, last=True)
@@ -228,13 +229,13 @@ class Answering:
                 result = self._results[index]
                 return self._dialect.finish(result, {"answers": [self._account(result)]})
 
-    async def _begin(self, send: Send) -> None:
+    async def _begin(self, send: Send) -> list[bytes]:
+        """Send the status line; the frames that come first, for whoever sends the next ones."""
         if self._begun:
-            return
+            return []
         self._begun = True
         await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS]})
-        if frames := self._dialect.begin(self._results):
-            await self._send(send, frames)
+        return self._dialect.begin(self._results)
 
     async def _send(self, send: Send, frames: list[bytes], *, last: bool = False) -> None:
         body = b"".join(frames)

@@ -231,11 +231,11 @@ class Gateway:
 
     async def model(self, request: Request) -> Response:
         """``GET /v1/models/{id}``."""
-        wanted = request.path_params["id"]
-        for model in await self._models():
-            if model["id"] == wanted:
-                return json_response(model)
-        message = f"there is no model {wanted!r} with a complete pipeline now"
+        model = await self._shelf.get(request.path_params["id"])
+        for name, plan in self._shelf.ready():
+            if name == model.name:
+                return json_response(self._shelf.describe(model, plan, self._created))
+        message = f"{model.name} has no complete pipeline now"
         raise ApiError(404, message, code="model_not_found", param="model")
 
     async def tokenize(self, request: Request) -> Response:

@@ -1,20 +1,30 @@
-"""What the gateway adds to an answer: the lag of each token behind a fixed-rate engine.
+"""What the gateway adds to an answer: how far its tokens lag behind a fixed-rate engine.
 
-The engine gives token k at ``start + (k + 1) * interval``; what arrives later than that is
-lag. Rounds are interleaved: the engine called directly, the gateway in front of it, and any
-other proxy in front of the gateway. Compare within one run only: machines are noisy.
+The engine gives token k at ``start + (k + 1) * interval``; what arrives later is lag, counted
+from the moment a request is sent. Compared are, in interleaved rounds:
+
+- ``direct``: the engine called in its own process, as a program calls the client library;
+- ``gateway``: the same engine behind ``plait serve``'s application, asked over HTTP;
+- ``bare``: the same engine behind the least HTTP server there can be (``testing.bare``);
+- any other proxy, standing in front of ``bare``, which is to it what a network is to us.
+
+``added`` is the difference of medians: for the gateway and ``bare`` over ``direct``, for a
+proxy over ``bare``. ``end`` is what a request takes longer in all; the first token's lag has
+the whole cost of taking the request. Compare within one run only: machines are noisy.
 """
 
 import asyncio
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from plait.errors import ConfigError
@@ -22,6 +32,8 @@ from plait.errors import ConfigError
 MODEL = "tiny-random"
 _TIMEOUT_S = 120.0
 _GOLDEN = 0.618034
+_CONTENT = re.compile(rb'"content": ?"[^"]')
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +45,14 @@ class LoadPlan:
     interval_ms: float = 20.0
     rounds: int = 5
     proxies: tuple[tuple[str, str, str], ...] = ()
-    """Others to compare with: name, base URL, model. They must stand before this gateway."""
+    """Others to compare with: name, base URL, model. They must stand before ``bare``."""
     port: int = 0
+    """Of ``bare``; 0: chosen free."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the proxies."""
+        return frozenset(name for name, _, _ in self.proxies)
 
 
 @dataclass(slots=True)
@@ -64,20 +82,19 @@ class Lags:
 def measure_gateway(plan: LoadPlan, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure; JSON-ready. Raises ``ConfigError`` if something does not answer."""
     arms: dict[str, Lags] = {}
-    with _engine(plan) as url:
-        targets = [("gateway", url, MODEL), *plan.proxies]
+    with _served(plan) as url, _served(plan, "--bare", "--port", str(plan.port)) as bare_url:
+        targets = [("gateway", url, MODEL), ("bare", bare_url, MODEL), *plan.proxies]
         for target in targets:  # warm up
-            asyncio.run(_http(plan, target, 2, 3))
+            _run(_http(plan, target, 2, 3))
         for number in range(plan.rounds):
             progress(f"round {number + 1} of {plan.rounds}")
             arms.setdefault("direct", Lags([], [], [])).add(_direct(plan))
             for target in targets:
-                lags = asyncio.run(_http(plan, target, plan.streams, plan.tokens))
+                lags = _run(_http(plan, target, plan.streams, plan.tokens))
                 arms.setdefault(target[0], Lags([], [], [])).add(lags)
     figures = {name: lags.to_json() for name, lags in arms.items()}
-    base = figures["direct"]
     added = {
-        name: {key: round(value - base[key], 3) for key, value in figure.items() if "p50" in key}
+        name: _above(figure, figures["bare" if name in plan.names else "direct"])
         for name, figure in figures.items()
         if name != "direct"
     }
@@ -86,28 +103,38 @@ def measure_gateway(plan: LoadPlan, progress: Callable[[str], None]) -> dict[str
         "tokens": plan.tokens,
         "interval_ms": plan.interval_ms,
         "rounds": plan.rounds,
+        "load_average": round(os.getloadavg()[0], 1),
         "lag": figures,
         "added": added,
     }
 
 
-class _engine:
-    """A gateway over the fixed-rate engine, in a process of its own."""
+def _above(figure: dict[str, float], base: dict[str, float]) -> dict[str, float]:
+    return {key: round(value - base[key], 3) for key, value in figure.items() if "p50" in key}
 
-    def __init__(self, plan: LoadPlan) -> None:
-        self._command = [sys.executable, "-m", "plait.testing.obedient", "--endless"]
-        self._command += ["--interval-ms", str(plan.interval_ms), "--port", str(plan.port)]
 
-    def __enter__(self) -> str:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        if not (url := self._process.stdout.readline().strip()):
-            raise ConfigError("the engine did not start")
-        return url
+@contextmanager
+def _served(plan: LoadPlan, *arguments: str) -> Iterator[str]:
+    """The fixed-rate engine behind HTTP, in a process of its own; gives its base URL."""
+    command = [sys.executable, "-m", "plait.testing.obedient", "--endless", *arguments]
+    command += ["--interval-ms", str(plan.interval_ms)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            if not (url := process.stdout.readline().strip()):
+                raise ConfigError("the engine did not start")
+            yield url
+        finally:
+            process.terminate()
+            process.communicate()
 
-    def __exit__(self, *exc: object) -> None:
-        self._process.terminate()
-        self._process.communicate()
+
+def _run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    # The load's own cost is lag, too: it gets the faster loop, as the servers do.
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
 
 
 def _direct(plan: LoadPlan) -> Lags:
@@ -137,7 +164,7 @@ async def _http(plan: LoadPlan, target: tuple[str, str, str], streams: int, toke
                 group.create_task(_one(target[1], target[2], tokens, number, streams, plan))
                 for number in range(streams)
             ]
-    except* (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError) as errors:
+    except* (OSError, ValueError, TimeoutError) as errors:
         cause = errors.exceptions[0]
         raise ConfigError(f"{target[0]} at {target[1]} does not answer: {cause}") from cause
     return _lags([task.result() for task in work], plan)
@@ -160,26 +187,41 @@ def offset_s(number: int, streams: int, tokens: int, interval_ms: float) -> floa
 
 
 async def _ask(url: str, model: str, tokens: int) -> list[float]:
+    """Seconds from sending the request to the arrival of each token of its answer."""
     parts = urlsplit(url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     messages = [{"role": "user", "content": "Why is the sky blue?"}]
     body = {"model": model, "messages": messages, "stream": True, "max_tokens": tokens}
     data = json.dumps(body).encode()
     head = f"POST {parts.path}/chat/completions HTTP/1.1\r\nhost: {parts.hostname}\r\n"
     head += f"content-type: application/json\r\ncontent-length: {len(data)}\r\n"
     head += "authorization: Bearer none\r\nconnection: close\r\n\r\n"
+    loop = asyncio.get_running_loop()
+    where = parts.hostname or "127.0.0.1", parts.port or 80
+    transport, reader = await loop.create_connection(_Arrivals, *where)
     started_s = time.perf_counter()
-    writer.write(head.encode() + data)
-    times = []
-    with suppress(ConnectionError):
-        while line := await reader.readline():
-            if (
-                line.startswith(b"data: {")
-                and b'"content":"' in line
-                and b'"content":""' not in line
-            ):
-                times.append(time.perf_counter() - started_s)
-    writer.close()
-    if len(times) != tokens:
-        raise ValueError(f"{len(times)} of {tokens} tokens came")
-    return times
+    transport.write(head.encode() + data)
+    try:
+        await reader.closed
+    finally:
+        transport.close()
+    if len(reader.arrived_s) != tokens:
+        raise ValueError(f"{len(reader.arrived_s)} of {tokens} tokens came")
+    return [at_s - started_s for at_s in reader.arrived_s]
+
+
+class _Arrivals(asyncio.Protocol):
+    """Notes when each token of a streamed answer comes, and that the answer has ended."""
+
+    def __init__(self) -> None:
+        self.arrived_s: list[float] = []
+        self.closed = asyncio.get_running_loop().create_future()
+        self._rest = b""
+
+    def data_received(self, data: bytes) -> None:
+        now_s = time.perf_counter()
+        whole, _, self._rest = (self._rest + data).rpartition(b"\n")
+        self.arrived_s += [now_s] * len(_CONTENT.findall(whole))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)

@@ -340,5 +340,10 @@ def _max_price(provider: Provider) -> int | None:
 
 
 def _options(request: Generating, limit: int, config: GatewayConfig) -> Options:
-    bundle = config.always_bundle or bool(request.plait and request.plait.bundle)
-    return routing(Options(max_tokens=limit, bundle=bundle), request.provider, request.plait)
+    own = request.plait or PlaitFields()
+    options = Options(
+        max_tokens=limit,
+        bundle=config.always_bundle or own.bundle,
+        keep_alive_s=own.keep_alive_s or 0,
+    )
+    return routing(options, request.provider, own)

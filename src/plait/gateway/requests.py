@@ -57,13 +57,16 @@ class Provider(Struct):
 
 
 class PlaitFields(Struct):
-    """What only Plait has: evidence, bounds on predicted times, and grammars of its own."""
+    """What only Plait has: evidence, bounds on predicted times, grammars of its own, and
+    what is kept for the next request."""
 
     bundle: bool = False
     regex: str | None = None
     lark: str | None = None
     ttft_s: Annotated[float, Meta(gt=0)] | None = None
     tpot_s: Annotated[float, Meta(gt=0)] | None = None
+    keep_alive_s: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    """For how long the stages are asked to keep prompt and answer for the next turn."""
 
 
 class Part(Struct):

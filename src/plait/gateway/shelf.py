@@ -15,6 +15,9 @@ from plait.router.plan import Plan
 from plait.types import MILLION, TokenCounts
 
 
+_NAME_SHOWN_MAX = 64
+
+
 @dataclass(frozen=True, slots=True)
 class Shelved:
     """A model with its tokenizer."""
@@ -42,6 +45,10 @@ class Shelf:
 
     async def get(self, name: str) -> Shelved:
         """A model by name; raises ``ModelError`` if it is unknown or not on this machine."""
+        if name not in catalog.names(hidden=True):
+            served = ", ".join(ready for ready, _ in self.ready()) or "none"
+            shown = name if len(name) <= _NAME_SHOWN_MAX else name[:_NAME_SHOWN_MAX] + "…"
+            raise ModelError(f"there is no model {shown!r}; served now: {served}")
         if name not in self._models:
             # Building a tokenizer takes 0.2 s, in which other answers must go on.
             self._models[name] = await asyncio.to_thread(_load, name)

@@ -4,7 +4,9 @@ It answers a forced format with the least instance of its schema, calls the firs
 tools are offered and no result is there yet, repeats the result otherwise, and says a fixed
 sentence to everything else, at a fixed rate. Run as
 
-    python -m plait.testing.obedient [--port PORT] [--interval-ms MS] [--endless]
+    python -m plait.testing.obedient [--port PORT] [--interval-ms MS] [--endless] [--bare]
+
+``--bare`` serves the engine without the gateway, for proxies to stand in front of.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from plait.gateway.port import Ask
 from plait.gateway.server import listen, server_config
 from plait.model import catalog
 from plait.model.tokenizer import Tokenizer
+from plait.testing.bare import bare_app
 from plait.testing.upstream import FakeUpstream
 from plait.types import Sampling
 
@@ -136,9 +139,13 @@ def _upstream(options: argparse.Namespace) -> FakeUpstream:
 
 async def serve(options: argparse.Namespace, announce: Any = print) -> None:
     """Serve until cancelled."""
-    gateway = Gateway(_upstream(options), "conformance", GatewayConfig(version="conformance"))
+    upstream = _upstream(options)
+    if options.bare:
+        app = bare_app(upstream)
+    else:
+        app = Gateway(upstream, "conformance", GatewayConfig(version="conformance")).app()
     listener = listen("127.0.0.1", options.port)
-    server = uvicorn.Server(server_config(gateway.app()))
+    server = uvicorn.Server(server_config(app))
     announce(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", flush=True)
     await server.serve(sockets=[listener])
 
@@ -149,6 +156,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--interval-ms", type=float, default=0.0)
     parser.add_argument("--endless", action="store_true")
+    parser.add_argument("--bare", action="store_true", help="the engine without the gateway")
     parser.add_argument("--direct", type=int, default=0, help="streams without a gateway")
     parser.add_argument("--tokens", type=int, default=50)
     options = parser.parse_args()

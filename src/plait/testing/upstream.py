@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from plait.client import Answer, Embedding, Options, RouteStep, Score, TextDelta, Top
 from plait.gateway.budgets import Share
@@ -19,6 +20,7 @@ PREDICTED = Prediction(ttft_s=0.1, tpot_s=0.01, price_microcredits=Microcredits(
 FIRST_ID = 97
 
 
+@cache
 def peer_at(span: Span) -> PeerId:
     """Who serves a span."""
     return key_of(f"node {span}").peer_id
