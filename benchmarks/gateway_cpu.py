@@ -152,11 +152,12 @@ async def gateway(options: argparse.Namespace) -> tuple[float, float]:
 
 
 def _ask_all(url: str, streams: int, tokens: int) -> None:
-    from plait.gateway.benchmark import MODEL, _ask
+    from plait.gateway.benchmark import MODEL, connected
 
     async def one(number: int) -> None:
         await asyncio.sleep(number / streams * SHORT * INTERVAL_S)
-        await _ask(url, MODEL, tokens)
+        async with connected(url) as ask:
+            await ask(MODEL, tokens)
 
     async def load() -> None:
         await asyncio.gather(*(one(number) for number in range(streams)))

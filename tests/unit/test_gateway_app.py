@@ -755,6 +755,9 @@ async def test_metrics_and_page_show_the_same_spend() -> None:
     assert key_of("node 0:5").peer_id in html
     assert "<script" not in html
     assert "http" not in html.replace("http-equiv", "")
+    assert "http-equiv" not in html
+    followed = (await call("GET", "/?follow=1")).body.decode()
+    assert '<meta http-equiv="refresh" content="10">' in followed
     assert (await call("GET", "/page.css")).headers["content-type"].startswith("text/css")
 
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from plait.envelope import digest, encode, seal
-from plait.errors import CapacityError, LedgerError, SessionLost
+from plait.errors import CapacityError, ConfigError, LedgerError, SessionLost
 from plait.gateway.app import Gateway
 from plait.gateway.budgets import Key, Rate, Share, Team, day_of, period_start
 from plait.gateway.config import GatewayConfig
@@ -486,7 +486,10 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     csv = runner.invoke(app, ["--csv", "-"]).stdout.splitlines()
     assert csv[0] == "key,day,model,requests,prompt_tokens,completion_tokens,cost"
     assert csv[1].endswith(f",2026-11-25,{MODEL},1,1,2,3")
-    assert runner.invoke(app, ["--by", "moon"]).exit_code != 0
+    for wrong in (["--by", "moon"], ["--since", "monday"], ["--until", "20261125"], ["--csv", "/"]):
+        assert isinstance(runner.invoke(app, wrong).exception, ConfigError)
+    late = runner.invoke(app, ["--json", "--since", "2026-11-26"]).stdout
+    assert json.loads(late) == []
     assert runner.invoke(keys.app, ["revoke", made_key["id"]]).exit_code == 0
     assert runner.invoke(keys.app, ["revoke", made_key["id"]]).exit_code != 0
 

@@ -63,6 +63,7 @@ def create(
     if as_json:
         emit_json(described(key, 0) | {"key": secret})
         return
+    status("a gateway that was started before there was any key asks for one once it is restarted")
     status(f"{key.id} is created; the key is shown this once:")
     typer.echo(secret)
 

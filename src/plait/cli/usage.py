@@ -3,6 +3,7 @@
 import csv
 import sys
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ def usage(
         str, typer.Option(help="Columns to sum over, of key, label, team, day and model.")
     ] = "key,day,model",
     since: Annotated[str, typer.Option(help="First day (UTC), as 2026-11-25.")] = "",
-    until: Annotated[str, typer.Option(help="Last day (UTC).")] = "9999-99-99",
+    until: Annotated[str, typer.Option(help="Last day (UTC).")] = "",
     csv_path: Annotated[
         Path | None, typer.Option("--csv", help="Write CSV here; - is stdout.")
     ] = None,
@@ -38,9 +39,11 @@ def usage(
     groups = [name.strip() for name in by.split(",")]
     if unknown := [name for name in groups if name not in _GROUPS]:
         raise ConfigError(f"there is no column {unknown[0]!r}", remedy="--by key,day,model")
+    for flag, day in (("--since", since), ("--until", until)):
+        _check_day(flag, day)
     store = open_store(network)
     try:
-        rows = _summed(store.usage(since, until), groups)
+        rows = _summed(store.usage(since, until or "9999-99-99"), groups)
     finally:
         store.close()
     columns = [*groups, *_SUMS]
@@ -50,6 +53,16 @@ def usage(
         emit_json(rows)
     else:
         table(columns, [[row[name] for name in columns] for row in rows])
+
+
+def _check_day(flag: str, day: str) -> None:
+    try:
+        # Days are compared as text: another ISO form of one would compare wrongly.
+        ok = not day or date.fromisoformat(day).isoformat() == day
+    except ValueError:
+        ok = False
+    if not ok:
+        raise ConfigError(f"{flag} {day}: not a day", remedy=f"{flag} 2026-11-25")
 
 
 def _summed(rows: "list[UsageRow]", groups: list[str]) -> list[dict[str, Any]]:
@@ -73,5 +86,10 @@ def _write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> No
     if str(path) == "-":
         write(sys.stdout)
         return
-    with path.open("w", newline="") as file:
-        write(file)
+    try:
+        with path.open("w", newline="") as file:
+            write(file)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror or error}", remedy="--csv - writes to stdout"
+        ) from error

@@ -361,6 +361,8 @@ def headers_of(routes: Sequence[Sequence[RouteStep]], cost: int) -> dict[str, st
 
 def _of_owner(job: Job, owner: str) -> Job:
     """A job that shares cached prompts with jobs of the same owner only."""
+    if job.ask.options.tenant == owner:
+        return job
     options = replace(job.ask.options, tenant=owner)
     return replace(job, ask=replace(job.ask, options=options))
 

@@ -12,7 +12,6 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from plait.client import Options
 from plait.errors import PlaitError
 from plait.gateway import failure, messages_api, openapi, page, responses_api
 from plait.gateway.answering import Answering, Desk
@@ -32,7 +31,7 @@ from plait.gateway.orders import (
     chat_jobs,
     completion_jobs,
     max_tokens,
-    routing,
+    options_of,
     text_ids,
 )
 from plait.gateway.port import Upstream
@@ -120,8 +119,9 @@ class Gateway:
             "/detokenize": self.detokenize,
         }
         routes = Starlette(
-            routes=[Route(path, handler, methods=["GET"]) for path, handler in reads.items()]
-            + [Route(path, handler, methods=["POST"]) for path, handler in writes.items()],
+            # Tried one after the other: what is asked most stands first.
+            routes=[Route(path, handler, methods=["POST"]) for path, handler in writes.items()]
+            + [Route(path, handler, methods=["GET"]) for path, handler in reads.items()],
             exception_handlers={
                 ApiError: _on_error,
                 PlaitError: _on_error,
@@ -216,8 +216,7 @@ class Gateway:
         model = await self._shelf.get(body.model)
         count = body.prompt_tokens or await self._measure(model, body)
         limit = max_tokens(count, body.max_tokens, model, self._config, "prompt_tokens")
-        options = Options(max_tokens=limit)
-        options = routing(options, body.provider, body.plait)
+        options = options_of(limit, body.provider, body.plait)
         decision = explain(self._upstream.plan(model.name, count, options))
         predicted = decision.pop("predicted")
         tokens = {"prompt_tokens": count, "max_tokens": options.max_tokens}
@@ -300,7 +299,8 @@ class Gateway:
         }
         listed = [model | {"route": routes.get(model["id"], "")} for model in models]
         view, spend = self._upstream.view(), self._metrics.by_model()
-        return page.render(self._network_id, listed, view, spend)
+        follow = "follow" in request.query_params
+        return page.render(self._network_id, listed, view, spend, follow=follow)
 
     async def style(self, request: Request) -> Response:
         """``GET /page.css``."""

@@ -21,8 +21,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -33,6 +33,7 @@ MODEL = "tiny-random"
 _TIMEOUT_S = 120.0
 _GOLDEN = 0.618034
 _CONTENT = re.compile(rb'"content": ?"[^"]')
+_LAST_CHUNK = b"0\r\n\r\n"
 ResultT = TypeVar("ResultT")
 
 
@@ -176,7 +177,8 @@ async def _one(
     """Seconds from sending a request to each token's arrival, of the second of three: all
     streams run then, and none starts with another."""
     await asyncio.sleep(offset_s(number, streams, tokens, plan.interval_ms))
-    times = [await _ask(url, model, tokens) for _ in range(3)]
+    async with connected(url) as ask:
+        times = [await ask(model, tokens) for _ in range(3)]
     return times[1]
 
 
@@ -186,42 +188,65 @@ def offset_s(number: int, streams: int, tokens: int, interval_ms: float) -> floa
     return steps * interval_ms / 1000
 
 
-async def _ask(url: str, model: str, tokens: int) -> list[float]:
-    """Seconds from sending the request to the arrival of each token of its answer."""
+Ask = Callable[[str, int], Awaitable[list[float]]]
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[Ask]:
+    """Asks over one connection, which is kept, as SDKs keep theirs.
+
+    What it gives takes a model and a number of tokens, and returns the seconds from sending
+    the request to the arrival of each token of its answer.
+    """
     parts = urlsplit(url)
-    messages = [{"role": "user", "content": "Why is the sky blue?"}]
-    body = {"model": model, "messages": messages, "stream": True, "max_tokens": tokens}
-    data = json.dumps(body).encode()
-    head = f"POST {parts.path}/chat/completions HTTP/1.1\r\nhost: {parts.hostname}\r\n"
-    head += f"content-type: application/json\r\ncontent-length: {len(data)}\r\n"
-    head += "authorization: Bearer none\r\nconnection: close\r\n\r\n"
     loop = asyncio.get_running_loop()
     where = parts.hostname or "127.0.0.1", parts.port or 80
     transport, reader = await loop.create_connection(_Arrivals, *where)
-    started_s = time.perf_counter()
-    transport.write(head.encode() + data)
+    head = f"POST {parts.path}/chat/completions HTTP/1.1\r\nhost: {parts.hostname}\r\n"
+    head += "content-type: application/json\r\nauthorization: Bearer none\r\n"
+
+    async def ask(model: str, tokens: int) -> list[float]:
+        messages = [{"role": "user", "content": "Why is the sky blue?"}]
+        body = {"model": model, "messages": messages, "stream": True, "max_tokens": tokens}
+        data = json.dumps(body).encode()
+        ended = reader.expect()
+        started_s = time.perf_counter()
+        transport.write(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
+        await ended
+        if len(reader.arrived_s) != tokens:
+            raise ValueError(f"{len(reader.arrived_s)} of {tokens} tokens came")
+        return [at_s - started_s for at_s in reader.arrived_s]
+
     try:
-        await reader.closed
+        yield ask
     finally:
         transport.close()
-    if len(reader.arrived_s) != tokens:
-        raise ValueError(f"{len(reader.arrived_s)} of {tokens} tokens came")
-    return [at_s - started_s for at_s in reader.arrived_s]
 
 
 class _Arrivals(asyncio.Protocol):
-    """Notes when each token of a streamed answer comes, and that the answer has ended."""
+    """Notes when each token of a streamed answer comes, and when the answer has ended."""
 
     def __init__(self) -> None:
         self.arrived_s: list[float] = []
-        self.closed = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[None] | None = None
         self._rest = b""
+
+    def expect(self) -> "asyncio.Future[None]":
+        """An answer comes next; the future is done at its end."""
+        self.arrived_s, self._rest = [], b""
+        self._ended = asyncio.get_running_loop().create_future()
+        return self._ended
 
     def data_received(self, data: bytes) -> None:
         now_s = time.perf_counter()
         whole, _, self._rest = (self._rest + data).rpartition(b"\n")
         self.arrived_s += [now_s] * len(_CONTENT.findall(whole))
+        if data.endswith(_LAST_CHUNK):
+            self._end()
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self.closed.done():
-            self.closed.set_result(None)
+        self._end()
+
+    def _end(self) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)

@@ -4,18 +4,19 @@ import asyncio
 import base64
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.responses import Response
 
-from plait.client import Embedding, Options
+from plait.client import Embedding
 from plait.errors import PlaitError
 from plait.gateway.answering import Desk, headers_of, too_many
 from plait.gateway.budgets import Key
 from plait.gateway.config import GatewayConfig
 from plait.gateway.failure import invalid, json_response, refused
 from plait.gateway.key_store import Spent
-from plait.gateway.orders import Job, max_tokens, routing, text_ids
+from plait.gateway.orders import Job, max_tokens, options_of, text_ids
 from plait.gateway.port import Ask, Upstream
 from plait.gateway.requests import EmbeddingRequest, texts_of
 from plait.gateway.running import Events
@@ -57,7 +58,7 @@ async def _jobs(request: EmbeddingRequest, model: Shelved, config: GatewayConfig
     texts = texts_of(request.input, "input")
     if len(texts) > config.answers_max:
         raise invalid("input", f"more than {config.answers_max} inputs in one request")
-    options = routing(Options(max_tokens=1, reuse=False), request.provider, None)
+    options = replace(options_of(1, request.provider, None), reuse=False)
     jobs = []
     for index, text in enumerate(texts):
         ids = await text_ids(model, text, "input")

@@ -137,9 +137,16 @@ def of(error: Exception) -> ApiError:
                 # A bound that no route keeps will not be kept in a second either.
                 retry=False if isinstance(error, NoRoute) and not error.missing else None,
                 retry_after_s=error.retry_after_s if isinstance(error, CapacityError) else None,
-                remedy=error.remedy,
+                remedy=_remedy(error),
             )
     return ApiError(500, "the gateway failed; see its log", kind="api_error", code="internal_error")
+
+
+def _remedy(error: PlaitError) -> str:
+    """What to try, in the words of a request where the error's own are a command's."""
+    if isinstance(error, NoRoute) and error.cheapest is not None:
+        return f"allow at least {error.cheapest}: provider.max_price"
+    return error.remedy
 
 
 def _param(error: Exception) -> str | None:

@@ -38,8 +38,10 @@ def load_keys(path: Path) -> KeyRing:
     try:
         mode = path.stat().st_mode
         lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the key file {path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the key file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the key file {path} is not text") from error
     if stat.S_IMODE(mode) & 0o077:
         raise ConfigError(
             f"other users can use the key file {path} (mode {stat.S_IMODE(mode):04o})",

@@ -122,7 +122,9 @@ def jobs_of(
             ask=Ask(
                 model=model.name,
                 prompt_ids=ids,
-                sampling=_seeded(sampling, request.seed, choice),
+                sampling=sampling
+                if first + choice == 0
+                else replace(sampling, seed=_seed(request.seed, choice)),
                 options=options,
             ),
             stops=stops,
@@ -199,7 +201,7 @@ def max_tokens(
 def sampling_of(
     request: Generating, model: Shelved, grammar: Grammar | None, top_logprobs: int
 ) -> Sampling:
-    """The sampling of a request, its seed still to be set; raises ``ApiError``."""
+    """The sampling of a request's first job; raises ``ApiError``."""
     temperature = 1.0 if request.temperature is None else request.temperature
     repetition = 1.0 if request.repetition_penalty is None else request.repetition_penalty
     try:
@@ -215,6 +217,7 @@ def sampling_of(
             logit_bias=_bias(request.logit_bias, model),
             top_logprobs=top_logprobs,
             grammar=grammar,
+            seed=_seed(request.seed, 0),
         )
     except ValueError as error:
         raise invalid(None, str(error)) from error
@@ -235,10 +238,9 @@ def _bias(biases: dict[str, float] | None, model: Shelved) -> tuple[tuple[int, i
     return tuple(sorted(found.items()))
 
 
-def _seeded(sampling: Sampling, seed: int | None, choice: int) -> Sampling:
+def _seed(seed: int | None, choice: int) -> int:
     """Choice k draws with the seed k further on; without a seed each draws a fresh one."""
-    drawn = secrets.randbits(63) if seed is None else (seed + choice) % _SEEDS
-    return replace(sampling, seed=drawn)
+    return secrets.randbits(63) if seed is None else (seed + choice) % _SEEDS
 
 
 # What an answer looks like ------------------------------------------------------------
@@ -308,8 +310,14 @@ async def checked_grammar(grammar: Grammar | None) -> Grammar | None:
 # Routing ------------------------------------------------------------------------------
 
 
-def routing(options: Options, provider: Provider | None, plait: PlaitFields | None) -> Options:
-    """Options with a request's routing fields; raises ``ApiError``."""
+def options_of(
+    limit: int,
+    provider: Provider | None,
+    plait: PlaitFields | None,
+    *,
+    bundle: bool = False,
+) -> Options:
+    """Options of an answer of at most ``limit`` tokens; raises ``ApiError``."""
     wanted, own = provider or Provider(), plait or PlaitFields()
     for name in ("order", "quantizations", "zdr"):
         if getattr(wanted, name):
@@ -317,8 +325,10 @@ def routing(options: Options, provider: Provider | None, plait: PlaitFields | No
     if wanted.data_collection == "deny":
         why = "every stage can reconstruct the prompt: use provider.only with peers you trust"
         raise refused("provider.data_collection", why)
-    return replace(
-        options,
+    return Options(
+        max_tokens=limit,
+        bundle=bundle or own.bundle,
+        keep_alive_s=own.keep_alive_s or 0,
         sort=wanted.sort or "latency",
         only=frozenset(PeerId(peer) for peer in wanted.only or ()),
         ignore=frozenset(PeerId(peer) for peer in wanted.ignore or ()),
@@ -340,10 +350,4 @@ def _max_price(provider: Provider) -> int | None:
 
 
 def _options(request: Generating, limit: int, config: GatewayConfig) -> Options:
-    own = request.plait or PlaitFields()
-    options = Options(
-        max_tokens=limit,
-        bundle=config.always_bundle or own.bundle,
-        keep_alive_s=own.keep_alive_s or 0,
-    )
-    return routing(options, request.provider, own)
+    return options_of(limit, request.provider, request.plait, bundle=config.always_bundle)

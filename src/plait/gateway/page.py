@@ -16,14 +16,27 @@ body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 div { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8886; }
+tbody th { font-weight: normal; }
 td { font-variant-numeric: tabular-nums; }
 """
+_FOLLOW = '<a href="/?follow=1">Load again every 10 seconds</a>'
+_STOP = 'Loads again every 10 seconds. <a href="/">Stop</a>'
+_PRICE = "microcredits per million output tokens and layer"
 
 
 def render(
-    network_id: str, models: list[dict[str, Any]], view: View, spend: dict[str, dict[str, int]]
+    network_id: str,
+    models: list[dict[str, Any]],
+    view: View,
+    spend: dict[str, dict[str, int]],
+    *,
+    follow: bool = False,
 ) -> Response:
-    """The page as a response that allows no content but its own."""
+    """The page as a response that allows no content but its own.
+
+    It loads itself again every 10 seconds only if that is asked for (``follow``): to whoever
+    has it read aloud, or magnified, a page that jumps is of no use.
+    """
     served = {model["digest"]: model["id"] for model in models}
     nodes = [
         (
@@ -31,7 +44,7 @@ def render(
             served.get(offer.model_digest.hex(), offer.model_digest.hex()[:12]),
             str(offer.span),
             offer.state,
-            offer.region,
+            offer.region or "unknown",
             offer.sessions_active,
             offer.kv_tokens_free,
             offer.prices.output,
@@ -55,7 +68,7 @@ def render(
         ),
         _table(
             "Nodes",
-            ("peer", "model", "layers", "state", "region", "sessions", "free KV tokens", "price"),
+            ("peer", "model", "layers", "state", "region", "sessions", "free KV tokens", _PRICE),
             nodes,
         ),
         _table(
@@ -67,9 +80,10 @@ def render(
     html = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Plait</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="refresh" content="10"><link rel="stylesheet" href="/page.css">'
-        f"</head><body><main><h1>Plait</h1><p>Network {escape(network_id)}. Every stage of a "
-        "pipeline can reconstruct the prompts it computes on.</p>"
+        + ('<meta http-equiv="refresh" content="10">' if follow else "")
+        + '<link rel="stylesheet" href="/page.css"></head><body><main><h1>Plait</h1>'
+        f"<p>Network {escape(network_id)}. Every stage of a pipeline can reconstruct the prompts "
+        f"it computes on.</p><p>{_STOP if follow else _FOLLOW}</p>"
         + "".join(body)
         + "</main></body></html>"
     )
@@ -80,7 +94,10 @@ def render(
 def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     lines = [
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+        f'<tr><th scope="row">{escape(str(row[0]))}</th>'
+        + "".join(f"<td>{escape(str(cell))}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
     ]
     if not rows:
         lines = [f'<tr><td colspan="{len(columns)}">none</td></tr>']

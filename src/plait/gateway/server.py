@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import Callable, Generator
@@ -49,8 +50,10 @@ def listen(host: str, port: int) -> socket.socket:
             (str(address[0]), int(address[1])), family=family, backlog=_BACKLOG
         )
     except OSError as error:
+        # The interpreter adds the address to the system's words, which we name ourselves.
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}",
+            f"cannot listen on {host}:{port}: {why}",
             remedy="plait serve --port 0 takes a free port",
         ) from error
 
@@ -89,6 +92,8 @@ async def _serve(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop)
+        # Who asks as soon as it is announced should find models and routes.
+        await client.wait_settled()
         host, port = listener.getsockname()[:2]
         announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         try:

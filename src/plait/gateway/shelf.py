@@ -14,7 +14,6 @@ from plait.model.tokenizer import Tokenizer
 from plait.router.plan import Plan
 from plait.types import MILLION, TokenCounts
 
-
 _NAME_SHOWN_MAX = 64
 
 
