@@ -43,6 +43,10 @@ UnwitnessedS = Annotated[
 DeviceOption = Annotated[
     str, typer.Option(help="Where to compute: cpu, auto, cuda, cuda:N or mps.")
 ]
+PrefixDiskMb = Annotated[
+    int, typer.Option(min=0, help="Disk for prompts and answers that clients have kept.")
+]
+KeepAliveSMax = Annotated[int, typer.Option(min=0, help="For so long at most; 0: not at all.")]
 WithParent = Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.")]
 
 
@@ -69,12 +73,8 @@ def run(
     kv_tokens: Annotated[int, typer.Option(min=16, help="KV-cache capacity in tokens.")] = 16_384,
     retained_mb: Annotated[int, typer.Option(min=0, help="Memory to rebuild others from.")] = 512,
     spill_mb: Annotated[int, typer.Option(min=0, help="Disk for what goes beyond that.")] = 4096,
-    prefix_disk_mb: Annotated[
-        int, typer.Option(min=0, help="Disk for prompts and answers that clients have kept.")
-    ] = 1024,
-    keep_alive_s_max: Annotated[
-        int, typer.Option(min=0, help="For so long at most; 0: not at all.")
-    ] = 3600,
+    prefix_disk_mb: PrefixDiskMb = 1024,
+    keep_alive_s_max: KeepAliveSMax = 3600,
     drain_s: Annotated[float, typer.Option(min=0, help="How long a drain may take.")] = 30.0,
     unwitnessed_max: UnwitnessedMax = 100_000,
     unwitnessed_s: UnwitnessedS = 600,
