@@ -12,16 +12,17 @@ _POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancest
 
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 div { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8886; }
-tbody th { font-weight: normal; }
-td { font-variant-numeric: tabular-nums; }
+tbody th { font-weight: normal; min-width: 8rem; overflow-wrap: anywhere; }
+td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 """
 _FOLLOW = '<a href="/?follow=1">Load again every 10 seconds</a>'
 _STOP = 'Loads again every 10 seconds. <a href="/">Stop</a>'
-_PRICE = "microcredits per million output tokens and layer"
+_SHORT = "A route names a peer by the end of its id, and the layers that it computes."
+_PRICE = "A price is microcredits per million output tokens and layer."
 
 
 def render(
@@ -65,11 +66,13 @@ def render(
                 )
                 for model in models
             ],
+            _SHORT,
         ),
         _table(
             "Nodes",
-            ("peer", "model", "layers", "state", "region", "sessions", "free KV tokens", _PRICE),
+            ("peer", "model", "layers", "state", "region", "sessions", "free KV tokens", "price"),
             nodes,
+            _PRICE,
         ),
         _table(
             "Spent since the gateway started",
@@ -91,7 +94,9 @@ def render(
     return HTMLResponse(html, headers=headers)
 
 
-def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
+def _table(
+    title: str, columns: tuple[str, ...], rows: Sequence[tuple[object, ...]], note: str = ""
+) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     lines = [
         f'<tr><th scope="row">{escape(str(row[0]))}</th>'
@@ -102,6 +107,7 @@ def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[object, ..
     if not rows:
         lines = [f'<tr><td colspan="{len(columns)}">none</td></tr>']
     return (
-        f'<h2>{escape(title)}</h2><div tabindex="0" role="region" aria-label="{escape(title)}">'
+        f"<h2>{escape(title)}</h2>{f'<p>{escape(note)}</p>' if note else ''}"
+        f'<div tabindex="0" role="region" aria-label="{escape(title)}">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
