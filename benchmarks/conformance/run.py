@@ -1,12 +1,13 @@
 """Real clients, unchanged and each in its own environment, against the gateway.
 
     python benchmarks/conformance/run.py [--url URL | --network FILE] [--model MODEL]
-        [--cache DIR] [--only NAME]
+        [--cache DIR] [--only NAME] [--seconds N]
 
 Without --url or --network the upstream is the obedient engine (plait.testing.obedient), as
 suites test the API, not a model; with --url any gateway; with --network a gateway of its own
-over a real network, such as a testnet's. Environments are made with pip in the cache
-folder. Writes CONFORMANCE.md (only with all suites over the engine) and prints JSON.
+over a real network, such as a testnet's. Environments are made with pip in the cache folder.
+Prints JSON; but with --url, also puts what it found into benchmarks/results/conformance.json
+and writes CONFORMANCE.md from that. --seconds bounds each suite.
 """
 
 import argparse
@@ -20,36 +21,26 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from report import Excuse, Report, merge, table
+
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = Path(__file__).resolve().parent / "suites"
 MODEL = "tiny-random"
-TIMEOUT_S = 600
+SUITE_NAMES = ["openai", "anthropic", "langchain-tests", "llm", "curl", "schemathesis"]
 _PYTEST = ["pytest", "pytest-asyncio"]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What is installed and run; ``excused`` maps tests that need a model to the reason."""
+    """What is installed and run."""
 
     name: str
     packages: list[str]
     package: str
     what: str
     options: list[str] = field(default_factory=list)
-    excused: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Report:
-    """What a suite said."""
-
-    suite: str
-    version: str
-    what: str
-    passed: int = 0
-    failed: list[str] = field(default_factory=list)
-    excused: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)
+    excuses: tuple[Excuse, ...] = ()
+    """For a network with random weights."""
 
 
 _ASYNC = ["-o", "asyncio_mode=auto", "-o", "asyncio_default_test_loop_scope=session"]
@@ -77,20 +68,31 @@ def main() -> int:
     parser.add_argument("--url")
     parser.add_argument("--network", type=Path, help="serve this network and ask it")
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--only")
+    parser.add_argument("--only", choices=SUITE_NAMES)
+    parser.add_argument("--seconds", type=int, default=600, help="of each suite at most")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/plait/conformance")
     options = parser.parse_args()
+    reports = []
     with _gateway(options.url, options.network) as url:
         os.environ |= {"BASE_URL": url, "PLAIT_MODEL": options.model}
-        wanted = [suite for suite in PYTESTS if options.only in (None, suite.package)]
-        reports = [_run_pytest(suite, options.cache) for suite in wanted]
-        for name, run in (("llm", _run_llm), ("curl", _run_curl), ("schemathesis", _run_schema)):
+        for name in SUITE_NAMES:
             if options.only in (None, name):
-                reports.append(run(options.cache, url, options.model))
+                print(name, file=sys.stderr, flush=True)
+                reports.append(_report_of(name, url, options))
     print(json.dumps([asdict(report) for report in reports]))
-    if (options.url, options.network, options.only) == (None, None, None):
-        (ROOT / "CONFORMANCE.md").write_text(_table(reports))
+    if options.url is None:
+        upstream = "engine" if options.network is None else "network"
+        found = merge(ROOT / "benchmarks/results/conformance.json", upstream, reports)
+        (ROOT / "CONFORMANCE.md").write_text(table(found, SUITE_NAMES))
     return int(any(report.failed for report in reports))
+
+
+def _report_of(name: str, url: str, options: argparse.Namespace) -> Report:
+    by_package = {suite.package: suite for suite in PYTESTS}
+    if name in by_package:
+        return _run_pytest(by_package[name], options)
+    run = {"llm": _run_llm, "curl": _run_curl, "schemathesis": _run_schema}[name]
+    return run(options.cache, url, options.model, options.seconds)
 
 
 @contextmanager
@@ -136,42 +138,41 @@ def _version(python: Path, package: str) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
-def _run_pytest(suite: Suite, cache: Path) -> Report:
-    python = _environment(cache, suite.name, suite.packages)
+def _run_pytest(suite: Suite, options: argparse.Namespace) -> Report:
+    python = _environment(options.cache, suite.name, suite.packages)
     report = Report(suite.package, _version(python, suite.package), suite.what)
-    command = [str(python), "-m", "pytest", "-q", "-rfEs", "--tb=no", "-c", os.devnull]
+    command = [str(python), "-m", "pytest", "-q", "-rfEs", "--tb=line", "-c", os.devnull]
     command += ["-p", "no:cacheprovider", "--import-mode=importlib", f"--rootdir={SUITES}"]
-    done = subprocess.run(
-        [*command, *suite.options, str(SUITES / f"{suite.name}.py")],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    found = re.search(r"(\d+) passed", done.stdout)
+    command += [*suite.options, str(SUITES / f"{suite.name}.py")]
+    output = _bounded(command, options.seconds)
+    found = re.search(r"(\d+) passed", output)
     report.passed = int(found[1]) if found else 0
-    for line in done.stdout.splitlines():
+    for line in output.splitlines():
         if line.startswith(("FAILED", "ERROR")):
-            name = line.split(" - ")[0].rpartition("::")[2]
-            if name in suite.excused:
-                report.excused[name] = suite.excused[name]
-            else:
-                report.failed.append(name)
+            where, _, error = line.partition(" - ")
+            # The class tells which of the APIs a test was run on.
+            report.fail("::".join(where.split("::")[1:]), error, suite.excuses)
         elif skipped := re.match(r"SKIPPED \[(\d+)\] .*?: (.*)", line):
             reason = skipped[2].split(": ")[-1]
             report.skipped[reason] = report.skipped.get(reason, 0) + int(skipped[1])
-    if not report.passed and not report.failed:
-        report.failed.append("the suite did not run: " + done.stdout[-300:] + done.stderr[-300:])
+    if not found:
+        report.failed["the suite"] = "it did not end: " + output[-300:]
     return report
 
 
-def _check(report: Report, name: str, ok: bool) -> None:
-    if ok:
-        report.passed += 1
-    else:
-        report.failed.append(name)
+def _bounded(command: list[str], seconds: int, cwd: Path | None = None) -> str:
+    """Run and give the output, cut off and said so at the time limit."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, cwd=cwd, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        cut = error.stdout.decode(errors="replace") if error.stdout else ""
+        return f"{cut}\nended after {seconds} s"
+    return done.stdout + done.stderr
 
 
-def _run_llm(cache: Path, url: str, model: str) -> Report:
+def _run_llm(cache: Path, url: str, model: str, seconds: int) -> Report:
     python = _environment(cache, "llm", ["llm"])
     report = Report("llm", _version(python, "llm"), "streamed, whole, system prompt, schema, tools")
     home = cache / "llm-home"
@@ -198,13 +199,13 @@ def _run_llm(cache: Path, url: str, model: str) -> Report:
             capture_output=True,
             text=True,
             env=environment,
-            timeout=120,
+            timeout=seconds,
             stdin=subprocess.DEVNULL,
         )
         ok = done.returncode == 0 and bool(done.stdout.strip())
         if name == "schema" and ok:
             ok = _has_number(done.stdout)
-        _check(report, name, ok)
+        report.check(name, ok)
     return report
 
 
@@ -216,7 +217,7 @@ def _has_number(text: str) -> bool:
         return False
 
 
-def _run_curl(cache: Path, url: str, model: str) -> Report:
+def _run_curl(cache: Path, url: str, model: str, seconds: int) -> Report:
     version = subprocess.run(["curl", "--version"], capture_output=True, text=True).stdout.split()
     report = Report("curl", version[1] if version else "", "whole, streamed, wrong, and cut off")
     chat = {"model": model, "messages": [{"role": "user", "content": "Why?"}]}
@@ -226,17 +227,17 @@ def _run_curl(cache: Path, url: str, model: str) -> Report:
         data = [] if body is None else ["-d", json.dumps(body)]
         return subprocess.run([*command, *data], capture_output=True, text=True, timeout=60).stdout
 
-    _check(report, "models", model in curl("/models", None))
-    _check(report, "chat", '"chat.completion"' in curl("/chat/completions", chat))
+    report.check("models", model in curl("/models", None))
+    report.check("chat", '"chat.completion"' in curl("/chat/completions", chat))
     streamed = curl("/chat/completions", chat | {"stream": True})
-    _check(report, "stream", streamed.endswith("data: [DONE]\n\n"))
+    report.check("stream", streamed.endswith("data: [DONE]\n\n"))
     wrong = curl("/chat/completions", chat | {"n": 99}, "-w", "%{http_code}")
-    _check(report, "wrong", wrong.endswith("400"))
-    _check(report, "not JSON", '"invalid_json"' in curl("/chat/completions", None, "-d", "{"))
+    report.check("wrong", wrong.endswith("400"))
+    report.check("not JSON", '"invalid_json"' in curl("/chat/completions", None, "-d", "{"))
     return report
 
 
-def _run_schema(cache: Path, url: str, model: str) -> Report:
+def _run_schema(cache: Path, url: str, model: str, seconds: int) -> Report:
     python = _environment(cache, "schemathesis", ["schemathesis"])
     what = "our own /openapi.json: no 5xx, no response outside its schema (bounded run)"
     report = Report("schemathesis", _version(python, "schemathesis"), what)
@@ -247,49 +248,16 @@ def _run_schema(cache: Path, url: str, model: str) -> Report:
     command += ["--phases", "examples,coverage,fuzzing", "--seed", "1", "--no-color"]
     command += ["--generation-database", "none", "--max-failures", "20"]
     # It leaves a folder of its own where it runs.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=cache)
-    found = re.search(r"(\d+) generated", done.stdout)
+    output = _bounded(command, seconds, cache)
+    found = re.search(r"(\d+) generated", output)
     report.passed = int(found[1]) if found else 0
-    if done.returncode:
-        sys.stderr.write(done.stdout[-6000:])
-        names = re.findall(r"^_+ (.*?) _+$", done.stdout, re.MULTILINE)
-        report.failed = names or [done.stdout[-500:] + done.stderr[-500:]]
+    for name in re.findall(r"^_+ (.*?) _+$", output, re.MULTILINE):
+        report.failed[name] = "see the output"
+    if report.failed or not found:
+        sys.stderr.write(output[-6000:])
+    if not found:
+        report.failed["the suite"] = output[-300:]
     return report
-
-
-def _table(reports: list[Report]) -> str:
-    lines = [
-        "# Conformance",
-        "",
-        "Clients nobody here wrote, unchanged, each in its own environment, against the gateway.",
-        "Made by `python benchmarks/conformance/run.py`; do not edit. The upstream is an engine",
-        "that obeys its instructions (`plait.testing.obedient`): the suites test the API, not a",
-        "model's wit. For schemathesis the count is of generated requests.",
-        "",
-        "| Suite | Version | What | Passed | Failed | Skipped by the suite | Excused |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for report in reports:
-        skipped = sum(report.skipped.values())
-        lines.append(
-            f"| {report.suite} | {report.version} | {report.what} | {report.passed} | "
-            f"{len(report.failed)} | {skipped} | {len(report.excused)} |"
-        )
-    reasons = [
-        f"- {report.suite}: {count} × {reason}"
-        for report in reports
-        for reason, count in sorted(report.skipped.items())
-    ]
-    failures = [f"- {report.suite}: {name}" for report in reports for name in report.failed]
-    excuses = [
-        f"- {report.suite}: {name}: {why}"
-        for report in reports
-        for name, why in report.excused.items()
-    ]
-    for title, found in (("Failed", failures), ("Excused", excuses), ("Skipped", reasons)):
-        if found:
-            lines += ["", f"## {title}", "", *found]
-    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":
