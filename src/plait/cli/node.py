@@ -22,6 +22,12 @@ _WAIT_POLL_S = 0.1
 DataDirOption = Annotated[
     Path | None, typer.Option(help="Keys and state; by default in the XDG data folder.")
 ]
+ModelOption = Annotated[
+    str | None, typer.Option(help="The model that a stage serves; pull it first.")
+]
+RoleOption = Annotated[
+    list[str] | None, typer.Option(help="stage (default), witness, ledger; repeatable.")
+]
 SpanOption = Annotated[
     str, typer.Option(help="Layers start:end, or auto: what free memory holds and lacks most.")
 ]
@@ -52,13 +58,8 @@ WithParent = Annotated[bool, typer.Option("--with-parent", help="End when standa
 
 @app.command()
 def run(
-    model: Annotated[
-        str | None, typer.Option(help="The model that a stage serves; pull it first.")
-    ] = None,
-    role: Annotated[
-        list[str] | None,
-        typer.Option(help="stage (default), witness, ledger; repeatable."),
-    ] = None,
+    model: ModelOption = None,
+    role: RoleOption = None,
     span: SpanOption = "auto",
     dtype: Annotated[str, typer.Option(help="fp32, bf16, int4, int8 or auto.")] = "fp32",
     device: DeviceOption = "cpu",
