@@ -2,9 +2,10 @@
 
     python benchmarks/audit.py PART [--model smollm2-135m] [--seconds 240] [--json FILE]
 
-PART is honest (honest stages of --dtype, until --target chunks are audited), cheats (each
-kind of dishonest stage in the fp32 class), threads (an auditor with another number of
-threads), or lower (bf16, int4, int8: honest in batches, and what cheats look like).
+PART is honest (honest stages of --dtype, with --wire between them, until --target chunks are
+audited), cheats (each kind of dishonest stage in the fp32 class), threads (an auditor with
+another number of threads), or lower (bf16, int4, int8: honest in batches, and what cheats look
+like).
 Sessions run through three stages of this process, --batch of them together; each chunk of
 each stage is then replayed frame by frame by a host of the same layers, --replay-batch
 sessions together, and all frames of a session once more as one prompt. The hashes and
@@ -28,8 +29,9 @@ import numpy as np
 import torch
 
 from plait.compute.load import load_stage
-from plait.compute.port import Work
-from plait.ledger.audit_rules import TOLERANCES, Finding, Step, judge
+from plait.compute.port import Hidden, Work
+from plait.compute.wire_formats import decode, encode, rounded, wire_bytes
+from plait.ledger.audit_rules import TOLERANCES, Finding, Step, judge, tolerance_of
 from plait.ledger.handoff import ids_payload
 from plait.ledger.lottery import Lot, chunks_to_exposure, is_drawn
 from plait.model import catalog
@@ -38,7 +40,7 @@ from plait.node.replaying import distance, replay, replay_steps
 from plait.node.wire import state_of
 from plait.testing.dishonest import CHEATS
 from plait.testing.reference import equal_spans
-from plait.types import MILLION, Digest, Sampling, SessionId
+from plait.types import MILLION, Digest, Sampling, SessionId, WireDtype
 
 STAGES = 3
 CHUNK_TOKENS = 32
@@ -80,10 +82,14 @@ class Session:
 
 
 class Pipeline:
-    """Stages of this process; sessions go through them together, as in a node's batches."""
+    """Stages of this process; sessions go through them together, as in a node's batches.
 
-    def __init__(self, stages: Sequence[Any]) -> None:
+    Between stages rows are what ``wire`` makes of them.
+    """
+
+    def __init__(self, stages: Sequence[Any], wire: WireDtype = "fp32") -> None:
         self.stages = stages
+        self._wire = wire
 
     def run(self, sessions: Sequence[Session], tokens: int) -> None:
         """Draw ``tokens`` ids in each session."""
@@ -102,32 +108,29 @@ class Pipeline:
             Work(one.id, position, ids, None, sample=True)
             for one, (position, ids) in zip(sessions, fed, strict=True)
         ]
+        received = [ids_payload(ids) for _, ids in fed]
         for index, stage in enumerate(self.stages):
             done = stage.step(works)
             for number, (one, work, outcome) in enumerate(zip(sessions, works, done, strict=True)):
                 if outcome.error is not None:
                     raise outcome.error
-                received = payload_of(work)
                 last = index == len(self.stages) - 1
-                sent = ids_payload(outcome.drawn.ids) if last else outcome.hidden.tobytes()
+                sent = (
+                    ids_payload(outcome.drawn.ids) if last else encode(outcome.hidden, self._wire)
+                )
                 state = state_of(outcome) if last else b""
                 rows = 1 if last else work.rows
                 one.steps[index].append(
-                    Step(work.first_position, work.rows, received, last, 0, rows, sent, state)
+                    Step(
+                        work.first_position, work.rows, received[number], last, 0, rows, sent, state
+                    )
                 )
                 if last:
                     one.drawn += outcome.drawn.ids
                 else:
-                    works[number] = Work(
-                        one.id, work.first_position, None, outcome.hidden, sample=True
-                    )
-
-
-def payload_of(work: Work) -> bytes:
-    """What a hand-off chain would hash."""
-    if work.hidden is not None:
-        return work.hidden.tobytes()
-    return ids_payload(work.ids or ())
+                    arrived = decode(sent, work.rows, stage.width, self._wire)
+                    works[number] = Work(one.id, work.first_position, None, arrived, sample=True)
+                    received[number] = sent
 
 
 def audit(stage: Any, one: Session, index: int) -> dict[int, list[Finding]]:
@@ -138,7 +141,7 @@ def audit(stage: Any, one: Session, index: int) -> dict[int, list[Finding]]:
 
 
 def audit_together(
-    stage: Any, sessions: Sequence[Session], index: int
+    stage: Any, sessions: Sequence[Session], index: int, wire: WireDtype
 ) -> list[dict[int, list[Finding]]]:
     """The same of several sessions, whose frames are computed in one batch."""
     replays, works = [], []
@@ -152,6 +155,7 @@ def audit_together(
             first_stage=index == 0,
             last_stage=index == STAGES - 1,
             width=stage.width,
+            wire_dtype=wire,
         )
         replays.append((one, session, steps))
         works.append(next(steps))
@@ -176,26 +180,31 @@ def by_chunk(one: Session, index: int, findings: Sequence[Finding]) -> dict[int,
     return chunks
 
 
-def audit_merged(stage: Any, one: Session, index: int) -> list[float]:
+def audit_merged(stage: Any, one: Session, index: int, wire: WireDtype) -> list[float]:
     """Distances if all frames are computed as one prompt: the quick replay."""
     hidden = None
     ids: tuple[int, ...] | None = None
     if index == 0:
         ids = tuple(int(i) for s in one.steps[0] for i in np.frombuffer(s.received, "<u4"))
     else:
-        data = b"".join(step.received for step in one.steps[index])
-        hidden = np.frombuffer(data, "<f4").reshape(-1, stage.width)
+        hidden = rows_of([(s.received, s.rows) for s in one.steps[index]], stage.width, wire)
     rows = sum(step.rows for step in one.steps[index])
     session = SessionId(bytes(reversed(one.id)))
     stage.reserve(session, rows, one.sampling, stage.span)
     [done] = stage.step([Work(session, 0, ids, hidden)])
     stage.free(session)
-    size = stage.width * 4
-    sent = b"".join(
-        (step.state or step.sent or b"")[: step.rows * size] for step in one.steps[index]
-    )
-    claimed = np.frombuffer(sent, "<f4").reshape(-1, stage.width)
-    return [distance(a[None], b[None]) for a, b in zip(claimed, done.hidden, strict=True)]
+    output: WireDtype = "fp32" if index == STAGES - 1 else wire  # a last stage commits to states
+    sent = [
+        ((s.state or s.sent or b"")[: wire_bytes(s.rows, stage.width, output)], s.rows)
+        for s in one.steps[index]
+    ]
+    claimed, again = rows_of(sent, stage.width, output), rounded(done.hidden, output)
+    return [distance(a[None], b[None]) for a, b in zip(claimed, again, strict=True)]
+
+
+def rows_of(payloads: Sequence[tuple[bytes, int]], width: int, wire: WireDtype) -> Hidden:
+    """The activations of several payloads, each of so many rows."""
+    return np.concatenate([decode(data, rows, width, wire) for data, rows in payloads])
 
 
 def sessions_of(local: Any, count: int, seed: int) -> list[Session]:
@@ -230,8 +239,9 @@ def shown(values: Sequence[float]) -> dict[str, float]:
 class Tally:
     """What audits of one kind found."""
 
-    def __init__(self, dtype: str) -> None:
-        self._tolerance = TOLERANCES[dtype]
+    def __init__(self, dtype: str, wire: WireDtype = "fp32") -> None:
+        self._dtype = dtype
+        self._wire = wire
         self.distances: list[float] = []
         self.margins: list[float] = []
         self.exposed: list[bool] = []
@@ -241,7 +251,8 @@ class Tally:
         self.distances += [one.distance for one in findings]
         if last:
             self.margins += [one.margin for one in findings]
-        self.exposed.append(judge(findings, self._tolerance) is not None)
+        tolerance = tolerance_of(f"weights/{self._dtype}", "fp32" if last else self._wire)
+        self.exposed.append(judge(findings, tolerance) is not None)
 
     def figures(self) -> dict[str, Any]:
         """For the results."""
@@ -267,20 +278,21 @@ def honest_part(
     ``known`` are the totals of earlier calls: it goes on with other sessions.
     """
     stages = load(local, arguments.dtype)
-    pipeline = Pipeline(stages)
+    wire: WireDtype = arguments.wire
+    pipeline = Pipeline(stages, wire)
     total = known or {"sessions": 0, "chunks": 0, "exposed": 0}
     ends = time.monotonic() + arguments.seconds
     while total["chunks"] < arguments.target and time.monotonic() < ends:
-        tally, merged = Tally(arguments.dtype), []
+        tally, merged = Tally(arguments.dtype, wire), []
         group = sessions_of(local, arguments.batch, arguments.seed + total["sessions"])
         pipeline.run(group, TOKENS)
         for index, stage in enumerate(stages):
             for start in range(0, len(group), arguments.replay_batch):
                 some = group[start : start + arguments.replay_batch]
-                for chunks in audit_together(stage, some, index):
+                for chunks in audit_together(stage, some, index, wire):
                     for findings in chunks.values():
                         tally.add(findings, last=index == STAGES - 1)
-            merged += [value for one in group for value in audit_merged(stage, one, index)]
+            merged += [value for one in group for value in audit_merged(stage, one, index, wire)]
         total = added(total, len(group), tally, merged)
         yield total
 
@@ -309,7 +321,7 @@ def added(
 def honest_rounds(local: Any, dtype: str, batch: int, seconds: float) -> dict[str, Any]:
     """An honest part with other settings, from nothing."""
     settings = argparse.Namespace(
-        dtype=dtype, seconds=seconds, target=10**9, batch=batch, replay_batch=1, seed=1
+        dtype=dtype, seconds=seconds, target=10**9, batch=batch, replay_batch=1, seed=1, wire="fp32"
     )
     return list(honest_part(local, settings, {}))[-1]
 
@@ -427,6 +439,8 @@ def parts(
                 f"honest {arguments.model} {arguments.dtype}, "
                 f"{arguments.batch} together, replayed {arguments.replay_batch} together"
             )
+            if arguments.wire != "fp32":
+                name += f", {arguments.wire} between stages"
             for total in honest_part(local, arguments, known.get(name, {})):
                 yield name, total
         case "threads":
@@ -447,6 +461,7 @@ def main() -> None:
     parser.add_argument("part", choices=("honest", "cheats", "threads", "lower"))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="fp32", choices=tuple(TOLERANCES))
+    parser.add_argument("--wire", default="fp32", choices=("fp32", "bf16", "int8"))
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--target", type=int, default=2_000, help="chunks, with honest")
     parser.add_argument("--batch", type=int, default=4, help="sessions generated together")

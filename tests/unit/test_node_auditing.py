@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from plait.compute.port import Done, Work
+from plait.compute.wire_formats import rounded
 from plait.envelope import open_envelope, seal
 from plait.errors import BadProof, CapacityError, PlaitError, VerificationError
 from plait.ledger.audit_request import lots_of
@@ -382,3 +385,35 @@ def test_the_verdict_is_signed_and_holds_what_was_found() -> None:
     verdict = AuditVerdict.FromString(envelope.payload)
     assert (verdict.chunk, verdict.stage_index, verdict.position) == (1, 1, 4)
     assert verdict.distance_ppb == 500_000_000 and verdict.reason == "why"
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1e-4, 3e-2, 1e-1]),
+    st.sampled_from(["bf16", "int8"]),
+    st.sampled_from(["even", "one-hot", "wide"]),
+)
+def test_rounding_for_the_wire_exposes_no_honest_row(
+    seed: int, off: float, wire: WireDtype, kind: str
+) -> None:
+    """Rows that are just within a class stay within its tolerance once they are encoded."""
+    chance = np.random.default_rng(seed)
+    replayed = chance.standard_normal((3, 64))
+    if kind == "one-hot":  # where int8 loses most: one number decides the scale of its group
+        replayed = replayed * 0.45 / 127 + np.eye(64)[[0, 31, 40]]
+    elif kind == "wide":
+        replayed *= np.exp(chance.uniform(-8, 8, (3, 64)))
+    noise = chance.standard_normal((3, 64))
+    size = np.linalg.norm(replayed, axis=1) / np.linalg.norm(noise, axis=1)
+    noise *= 0.999 * off * size[:, None]
+    claimed = (replayed + noise).astype(np.float32)
+    dtype = {1e-4: "fp32", 3e-2: "int4", 1e-1: "int8"}[off]
+    tolerance = tolerance_of(f"w/{dtype}/k/f32/t1", wire)
+    found = distance(rounded(claimed, wire), rounded(replayed.astype(np.float32), wire))
+    assert found <= tolerance.distance
+    assert tolerance.margin == tolerance_of(f"w/{dtype}").margin
+
+
+def test_a_wire_adds_what_its_rounding_can_move() -> None:
+    bounds = [tolerance_of("w/int4/k", wire).distance for wire in ("fp32", "bf16", "int8")]
+    assert bounds == pytest.approx([0.03, 0.0381, 0.0770], rel=0.002)

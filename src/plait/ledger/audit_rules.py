@@ -8,20 +8,20 @@ layers then computes the same frames and compares.
 Activations are compared row by row by relative L2 distance, also those that the last stage
 draws from. Draws are judged by the margin: how far the logits would have to be off for the
 drawn id, and for the two numbers of its logits that the stage committed to, to be the right
-ones. The bounds are per dtype (``TOLERANCES``), calibrated on honest stages; see
-docs/ledger.md.
+ones. The bounds are per dtype (``TOLERANCES``), calibrated on honest stages, and wider by what
+the wire rounds off (``WIRE_ROUNDING``); see docs/ledger.md.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from plait.errors import BadProof, RemoteProtocolError
 from plait.ledger.blame import about
 from plait.ledger.handoff import HandoffChain
 from plait.ledger.terms import SessionTerms, accelerator_of
-from plait.types import Digest
+from plait.types import Digest, WireDtype
 from plait.v1.ledger_pb2 import StageReceipt
 
 Verdict = Literal["consistent", "exposed", "unresponsive"]
@@ -46,6 +46,11 @@ TOLERANCES = {
     "int4": Tolerance(3e-2, 0.5),
     "int8": Tolerance(1e-1, 2.0),
 }
+
+WIRE_ROUNDING: dict[WireDtype, float] = {"fp32": 0.0, "bf16": 2**-8, "int8": 32**0.5 / 2 / 126.9}
+"""The most that encoding moves a row, relative to its length. bf16 keeps each number to half
+an ulp. int8 keeps each to half a step of its group of 32, of which one number is 127 steps
+long, less what half precision takes from the scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +121,13 @@ class Finding:
     margin: float = 0.0
 
 
-def tolerance_of(numeric_class: str) -> Tolerance:
+def tolerance_of(numeric_class: str, output: WireDtype = "fp32") -> Tolerance:
     """The tolerance of a numeric class; raises ``BadProof`` for one that has none.
+
+    ``output`` is what the compared activations are encoded in. Replays start from the very
+    frames that were received, so only the rounding of the output counts, on both sides:
+    rows h and h' that are e apart relative to h' are, encoded within u of their length,
+    at most (e + u (1 + e) + u) / (1 - u) apart.
 
     Accelerators have none: honest stages were measured on CPUs only.
     """
@@ -125,7 +135,8 @@ def tolerance_of(numeric_class: str) -> Tolerance:
     known = TOLERANCES.get(parts[1]) if len(parts) > 1 else None
     if known is None or accelerator_of(numeric_class):
         raise BadProof(f"no tolerance is published for the numeric class {numeric_class!r}")
-    return known
+    off, rounding = known.distance, WIRE_ROUNDING[output]
+    return replace(known, distance=(off + rounding * (2 + off)) / (1 - rounding))
 
 
 def check_opening(

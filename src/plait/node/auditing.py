@@ -76,7 +76,10 @@ def replay_sampling(challenge: Challenge) -> Sampling:
 
 def verdict_on(challenge: Challenge, findings: Sequence[Finding]) -> tuple[Verdict, Finding, str]:
     """The verdict of a replay, the worst that was found, and a reason to read."""
-    tolerance = tolerance_of(challenge.numeric_class)
+    terms = challenge.terms
+    last = challenge.lot.stage_index == len(terms.stages) - 1
+    # A last stage commits to what it draws from, in fp32.
+    tolerance = tolerance_of(challenge.numeric_class, "fp32" if last else terms.wire_dtype)
     off = judge(findings, tolerance)
     worst = Finding(
         off.first_position if off is not None else 0,
