@@ -149,7 +149,7 @@ async def _start_roles(
         await _start_witness(config, network, stack)
     if "stage" in config.roles:
         # Torch and libp2p are imported only where they are needed.
-        from plait.node.stage_node import start_stage
+        from plait.node.stage_start import start_stage
 
         node.stage = await start_stage(config, network, stack, _clock_ms)
 

@@ -1,65 +1,35 @@
 """The stage role put together: control plane, compute, both ports, settlement."""
 
 import asyncio
-import math
-import re
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import grpc
 import grpc.aio
-import psutil
 
-from plait.compute.device import CPU, Device, accelerators, resolve
-from plait.compute.device_memory import memory_of
-from plait.compute.load import check_loadable, load_stage
 from plait.compute.port import StageCompute
-from plait.compute.spill import DiskRoom
-from plait.errors import ConfigError, PeerUnreachable
-from plait.identity import SigningKey, load_or_create_key
-from plait.ledger.certs import make_key_cert
-from plait.ledger.notices import NoticeBoard
+from plait.errors import PeerUnreachable
+from plait.identity import load_or_create_key
 from plait.ledger.policy import policy_of, read_policy
-from plait.ledger.service.committee import Ledger, connect
+from plait.ledger.service.committee import Ledger
 from plait.ledger.service.key_store import newest_ledger_key, newest_serial
-from plait.ledger.service.notices import (
-    NoticeExchange,
-    NoticeFile,
-    NoticeServicer,
-    Post,
-    posts_of,
-)
+from plait.ledger.service.notices import NoticeExchange, NoticeServicer
 from plait.ledger.service.witness_edge import make_witness
 from plait.ledger.witnessed import Patience
 from plait.logs import get_logger
-from plait.model.catalog import load
 from plait.model.local import LocalModel
-from plait.model.manifest import FP32_BYTES, Manifest
 from plait.net.directory import DirectoryServicer, TrustedCertificates
 from plait.net.gossip import Gossip
-from plait.net.libp2p import Libp2pControlPlane, check_free
 from plait.net.links import LinkMeter
-from plait.net.membership import Membership
-from plait.net.tls import (
-    TlsIdentity,
-    channel,
-    load_or_create,
-    server_credentials_peer,
-    server_credentials_public,
-    server_options,
-)
+from plait.net.tls import channel
 from plait.net.watch import targets_of
-from plait.network_file import NetworkFile
 from plait.node.admission import StageIdentity
 from plait.node.audit_shell import Auditing
 from plait.node.config import NodeConfig
-from plait.node.first_look import look_around
 from plait.node.neighbours import Neighbours
+from plait.node.node_self import NodeSelf, Ports, key_cert
 from plait.node.overload import Limits
 from plait.node.own_offer import Facts, SpeedMeter, materially_different, offer_of
 from plait.node.retained import Retained
@@ -67,212 +37,20 @@ from plait.node.service import StageServicer
 from plait.node.settlement import Settler
 from plait.node.spill import SpillFiles
 from plait.node.stage_shell import StageShell
-from plait.node.state import next_incarnation
 from plait.node.tape import Tape
-from plait.router.placement import choose_span
-from plait.router.view import Offer, View
+from plait.router.view import Offer
 from plait.task_scope import TaskScope
-from plait.types import Microcredits, PeerId, Span
+from plait.types import Microcredits, PeerId
 from plait.v1 import log_pb2_grpc, offer_pb2, offer_pb2_grpc, stage_pb2_grpc
 from plait.v1.identity_pb2 import SignedEnvelope
 
 log = get_logger(__name__)
 
-LAYER_TENSOR = re.compile(r"blk\.(\d+)\.")
-"""How GGUF names the tensors of a layer."""
-
 MEBIBYTE = 1024 * 1024
-KEY_CERT_TTL_MS = 30 * 86_400_000
-MEMORY_SHARE = 0.5
-"""Of the free memory, what an automatically chosen span may take."""
 UPKEEP_PERIOD_S = 0.5
 EXPIRY_PERIOD_S = 0.2
 PARK_PERIOD_S = 2.0
 STOP_GRACE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Self:
-    """A stage node's identity and surroundings."""
-
-    config: NodeConfig
-    network: NetworkFile
-    peer_key: SigningKey
-    ledger_key: SigningKey
-    tls: TlsIdentity
-    incarnation: int
-    clock_ms: Callable[[], int]
-
-    @property
-    def peer(self) -> PeerId:
-        return self.peer_key.peer_id
-
-
-async def start_stage(
-    config: NodeConfig, network: NetworkFile, stack: AsyncExitStack, clock_ms: Callable[[], int]
-) -> "StageNode":
-    """Start the role; it runs until ``stack`` is closed, which withdraws the offer first.
-
-    Raises ``ConfigError`` for what the operator can mend and ``ModelError`` for weights
-    that are missing or corrupt.
-    """
-    me = _identity(config, network, clock_ms)
-    if not network.authorities:
-        raise ConfigError("the network file names no ledger authority")
-    local = load(config.model or "")
-    device = await asyncio.to_thread(_device, config.device)
-    check_loadable(local, config.span, config.dtype, device)
-    listen = f"/ip4/{config.host}/tcp/{config.p2p_port}"
-    check_free(listen)
-    trusted = TrustedCertificates()
-    ports = _Ports.bind(me, trusted)
-    view = await look_around(network, me.peer, ports.public_address)
-    compute, speed_us = await _load_compute(me, local, view, device)
-    tasks = await stack.enter_async_context(TaskScope())
-    control = Libp2pControlPlane(
-        me.peer_key,
-        listen=listen,
-        bootstrap=_bootstrap(me),
-        announce=_announced(config, me.peer),
-    )
-    await stack.enter_async_context(control)
-    membership = Membership(network)
-    digest = local.manifest.digest
-    gossip = Gossip(control, membership, network, me.peer_key, digest, me.incarnation, clock_ms)
-    tasks.create_task(gossip.run(), name="gossip")
-    notices = NoticeExchange(
-        NoticeBoard(network),
-        network,
-        lambda: _posts(me, gossip.view()),
-        file=NoticeFile(config.data_dir / "notices"),
-    )
-    tasks.create_task(notices.run(), name="notices")
-    ledger = await connect(network, notices, config.data_dir / "missed")
-    stack.push_async_callback(ledger.close)
-    node = StageNode(me, local, compute, speed_us, gossip, ledger, tasks, trusted, notices)
-    await node.serve(stack, ports, control.multiaddrs)
-    return node
-
-
-def _identity(config: NodeConfig, network: NetworkFile, clock_ms: Callable[[], int]) -> _Self:
-    peer_key = load_or_create_key(config.data_dir / "identity.key")
-    if not network.admits(peer_key.peer_id):
-        raise ConfigError(f"this network does not admit {peer_key.peer_id}")
-    return _Self(
-        config=config,
-        network=network,
-        peer_key=peer_key,
-        ledger_key=newest_ledger_key(config.data_dir)[0],
-        tls=load_or_create(config.data_dir, peer_key.peer_id),
-        incarnation=next_incarnation(config.data_dir / "incarnation", time.time_ns()),
-        clock_ms=clock_ms,
-    )
-
-
-def _announced(config: NodeConfig, peer: PeerId) -> list[str]:
-    """Our multiaddr if others dial us elsewhere than we listen, which needs a fixed port."""
-    host = config.announce_host
-    return [f"/ip4/{host}/tcp/{config.p2p_port}/p2p/{peer}"] if host else []
-
-
-def _key_cert(me: _Self, key: SigningKey, serial: int) -> SignedEnvelope:
-    network_id, now_ms = me.network.network_id, me.clock_ms()
-    return make_key_cert(me.peer_key, key.public, network_id, now_ms, KEY_CERT_TTL_MS, serial)
-
-
-def _posts(me: _Self, view: View) -> list[Post]:
-    """Whom to exchange notices with: the nodes in view, and the ledger."""
-    nodes = [Post(target.address, target.certificate) for target in targets_of(view, me.peer)]
-    return nodes + posts_of(me.network.authorities)
-
-
-def _bootstrap(me: _Self) -> list[str]:
-    named = [node.multiaddr for node in me.network.bootstrap if node.peer != me.peer]
-    return [*named, *me.config.extra_bootstrap]
-
-
-async def _load_compute(
-    me: _Self, local: LocalModel, view: View, device: Device
-) -> tuple[StageCompute, tuple[int, int]]:
-    config, span = me.config, me.config.span
-    memory = await asyncio.to_thread(memory_of, device)
-    if span is None:
-        span = _automatic_span(me, local, view, memory.free_bytes())
-        log.info("span chosen", span=str(span))
-    threads = config.threads or psutil.cpu_count() or 1
-    disk = DiskRoom(config.data_dir / "prefixes", config.prefix_disk_mb * MEBIBYTE)
-    load_it = partial(load_stage, disk=disk, memory=memory)
-    compute = await asyncio.to_thread(
-        load_it, local, span, config.dtype, threads, config.kv_tokens_max
-    )
-    speed_us = await asyncio.to_thread(compute.measure)
-    log.info(
-        "weights loaded",
-        span=str(span),
-        device=compute.device,
-        kv_tokens=compute.kv_tokens_total,
-        decode_us=speed_us[0],
-    )
-    return compute, speed_us
-
-
-def _device(name: str) -> Device:
-    # torch need not look for accelerators where none was asked for.
-    return CPU if name == CPU.name else resolve(name, accelerators())
-
-
-def _automatic_span(me: _Self, local: LocalModel, view: View, device_bytes: int | None) -> Span:
-    free_bytes = psutil.virtual_memory().available if device_bytes is None else device_bytes
-    fits = int(free_bytes * MEMORY_SHARE // bytes_per_layer(local.manifest))
-    try:
-        return choose_span(view, local.manifest.shape, fits, me.clock_ms(), besides=me.peer)
-    except ValueError as error:
-        raise ConfigError(
-            f"no layer of {local.name} fits in half of the free memory",
-            remedy="free some memory, or name the layers with --span",
-        ) from error
-
-
-def bytes_per_layer(manifest: Manifest) -> int:
-    """Memory of the largest layer's weights in fp32."""
-    sizes: dict[str, int] = {}
-    for tensor in manifest.tensors:
-        layer, weights = LAYER_TENSOR.match(tensor.name), FP32_BYTES * math.prod(tensor.shape)
-        if layer:
-            sizes[layer[1]] = sizes.get(layer[1], 0) + weights
-    return max(sizes.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _Ports:
-    """Both gRPC servers, bound but not started, so that a port in use is told at once."""
-
-    public: grpc.aio.Server
-    public_address: str
-    peer: grpc.aio.Server
-    peer_address: str
-
-    @classmethod
-    def bind(cls, me: _Self, trusted: TrustedCertificates) -> "_Ports":
-        config = me.config
-        public = _bind(config, config.public_port, server_credentials_public(me.tls))
-        credentials = server_credentials_peer(me.tls, trusted.certificates)
-        return cls(*public, *_bind(config, config.peer_port, credentials))
-
-
-def _bind(
-    config: NodeConfig, port: int, credentials: grpc.ServerCredentials
-) -> tuple[grpc.aio.Server, str]:
-    """A server on our host, and the address that others dial."""
-    server, host = grpc.aio.server(options=server_options()), config.host
-    try:
-        bound = server.add_secure_port(f"{host}:{port}", credentials)
-        return server, f"{config.announce_host or host}:{bound}"
-    except RuntimeError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: the port is in use, or the address is not ours",
-            remedy="stop what uses it, or choose another port (0 takes a free one)",
-        ) from error
 
 
 def _limits(config: NodeConfig) -> Limits:
@@ -304,7 +82,7 @@ class StageNode:
 
     def __init__(
         self,
-        me: _Self,
+        me: NodeSelf,
         local: LocalModel,
         compute: StageCompute,
         speed_us: tuple[int, int],
@@ -335,7 +113,7 @@ class StageNode:
         self._serial = newest_serial(me.config.data_dir)
         self._settler = Settler(
             key=me.ledger_key,
-            cert=_key_cert(me, me.ledger_key, self._serial),
+            cert=key_cert(me, me.ledger_key, self._serial),
             ledger=ledger,
             spool_dir=me.config.data_dir / "settlements",
             clock_ms=me.clock_ms,
@@ -366,7 +144,7 @@ class StageNode:
         )
 
     async def serve(
-        self, stack: AsyncExitStack, ports: "_Ports", multiaddrs: tuple[str, ...]
+        self, stack: AsyncExitStack, ports: "Ports", multiaddrs: tuple[str, ...]
     ) -> None:
         """Serve both ports, offer, and leave the rest to tasks."""
         directory = DirectoryServicer(
@@ -462,7 +240,7 @@ class StageNode:
         ):
             return
         key, self._serial = newest_ledger_key(self._me.config.data_dir)
-        self._settler.renew(key, _key_cert(self._me, key, self._serial))
+        self._settler.renew(key, key_cert(self._me, key, self._serial))
         log.info("ledger key rotated", serial=self._serial)
 
     def _serve_notices(self, public: grpc.aio.Server) -> None:
@@ -486,7 +264,7 @@ class StageNode:
         self._stage.core.end_all("the node is stopping")
         await self._settler.idle(STOP_GRACE_S)
 
-    def _gather_facts(self, ports: "_Ports", multiaddrs: tuple[str, ...]) -> Facts:
+    def _gather_facts(self, ports: "Ports", multiaddrs: tuple[str, ...]) -> Facts:
         return Facts(
             peer=self._me.peer,
             incarnation=self._me.incarnation,

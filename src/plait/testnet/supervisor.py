@@ -43,7 +43,7 @@ _PRELOADED = (
     "uvloop",
     "plait.ledger.service.authority",
     "plait.net.libp2p",
-    "plait.node.stage_node",
+    "plait.node.stage_start",
 )
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
