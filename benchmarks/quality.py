@@ -1,6 +1,6 @@
 """How far bf16, int4 and int8 are from fp32: divergence over teacher-forced real text.
 
-    python benchmarks/quality.py [--model smollm2-135m] [--tokens 2048]
+    python benchmarks/quality.py [--model smollm2-135m] [--tokens 2048] [--dtypes bf16,int4,int8]
 
 Prints one JSON object.
 """
@@ -19,10 +19,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--dtypes", default="bf16,int4,int8", help="with commas between")
     arguments = parser.parse_args()
     figures = measure_quality(
         catalog.pull(arguments.model),
-        ("bf16", "int4", "int8"),
+        arguments.dtypes.split(","),
         arguments.tokens,
         progress=lambda done, total: print(f"window {done}/{total}", file=sys.stderr),
     )

@@ -208,9 +208,10 @@ def test_on_cuda_nothing_meets_a_tensor_of_the_host(
     """On the meta device, where torch checks devices and shapes and computes nothing."""
     import torch
 
+    from plait.compute.attention import Item
     from plait.compute.kv import KvCache
     from plait.compute.load import load_model
-    from plait.compute.ragged import Item, RaggedModel
+    from plait.compute.ragged import RaggedModel
     from plait.testing.devices import ShapeMemory
 
     kernel_rows: list[int] = []

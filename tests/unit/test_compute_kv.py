@@ -320,3 +320,52 @@ def test_a_flood_of_sessions_stays_within_the_limit() -> None:
     assert granted >= 32
     assert granted + refused == 1000
     assert grown_kb <= limit_kb + 32 * 1024
+
+
+@pytest.mark.parametrize("first", [0, 5, 16, 40, 63])
+def test_rows_are_read_where_they_were_written(first: int) -> None:
+    """In pages that lie apart, row by row through ``slots`` or at once through ``write``."""
+    import torch
+
+    from plait.compute.kv import KvCache, KvLayout
+
+    def made() -> KvCache:
+        cache = KvCache(KvLayout(Span(4, 7), 2, 8), 6 * PAGE_TOKENS)
+        cache.data.zero_()
+        for session in (ONE, TWO):
+            cache.reserve(session, PAGE_TOKENS, Sampling())
+        cache.free(ONE)
+        cache.reserve(THREE, 80, Sampling())  # all that is left, on both sides of TWO
+        return cache
+
+    chance = torch.Generator().manual_seed(first)
+    keys, values = (torch.randn(2, 80 - first, 8, generator=chance) for _ in range(2))
+    by_slot, at_once = made(), made()
+    apart, together = by_slot.get(THREE), at_once.get(THREE)
+    assert apart is not None and together is not None
+    assert apart.views(80) is None
+    slots = apart.slots(first, 80 - first)
+    apart.of_layer(1).index_copy_(1, slots, torch.cat([keys, values]))
+    wanted = together.write(1, first, keys[None], values[None])
+    assert torch.equal(by_slot.data, at_once.data)
+    assert all(map(torch.equal, apart.read(1, 80), wanted))
+    assert torch.equal(wanted[0][0, :, first:], keys)
+    assert torch.equal(wanted[1][0, :, first:], values)
+
+
+def test_views_show_what_is_written_later() -> None:
+    import torch
+
+    from plait.compute.kv import KvCache, KvLayout
+
+    cache = KvCache(KvLayout(Span(0, 2), 2, 8), 4 * PAGE_TOKENS)
+    cache.reserve(ONE, 40, Sampling())
+    kv = cache.get(ONE)
+    assert kv is not None
+    views = kv.views(20)
+    assert views is not None
+    rows = torch.randn(1, 2, 20, 8)
+    kv.write(1, 0, rows, rows + 1)
+    for found, wanted in zip((views[0][1], views[1][1]), kv.read(1, 20), strict=True):
+        assert torch.equal(found, wanted)
+        assert found.shape == (1, 2, 20, 8)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 SESSIONS = [SessionId(bytes([65 + index]) * 16) for index in range(6)]
-DTYPES = ("fp32", "bf16", "int4", "int8")
+DTYPES = ("fp32", "bf16", "int4/torch", "int4/mlas-w4a8", "int8")
+"""int4 has two kernels; which one a node takes it measures."""
 PROSE = """The sky looks blue because the air scatters short waves of light more than long
 ones. Sunlight holds all colours; on its way through the air, blue light is thrown from
 molecule to molecule and reaches the eye from every side, while red light passes almost
@@ -61,7 +62,17 @@ def smollm2() -> LocalModel:
 
 
 def stage_of(local: LocalModel, dtype: str, span: Span | None = None) -> "TorchStage":
-    return load_stage(local, span or Span(0, local.manifest.layers), dtype)
+    return loaded(local, span or Span(0, local.manifest.layers), dtype)
+
+
+def loaded(local: LocalModel, span: Span, dtype: str, threads: int = 1) -> "TorchStage":
+    from plait.compute import choice
+
+    dtype, _, kernel = dtype.partition("/")
+    with pytest.MonkeyPatch.context() as patch:
+        if kernel:
+            patch.setattr(choice, "int4_kernel", lambda inputs, outputs: kernel)
+        return load_stage(local, span, dtype, threads)
 
 
 def reserve(stage: "TorchStage", spans: Sequence[Span | None] = (None,) * 6) -> None:
@@ -116,7 +127,7 @@ def test_a_step_of_many_is_each_of_them_alone(local: LocalModel, dtype: str, spa
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_step_of_many_real_sessions(smollm2: LocalModel, dtype: str, threads: int) -> None:
     """At the sizes of a real model kernels divide their work in other ways."""
-    stage = load_stage(smollm2, Span(28, 30), dtype, threads)
+    stage = loaded(smollm2, Span(28, 30), dtype, threads)
     chance = np.random.default_rng(4)
     lengths = (1, 40, 3, 17, 130, 9)
     works = [
@@ -127,7 +138,7 @@ def test_a_step_of_many_real_sessions(smollm2: LocalModel, dtype: str, threads: 
     alone = [stage.step([work])[0] for work in works]
     reserve(stage)
     assert all(map(same, stage.step(works), alone))
-    inner = load_stage(smollm2, Span(0, 2), dtype, threads)
+    inner = loaded(smollm2, Span(0, 2), dtype, threads)
     reserve(inner)
     prompts = [
         Work(session, 0, ids(rows, rows), None)
@@ -150,7 +161,7 @@ def test_two_works_of_one_session_happen_one_after_the_other(local: LocalModel, 
 
 
 def test_sessions_of_different_layers_share_a_step(local: LocalModel) -> None:
-    stage, first = stage_of(local, "int4"), stage_of(local, "int4", Span(0, 3))
+    stage, first = stage_of(local, "int4/mlas-w4a8"), stage_of(local, "int4/mlas-w4a8", Span(0, 3))
     reserve(first)
     (wanted,) = first.step([Work(SESSIONS[0], 0, ids(0, 9), None)])
     reserve(stage, [Span(0, 3), Span(3, 8), *[None] * 4])
@@ -191,24 +202,22 @@ def test_a_fault_of_the_backend_finds_its_item(
 ) -> None:
     from plait.compute.kv import SessionKv
 
-    stage = stage_of(local, "int4", Span(0, 3))
+    stage = stage_of(local, "int4/mlas-w4a8", Span(0, 3))
     reserve(stage)
     works = [Work(session, 0, ids(3, 5), None) for session in SESSIONS[:3]]
     wanted = stage.step(works[:1])[0]
     reserve(stage)
-    whole, tokens = SessionKv.write, iter((400, 123, 400))
+    whole, tokens = SessionKv.slots, iter((400, 123, 400))
 
-    def failing(
-        kv: SessionKv, layer: int, first: int, keys: "torch.Tensor", values: "torch.Tensor"
-    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+    def failing(kv: SessionKv, first: int, rows: int) -> "torch.Tensor":
         if kv.tokens == 123:
             raise RuntimeError("out of something")
-        return whole(kv, layer, first, keys, values)
+        return whole(kv, first, rows)
 
     for session in SESSIONS[:3]:
         stage.free(session)
         stage.reserve(session, next(tokens), Sampling())
-    monkeypatch.setattr(SessionKv, "write", failing)
+    monkeypatch.setattr(SessionKv, "slots", failing)
     first, second, third = stage.step(works)
     assert isinstance(second.error, RuntimeError)
     assert same(first, wanted)
@@ -221,8 +230,8 @@ def log_probabilities(
     """Of every next token, [len(prompt), vocabulary], ``rows`` at a time."""
     import torch
 
+    from plait.compute.attention import Item
     from plait.compute.kv import KvCache
-    from plait.compute.ragged import Item
 
     cache = KvCache(model.layout, kv_tokens + 16)
     cache.reserve(SESSIONS[0], kv_tokens, Sampling())
@@ -244,10 +253,11 @@ def divergence(local: LocalModel, dtype: str, prompt: Sequence[int], rows: int) 
     from plait.model.weights import Weights
 
     span = Span(0, local.manifest.layers)
+    dtype, _, kernel = dtype.partition("/")
     with GgufFile.open(local.weights_path) as gguf:
         weights = Weights(gguf, local.manifest)
         exact = load_span(weights, span, lambda done, total: None)
-        rough = load_ragged(weights, span, dtype, lambda done, total: None)
+        rough = load_ragged(weights, span, dtype, lambda done, total: None, kernel=kernel)
     wanted = log_probabilities(exact, len(prompt), prompt, rows)
     found = log_probabilities(rough, len(prompt), prompt, rows)
     return float((wanted.exp() * (wanted - found)).sum(-1).mean())
@@ -287,11 +297,12 @@ def test_the_numeric_class_names_dtype_and_kernel(local: LocalModel, dtype: str)
     kernel = {
         "fp32": "onednn-packed",
         "bf16": "onednn-bf16",
-        "int4": "torch-int4pack32" if has_bf16() else "torch-int4pack32+onednn-packed",
+        "int4/torch": "torch-int4pack32" if has_bf16() else "torch-int4pack32+onednn-packed",
+        "int4/mlas-w4a8": "mlas-w4a8",
         "int8": "torch-int8pack",
     }[dtype]
     digest = local.manifest.digest.hex()[:16]
-    assert stage.numeric_class() == f"{digest}/{dtype}/{kernel}/f32/t1"
+    assert stage.numeric_class() == f"{digest}/{dtype.split('/')[0]}/{kernel}/f32/t1"
     assert all(figure > 0 for figure in stage.measure())
 
 

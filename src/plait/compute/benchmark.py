@@ -98,23 +98,18 @@ def measure_compute(
     local: LocalModel, plan: BenchPlan, progress: Progress = lambda done, total: None
 ) -> ComputeFigures:
     """Measure; minutes. Raises ``ConfigError`` for a dtype that does not exist."""
-    engines: dict[str, _Engine] = {}
+    engines: dict[int, dict[str, _Engine]] = {}
     load_s: dict[str, float] = {}
-    for dtype in plan.dtypes:
-        started = time.perf_counter()
-        stage = load_stage(local, Span(0, local.manifest.layers), dtype)
-        load_s[dtype] = round(time.perf_counter() - started, 2)
-        engines[dtype] = _StageEngine(stage, plan.batches, PROMPT_ROWS + max(2, plan.steps))
-    peers: dict[int, dict[str, _Engine]] = {threads: {} for threads in plan.threads}
-    if llama_cpp_peer.is_installed():
-        for threads, of_threads in peers.items():
-            of_threads[LLAMA_CPP] = _LlamaCppEngine(local, plan.batches, threads)
+    for threads in plan.threads:  # each its own, as some kernels are loaded for a number
+        engines[threads] = _stages(local, plan, threads, load_s)
+        if llama_cpp_peer.is_installed():
+            engines[threads][LLAMA_CPP] = _LlamaCppEngine(local, plan.batches, threads)
     decode: dict[tuple[str, int, int], list[float]] = defaultdict(list)
     prefill: dict[tuple[str, int], list[float]] = defaultdict(list)
     for turn in range(plan.rounds):
         for threads in plan.threads:
             torch.set_num_threads(threads)
-            for name, engine in [*engines.items(), *peers[threads].items()]:
+            for name, engine in engines[threads].items():
                 prefill[name, threads].append(engine.prefill_s())
                 for batch in engine.batches:
                     decode[name, threads, batch] += engine.decode_s(batch, plan.steps_of(batch))
@@ -128,6 +123,18 @@ def measure_compute(
         prefill=tuple(_prefill_figure(*key, times) for key, times in prefill.items()),
         load_s=load_s,
     )
+
+
+def _stages(
+    local: LocalModel, plan: BenchPlan, threads: int, load_s: dict[str, float]
+) -> dict[str, _Engine]:
+    found: dict[str, _Engine] = {}
+    for dtype in plan.dtypes:
+        started = time.perf_counter()
+        stage = load_stage(local, Span(0, local.manifest.layers), dtype, threads)
+        load_s[dtype] = round(time.perf_counter() - started, 2)
+        found[dtype] = _StageEngine(stage, plan.batches, PROMPT_ROWS + max(2, plan.steps))
+    return found
 
 
 def _decode_figure(dtype: str, threads: int, batch: int, steps_s: list[float]) -> DecodeFigure:

@@ -5,17 +5,23 @@ from the file's own codes) keep and int8 does not. Fast is what one row costs in
 different numbers of rows, weighed by how often a stage sees them. What is timed is the
 multiplication with matrices of the model's width, on the device and with the threads that
 will compute; it takes about a second. The outcome is named in the numeric class.
+
+int4 has two kernels, torch's and onnxruntime's, of which the faster one here is taken. Nodes
+of one kind should be of one numeric class, so torch's is only taken where it is clearly ahead.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from functools import cache
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from plait.compute.linear import Bf16Linear, Fp32Linear, Int4Linear, Linear
+from plait.compute import ort
+from plait.compute.linear import Bf16Linear, Fp32Linear, Int4Linear
+from plait.compute.ort_graph import head_graph, quantised
 from plait.model.gguf_types import NIBBLE_GROUP, Nibbles
 from plait.model.weights import Weights
 from plait.types import Span
@@ -25,7 +31,19 @@ SHARES: Mapping[int, float] = {1: 0.5, 4: 0.3, 16: 0.2}
 
 _WEIGHTS_MAX = 1 << 21  # of one matrix
 _MATRICES = 8  # taken in turn, so that a cache does not hold what a model's would not
-_PASSES = 3
+_PASSES = 5
+_CLEARLY = 0.6
+"""Of the cost of onnxruntime's kernel: below it torch's is taken. What is timed are single
+products, so this leaves out that onnxruntime does half a layer in one call."""
+_WIDTH_MIN, _OUTPUTS_MIN = 512, 1024  # a tiny model's calls would cost more than its products
+TORCH_INT4 = "torch"
+
+
+class Rows(Protocol):
+    """Something that multiplies."""
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, inputs] -> [n, outputs]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +74,72 @@ def fastest(table: Sequence[Timing]) -> Timing:
     return min(table, key=lambda timing: timing.row_us)
 
 
+def int4_kernel(inputs: int, outputs: int) -> str:
+    """``ort.KERNEL``, or ``TORCH_INT4`` where that is clearly faster for such matrices."""
+    inputs, outputs = max(_WIDTH_MIN, inputs), max(_OUTPUTS_MIN, outputs)
+    inputs -= inputs % NIBBLE_GROUP
+    return _int4_kernel(inputs, _fitting(inputs, outputs), torch.get_num_threads())
+
+
+def faster_kernel(by_torch: Timing, by_ort: Timing) -> str:
+    """The rule of ``int4_kernel``."""
+    return TORCH_INT4 if by_torch.row_us < _CLEARLY * by_ort.row_us else ort.KERNEL
+
+
+@cache
+@torch.inference_mode()
+def _int4_kernel(inputs: int, outputs: int, threads: int) -> str:
+    made = {kernel: _int4(kernel, inputs, outputs) for kernel in (TORCH_INT4, ort.KERNEL)}
+    by_torch, by_ort = (Timing("int4", "cpu", times) for times in _timed(made, inputs).values())
+    return faster_kernel(by_torch, by_ort)
+
+
 @torch.inference_mode()
 def measured(dtypes: Sequence[str], inputs: int, outputs: int) -> list[Timing]:
     """Time each dtype on this machine, in turns, on matrices of [outputs, inputs] or less."""
-    outputs = max(16, min(outputs, _WEIGHTS_MAX // inputs) // 16 * 16)
+    outputs = _fitting(inputs, outputs)
     matrices = {dtype: _matrices(dtype, inputs, outputs) for dtype in dtypes}
-    table: dict[str, dict[int, float]] = {dtype: {} for dtype in dtypes}
+    return [Timing(dtype, "cpu", times) for dtype, times in _timed(matrices, inputs).items()]
+
+
+def _timed(matrices: Mapping[str, Sequence[Rows]], inputs: int) -> dict[str, dict[int, float]]:
+    """Microseconds of a product by name and number of rows."""
+    table: dict[str, dict[int, float]] = {name: {} for name in matrices}
     for rows in SHARES:
         given = torch.ones(rows, inputs)
-        passes: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
+        passes: dict[str, list[float]] = {name: [] for name in matrices}
         for _ in range(1 + _PASSES):
-            for dtype in dtypes:
-                passes[dtype].append(_pass_us(matrices[dtype], given))
-        for dtype in dtypes:  # the first pass warms up
-            table[dtype][rows] = median(passes[dtype][1:]) / _MATRICES
-    return [Timing(dtype, "cpu", table[dtype]) for dtype in dtypes]
+            for name, alike in matrices.items():
+                passes[name].append(_pass_us(alike, given))
+        for name, times in passes.items():  # the first pass warms up
+            table[name][rows] = min(times[1:]) / _MATRICES  # other work only adds
+    return table
 
 
-def _matrices(dtype: str, inputs: int, outputs: int) -> list[Linear]:
+def _fitting(inputs: int, outputs: int) -> int:
+    return max(16, min(outputs, _WEIGHTS_MAX // inputs) // 16 * 16)
+
+
+def _matrices(dtype: str, inputs: int, outputs: int) -> Sequence[Rows]:
     if dtype == "int4":
-        codes = np.full((outputs, inputs), 5, np.uint8)
-        scale = np.full((outputs, inputs // NIBBLE_GROUP), 0.1, np.float32)
-        return [Int4Linear(Nibbles(codes, scale, -scale)) for _ in range(_MATRICES)]
-    made: Callable[[torch.Tensor], Linear] = Fp32Linear if dtype == "fp32" else Bf16Linear
+        return _int4(int4_kernel(inputs, outputs), inputs, outputs)
+    made: Callable[[torch.Tensor], Rows] = Fp32Linear if dtype == "fp32" else Bf16Linear
     return [made(torch.full((outputs, inputs), 0.1)) for _ in range(_MATRICES)]
 
 
-def _pass_us(matrices: Sequence[Linear], given: torch.Tensor) -> float:
+def _int4(kernel: str, inputs: int, outputs: int) -> Sequence[Rows]:
+    codes = np.random.default_rng(1).integers(0, 16, (outputs, inputs), np.uint8)
+    scale = np.full((outputs, inputs // NIBBLE_GROUP), 0.1, np.float32)
+    weights = Nibbles(codes, scale, -scale)
+    if kernel == TORCH_INT4:
+        return [Int4Linear(weights) for _ in range(_MATRICES)]
+    matrix = quantised([weights])
+    assert matrix is not None
+    graph = head_graph(matrix)
+    return [ort.Part(graph, torch.get_num_threads()) for _ in range(_MATRICES)]
+
+
+def _pass_us(matrices: Sequence[Rows], given: torch.Tensor) -> float:
     started = time.perf_counter()
     for matrix in matrices:
         matrix.rows(given)

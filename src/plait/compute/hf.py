@@ -13,8 +13,9 @@ from torch import nn
 from transformers.models.llama.configuration_llama import LlamaConfig as HfConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from plait.compute.attention import Item
 from plait.compute.kv import KvLayout, SessionKv
-from plait.compute.ragged import Item, LayerProgress
+from plait.compute.ragged import LayerProgress
 from plait.errors import LocalProtocolError
 from plait.model.config import EMBEDDING, FINAL_NORM, LlamaConfig
 from plait.model.weights import Rows, Weights

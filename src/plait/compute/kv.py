@@ -23,6 +23,9 @@ from plait.compute.spill import DiskRoom, PageFile
 from plait.errors import CapacityError, LocalProtocolError
 from plait.types import Sampling, SessionId, Span
 
+Views = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
+"""Keys and values by layer, each [1, heads, positions, head size]."""
+
 PREFIX_IDLE_MS = 900_000
 """A published prefix that was of no use for so long leaves the memory, needed or not."""
 
@@ -87,20 +90,44 @@ class SessionKv:
         fails midway has changed nothing that counts."""
         end = first_position + keys.shape[2]
         of_layer = self._cache.data[layer]
-        if len(self._slices) == 1:
-            at = self._slices[0][1]
-            of_layer[0, :, at + first_position : at + end] = keys[0]
-            of_layer[1, :, at + first_position : at + end] = values[0]
-            here = of_layer[:, None, :, at : at + end]
-            return here[0], here[1]
         for start, at, count in self._slices:
             low, high = max(first_position, start), min(end, start + count)
             if low < high:
                 rows = slice(low - first_position, high - first_position)
                 of_layer[0, :, at + low - start : at + high - start] = keys[0, :, rows]
                 of_layer[1, :, at + low - start : at + high - start] = values[0, :, rows]
-        here = torch.cat(self._parts(of_layer, end), 2)[:, None]
+        return self.read(layer, end)
+
+    def slots(self, first_position: int, rows: int) -> torch.Tensor:
+        """Where rows at ``first_position``, which is prepared, lie among the cache's."""
+        end = first_position + rows
+        found = [
+            torch.arange(
+                at + max(first_position, start) - start, at + min(end, start + count) - start
+            )
+            for start, at, count in self._slices
+            if start < end and first_position < start + count
+        ]
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def views(self, end: int) -> Views | None:
+        """What ``read`` gives, for every layer of the stage, as views that show what is written
+        later; None where the session's pages are not next to each other."""
+        if len(self._slices) > 1:
+            return None
+        at = self._slices[0][1]
+        here = self._cache.data[:, :, None, :, at : at + end]
+        return here[:, 0].unbind(0), here[:, 1].unbind(0)
+
+    def read(self, layer: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[1, heads, end, head size] twice: the keys and values of positions up to ``end``."""
+        parts = self._parts(self._cache.data[layer], end)
+        here = (torch.cat(parts, 2) if len(parts) > 1 else parts[0])[:, None]
         return here[0], here[1]
+
+    def of_layer(self, layer: int) -> torch.Tensor:
+        """All sessions' keys, then values, [2 * heads, slots, head size]."""
+        return self._cache.data[layer].flatten(0, 1)
 
     def _parts(self, data: torch.Tensor, end: int) -> list[torch.Tensor]:
         """Views of the positions up to ``end``, of data whose last but one are positions."""

@@ -119,14 +119,15 @@ def _load_span(
     progress: Callable[[int, int], None],
     memory: "DeviceMemory | None",
 ) -> "SpanCompute":
+    from plait.compute.choice import choose_dtype, int4_kernel
     from plait.compute.device_memory import HOST
     from plait.compute.ragged import load_ragged
 
     memory = memory or HOST
-    if dtype == AUTO and memory.device.is_accelerator:
-        dtype = memory.device.half
-    elif dtype == AUTO:
-        from plait.compute.choice import choose_dtype
-
-        dtype = choose_dtype(weights, span)
-    return load_ragged(weights, span, dtype, progress, memory)
+    if dtype == AUTO:
+        accelerated = memory.device.is_accelerator
+        dtype = memory.device.half if accelerated else choose_dtype(weights, span)
+    kernel = ""
+    if dtype == "int4" and not memory.device.is_accelerator:
+        kernel = int4_kernel(weights.config.hidden_size, weights.config.feed_forward_size)
+    return load_ragged(weights, span, dtype, progress, memory, kernel)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from plait.compute.attention import Item
 from plait.compute.kv import KvCache
 from plait.compute.load import load_model
-from plait.compute.ragged import Item
 from plait.compute.stage import SpanCompute
 from plait.model.local import LocalModel
 from plait.model.tokenizer import Tokenizer

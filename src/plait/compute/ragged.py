@@ -8,15 +8,17 @@ file.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch.nn import functional
 
+from plait.compute import ort
+from plait.compute.attention import Attention, Item
 from plait.compute.device import kernel_on
 from plait.compute.device_linear import TORCH_DTYPES, load_on
 from plait.compute.device_memory import HOST, DeviceMemory
-from plait.compute.kv import KvLayout, SessionKv
+from plait.compute.kv import KvLayout
+from plait.compute.layers import Layer, load_torch_layer, norm
 from plait.compute.linear import NARROW_ROWS, Linear, kernel_of, load_head, load_linear
 from plait.errors import LocalProtocolError
 from plait.model.config import EMBEDDING, FINAL_NORM, LlamaConfig
@@ -27,25 +29,11 @@ LayerProgress = Callable[[int, int], None]
 """Called with (layers loaded, layers to load)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """Rows of one session, [rows, hidden], at ``first_position`` and behind it."""
+class Head(Protocol):
+    """The last matrix: normed rows to logits."""
 
-    hidden: torch.Tensor
-    first_position: int
-    kv: SessionKv
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One layer's weights. ``queries_keys_values`` and ``gate_up`` are joined matrices."""
-
-    attention_norm: torch.Tensor
-    queries_keys_values: Linear
-    attention_output: Linear
-    feed_forward_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> [n, vocabulary]; each row's result is the same in any company."""
 
 
 class RaggedModel:
@@ -59,17 +47,18 @@ class RaggedModel:
         span: Span,
         layers: Sequence[Layer],
         dtype: str,
+        kernel: str,
         *,
         rows: Rows | None,
         final_norm: torch.Tensor | None,
-        head: Linear | None,
+        head: Head | None,
         memory: DeviceMemory = HOST,
     ) -> None:
         self.config = config
         self.span = span
         self.layout = KvLayout(span, config.kv_heads, config.head_size, _kv_number(dtype, memory))
         self.memory = memory
-        self.numerics = f"{dtype}/{_kernel(dtype, layers, head, memory)}"
+        self.numerics = f"{dtype}/{kernel}"
         self._layers = layers
         self._rows = rows
         self._final_norm = final_norm
@@ -96,7 +85,7 @@ class RaggedModel:
             hidden = self._layer(index, hidden, batch)
         if span.end == self.config.layers:
             assert self._final_norm is not None
-            hidden = self._norm(hidden, self._final_norm)
+            hidden = norm(hidden, self._final_norm, self._epsilon)
         return batch.split(hidden)
 
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
@@ -106,22 +95,12 @@ class RaggedModel:
 
     def _layer(self, index: int, hidden: torch.Tensor, batch: "_Batch") -> torch.Tensor:
         layer, config = self._layers[index], self.config
-        normed = self._norm(hidden, layer.attention_norm)
-        projected = batch.apply(layer.queries_keys_values, normed)
+        projected = layer.projected(hidden, batch.apply)
         projected = projected.view(len(hidden), -1, config.head_size)
         turned, values = projected.split([config.heads + config.kv_heads, config.kv_heads], 1)
         queries, keys = batch.rotated(turned).split([config.heads, config.kv_heads], 1)
         attended = batch.attention(index, queries, keys, values)
-        hidden = hidden + batch.apply(layer.attention_output, attended)
-        normed = self._norm(hidden, layer.feed_forward_norm)
-        gate, up = batch.apply(layer.gate_up, normed).chunk(2, 1)
-        return hidden + batch.apply(layer.down, functional.silu(gate) * up)
-
-    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        # As functional.rms_norm, in fewer calls: they take longer than the sums.
-        size = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
-        mean = torch.addcmul(self._epsilon, size, size, value=1 / self.config.hidden_size)
-        return hidden * torch.rsqrt(mean) * weight
+        return layer.ended(hidden, attended, batch.apply)
 
 
 class _Batch:
@@ -141,8 +120,7 @@ class _Batch:
         wide = [size for size in self._sizes if size > NARROW_ROWS]
         self._narrow_rows = sum(self._sizes) - sum(wide)
         self._pieces = [self._narrow_rows, *wide]
-        self._group = config.heads // config.kv_heads
-        self._masks = [_mask(item, memory) for item in self._items]
+        self._attention = Attention(self._items, config.heads // config.kv_heads, memory)
         positions = [torch.arange(len(i.hidden)) + i.first_position for i in self._items]
         angles = memory.carry(torch.cat(positions).float())[:, None] * frequencies
         self._turns = torch.polar(torch.ones_like(angles), angles)[:, None]
@@ -170,68 +148,12 @@ class _Batch:
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """[rows, heads, head size] each -> [rows, heads * head size]."""
-        results = [
-            self._attend(layer, item, mask, *of_item)
-            for item, mask, *of_item in zip(
-                self._items,
-                self._masks,
-                queries.split(self._sizes),
-                keys.split(self._sizes),
-                values.split(self._sizes),
-                strict=True,
-            )
-        ]
-        return torch.cat(results) if len(results) > 1 else results[0]
-
-    def _attend(
-        self,
-        layer: int,
-        item: Item,
-        mask: torch.Tensor | None,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> torch.Tensor:
-        rows, heads, size = queries.shape
-        cached_keys, cached_values = item.kv.write(
-            layer, item.first_position, keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-        )
-        queries = queries.to(cached_keys.dtype)
-        if rows <= NARROW_ROWS:
-            # Each row by itself, so that a draft's row is what it would be without drafts.
-            # The query heads that share a key head stand in as rows: nothing is copied.
-            grouped = queries.view(rows, 1, heads // self._group, self._group, size)
-            ends = range(item.first_position + 1, item.first_position + rows + 1)
-            each = [
-                functional.scaled_dot_product_attention(
-                    query, cached_keys[:, :, :end], cached_values[:, :, :end]
-                )
-                for query, end in zip(grouped, ends, strict=True)
-            ]
-            return (torch.cat(each) if rows > 1 else each[0]).reshape(rows, heads * size).float()
-        attended = functional.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None],
-            cached_keys,
-            cached_values,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self._group > 1,
-        )
-        return attended[0].transpose(0, 1).reshape(rows, heads * size).float()
+        return self._attention.of_layer(layer, queries, keys, values)
 
     def split(self, hidden: torch.Tensor) -> list[torch.Tensor]:
         """The rows of each item, in the order the items were given in."""
         results = dict(zip(self._order, hidden.split(self._sizes), strict=True))
         return [results[index] for index in range(len(self._order))]
-
-
-def _mask(item: Item, memory: DeviceMemory) -> torch.Tensor | None:
-    """[rows, keys], what each row may see; None if that is a plain causal triangle."""
-    rows = len(item.hidden)
-    if rows <= NARROW_ROWS or item.first_position == 0:
-        return None
-    seen = torch.ones(rows, item.first_position + rows, dtype=torch.bool)
-    return memory.carry(seen.tril(item.first_position))
 
 
 def load_ragged(
@@ -240,39 +162,33 @@ def load_ragged(
     dtype: str,
     progress: LayerProgress,
     memory: DeviceMemory = HOST,
+    kernel: str = "",
 ) -> RaggedModel:
     """Load the span in ``dtype``, one of ``load.DTYPES``. Raises ``ModelError`` on a bad tensor.
 
+    On the host int4 is computed by ``kernel``: onnxruntime's if it is ``ort.KERNEL``, else torch's.
     On an accelerator all but the embedding is in its memory: of that, a step needs a few rows.
     """
+    by_ort = (dtype, kernel) == ("int4", ort.KERNEL)
+    parts = _OrtParts(weights) if by_ort else _TorchParts(weights, dtype, memory)
     config = weights.config
     layers = []
     for done, index in enumerate(range(span.start, span.end)):
-        layers.append(_load_layer(weights, index, dtype, memory))
+        layers.append(parts.layer(index))
         progress(done + 1, len(span))
     last = span.end == config.layers
+    head = parts.head() if last else None
     return RaggedModel(
         config,
         span,
         layers,
         dtype,
+        parts.kernel(),
         rows=weights.rows(EMBEDDING) if span.start == 0 else None,
         final_norm=memory.put(torch.from_numpy(weights.fp32(FINAL_NORM))) if last else None,
-        head=_load_head(weights, config.head_tensor, dtype, memory) if last else None,
+        head=head,
         memory=memory,
     )
-
-
-def _load_head(weights: Weights, name: str, dtype: str, memory: DeviceMemory) -> Linear:
-    if memory.device.is_accelerator:
-        return load_on(memory, weights, [name], dtype)
-    return load_head(weights, name, dtype)
-
-
-def _kernel(dtype: str, layers: Sequence[Layer], head: Linear | None, memory: DeviceMemory) -> str:
-    if memory.device.is_accelerator:
-        return kernel_on(memory.device, dtype)
-    return kernel_of(dtype, _matrices(layers, head))
 
 
 def _kv_number(dtype: str, memory: DeviceMemory) -> torch.dtype:
@@ -283,31 +199,51 @@ def _kv_number(dtype: str, memory: DeviceMemory) -> torch.dtype:
     return torch.float32
 
 
-def _matrices(layers: Sequence[Layer], head: Linear | None) -> list[Linear]:
-    found = [] if head is None else [head]
-    for layer in layers:
-        found += [layer.queries_keys_values, layer.attention_output, layer.gate_up, layer.down]
-    return found
+class _TorchParts:
+    """Loads layers and heads for torch, and knows what multiplies."""
+
+    def __init__(self, weights: Weights, dtype: str, memory: DeviceMemory) -> None:
+        self._weights = weights
+        self._dtype = dtype
+        self._memory = memory
+        self._matrices: list[Linear] = []
+
+    def layer(self, index: int) -> Layer:
+        layer = load_torch_layer(self._weights, index, self._linear, self._memory)
+        self._matrices += layer.matrices
+        return layer
+
+    def head(self) -> Head:
+        name = self._weights.config.head_tensor
+        if self._memory.device.is_accelerator:
+            head = load_on(self._memory, self._weights, [name], self._dtype)
+        else:
+            head = load_head(self._weights, name, self._dtype)
+        self._matrices.append(head)
+        return head
+
+    def kernel(self) -> str:
+        if self._memory.device.is_accelerator:
+            return kernel_on(self._memory.device, self._dtype)
+        return kernel_of(self._dtype, self._matrices)
+
+    def _linear(self, names: Sequence[str]) -> Linear:
+        if self._memory.device.is_accelerator:
+            return load_on(self._memory, self._weights, names, self._dtype)
+        return load_linear(self._weights, names, self._dtype)
 
 
-def _load_layer(weights: Weights, index: int, dtype: str, memory: DeviceMemory) -> Layer:
-    def name(part: str) -> str:
-        return f"blk.{index}.{part}.weight"
+class _OrtParts:
+    """The same for onnxruntime."""
 
-    def linear(*parts: str) -> Linear:
-        names = [name(part) for part in parts]
-        if memory.device.is_accelerator:
-            return load_on(memory, weights, names, dtype)
-        return load_linear(weights, names, dtype)
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
 
-    def norm(part: str) -> torch.Tensor:
-        return memory.put(torch.from_numpy(weights.fp32(name(part))))
+    def layer(self, index: int) -> Layer:
+        return ort.load_ort_layer(self._weights, index)
 
-    return Layer(
-        attention_norm=norm("attn_norm"),
-        queries_keys_values=linear("attn_q", "attn_k", "attn_v"),
-        attention_output=linear("attn_output"),
-        feed_forward_norm=norm("ffn_norm"),
-        gate_up=linear("ffn_gate", "ffn_up"),
-        down=linear("ffn_down"),
-    )
+    def head(self) -> Head:
+        return ort.load_ort_head(self._weights, self._weights.config.head_tensor)
+
+    def kernel(self) -> str:
+        return ort.KERNEL

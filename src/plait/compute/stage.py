@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from plait.compute.admission import check_work
+from plait.compute.attention import Item
 from plait.compute.device_memory import HOST, DeviceMemory
 from plait.compute.draw_state import Draw, DrawState
 from plait.compute.grammar import Vocabulary
@@ -24,7 +25,6 @@ from plait.compute.port import (
     Work,
     draw_with_drafts,
 )
-from plait.compute.ragged import Item
 from plait.compute.sampling import score
 from plait.compute.spill import DiskRoom
 from plait.errors import LocalProtocolError, PlaitError, RemoteProtocolError

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 import plait.compute.load
+from plait.compute.layers import TorchLayer
 from plait.compute.linear import Fp32Linear, Linear
 from plait.compute.load import load_stage
 from plait.compute.port import Done, Work
-from plait.compute.ragged import Layer
 from plait.compute.stage import TorchStage
 from plait.model.local import LocalModel
 from plait.types import Sampling, SessionId, Span
@@ -147,7 +147,7 @@ def skips_layer(honest: TorchStage) -> TorchStage:
 def changes_matrix(honest: TorchStage) -> TorchStage:
     """The same stage with one matrix 1 % off."""
     model: Any = honest._model
-    layer: Layer = model._layers[len(model._layers) // 2]
+    layer: TorchLayer = model._layers[len(model._layers) // 2]
     return _with_middle(honest, down=_off(layer.down, model.config.feed_forward_size))
 
 

@@ -1,0 +1,86 @@
+"""A llama layer around its attention, by torch. ``ort.py`` has the same by onnxruntime."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from plait.compute.device_memory import DeviceMemory
+from plait.compute.linear import Linear
+from plait.model.weights import Weights
+
+Apply = Callable[[Linear, torch.Tensor], torch.Tensor]
+"""Multiplies a step's rows with a matrix, those of items of many rows by themselves."""
+
+
+class Layer(Protocol):
+    """What a layer does to the rows of a step before and behind its attention."""
+
+    def projected(self, hidden: torch.Tensor, apply: Apply) -> torch.Tensor:
+        """[rows, hidden] -> queries, keys and values, [rows, all heads * head size]."""
+
+    def ended(self, hidden: torch.Tensor, attended: torch.Tensor, apply: Apply) -> torch.Tensor:
+        """[rows, hidden] behind the layer; ``attended`` is [rows, heads * head size]."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchLayer:
+    """One layer's weights. ``queries_keys_values`` and ``gate_up`` are joined matrices."""
+
+    attention_norm: torch.Tensor
+    queries_keys_values: Linear
+    attention_output: Linear
+    feed_forward_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    epsilon: torch.Tensor
+
+    @property
+    def matrices(self) -> tuple[Linear, ...]:
+        """All of them."""
+        return self.queries_keys_values, self.attention_output, self.gate_up, self.down
+
+    def projected(self, hidden: torch.Tensor, apply: Apply) -> torch.Tensor:
+        """See ``Layer.projected``."""
+        return apply(self.queries_keys_values, norm(hidden, self.attention_norm, self.epsilon))
+
+    def ended(self, hidden: torch.Tensor, attended: torch.Tensor, apply: Apply) -> torch.Tensor:
+        """See ``Layer.ended``."""
+        hidden = hidden + apply(self.attention_output, attended)
+        normed = norm(hidden, self.feed_forward_norm, self.epsilon)
+        gate, up = apply(self.gate_up, normed).chunk(2, 1)
+        return hidden + apply(self.down, functional.silu(gate) * up)
+
+
+def norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+    """As ``functional.rms_norm``, in fewer calls: they take longer than the sums."""
+    size = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+    mean = torch.addcmul(epsilon, size, size, value=1 / hidden.shape[-1])
+    return hidden * torch.rsqrt(mean) * weight
+
+
+def load_torch_layer(
+    weights: Weights, index: int, load: Callable[[Sequence[str]], Linear], memory: DeviceMemory
+) -> TorchLayer:
+    """Layer ``index``, its matrices by ``load``. Raises ``ModelError`` on a bad tensor."""
+
+    def name(part: str) -> str:
+        return f"blk.{index}.{part}.weight"
+
+    def linear(*parts: str) -> Linear:
+        return load([name(part) for part in parts])
+
+    def table(part: str) -> torch.Tensor:
+        return memory.put(torch.from_numpy(weights.fp32(name(part))))
+
+    return TorchLayer(
+        attention_norm=table("attn_norm"),
+        queries_keys_values=linear("attn_q", "attn_k", "attn_v"),
+        attention_output=linear("attn_output"),
+        feed_forward_norm=table("ffn_norm"),
+        gate_up=linear("ffn_gate", "ffn_up"),
+        down=linear("ffn_down"),
+        epsilon=memory.put(torch.tensor(weights.config.norm_epsilon)),
+    )
