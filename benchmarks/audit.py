@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from plait.compute.device import accelerators, resolve
+from plait.compute.device_memory import memory_of
 from plait.compute.load import load_stage
 from plait.compute.port import Hidden, Work
 from plait.compute.wire_formats import decode, encode, rounded, wire_bytes
@@ -264,10 +266,11 @@ class Tally:
         }
 
 
-def load(local: Any, dtype: str, threads: int = 1) -> list[Any]:
+def load(local: Any, dtype: str, threads: int = 1, device: str = "cpu") -> list[Any]:
     """Three stages of a model."""
     spans = equal_spans(local.manifest.layers, STAGES)
-    return [load_stage(local, span, dtype, threads) for span in spans]
+    where = resolve(device, accelerators())
+    return [load_stage(local, one, dtype, threads, memory=memory_of(where)) for one in spans]
 
 
 def honest_part(
@@ -277,7 +280,7 @@ def honest_part(
 
     ``known`` are the totals of earlier calls: it goes on with other sessions.
     """
-    stages = load(local, arguments.dtype)
+    stages = load(local, arguments.dtype, device=arguments.device)
     wire: WireDtype = arguments.wire
     pipeline = Pipeline(stages, wire)
     total = known or {"sessions": 0, "chunks": 0, "exposed": 0}
@@ -321,7 +324,14 @@ def added(
 def honest_rounds(local: Any, dtype: str, batch: int, seconds: float) -> dict[str, Any]:
     """An honest part with other settings, from nothing."""
     settings = argparse.Namespace(
-        dtype=dtype, seconds=seconds, target=10**9, batch=batch, replay_batch=1, seed=1, wire="fp32"
+        dtype=dtype,
+        seconds=seconds,
+        target=10**9,
+        batch=batch,
+        replay_batch=1,
+        seed=1,
+        wire="fp32",
+        device="cpu",
     )
     return list(honest_part(local, settings, {}))[-1]
 
@@ -439,6 +449,8 @@ def parts(
                 f"honest {arguments.model} {arguments.dtype}, "
                 f"{arguments.batch} together, replayed {arguments.replay_batch} together"
             )
+            if arguments.device != "cpu":
+                name += f", on {arguments.device}"
             if arguments.wire != "fp32":
                 name += f", {arguments.wire} between stages"
             for total in honest_part(local, arguments, known.get(name, {})):
@@ -461,6 +473,7 @@ def main() -> None:
     parser.add_argument("part", choices=("honest", "cheats", "threads", "lower"))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="fp32", choices=tuple(TOLERANCES))
+    parser.add_argument("--device", default="cpu", help="for honest: cuda, mps")
     parser.add_argument("--wire", default="fp32", choices=("fp32", "bf16", "int8"))
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--target", type=int, default=2_000, help="chunks, with honest")
