@@ -14,7 +14,7 @@ from plait.compute.device import (
     kv_tokens_within,
     resolve,
 )
-from plait.errors import BadProof, CapacityError, ConfigError
+from plait.errors import BadProof, ConfigError
 from plait.ledger.audit_rules import TOLERANCES, tolerance_of
 from plait.ledger.terms import accelerator_of
 
@@ -97,7 +97,7 @@ def test_no_accelerator_is_judged_by_what_was_measured_on_cpus(dtype: str) -> No
 def test_the_kv_cache_stays_within_the_device(wanted: int, position: int, free: int) -> None:
     try:
         tokens = kv_tokens_within(wanted, position, free)
-    except CapacityError:
+    except ConfigError:
         assert free * KV_SHARE < min(wanted, 16) * position
         return
     assert tokens <= wanted

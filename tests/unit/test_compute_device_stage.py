@@ -10,7 +10,7 @@ from plait.compute.device import Device
 from plait.compute.load import load_stage
 from plait.compute.pages import PAGE_TOKENS, prefix_hashes
 from plait.compute.port import Done, Work
-from plait.errors import CapacityError, ConfigError
+from plait.errors import ConfigError
 from plait.model import catalog
 from plait.model.local import LocalModel
 from plait.types import Sampling, SessionId, Span
@@ -165,7 +165,7 @@ def test_the_cache_is_as_large_as_the_device_allows(local: LocalModel) -> None:
     room = fake_memory(TURING, FakeDriver(free_bytes=position * 100))
     stage = load_stage(local, Span(0, 8), memory=room, kv_tokens_max=640)
     assert stage.kv_tokens_total == 80  # 0.8 of 100
-    with pytest.raises(CapacityError, match="no room for a KV cache"):
+    with pytest.raises(ConfigError, match="no room for a KV cache"):
         tight = fake_memory(TURING, FakeDriver(free_bytes=position * 2))
         load_stage(local, Span(0, 8), memory=tight)
 

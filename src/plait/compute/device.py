@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from plait.errors import CapacityError, ConfigError
+from plait.errors import ConfigError
 
 Kind = Literal["cpu", "cuda", "mps"]
 
@@ -20,6 +20,7 @@ AUTO = "auto"
 KV_SHARE = 0.8
 """Of the device's memory that is free once the weights are there, what KV pages may take. The
 rest is for a step's own rows."""
+_PAGE_TOKENS = 16
 _BF16_CAPABILITY = (8, 0)
 _NAME = re.compile(r"auto|cpu|mps|cuda(?::(\d{1,3}))?")
 
@@ -137,16 +138,14 @@ def kv_tokens_within(wanted: int, position_bytes: int, free_bytes: int | None) -
     """How many tokens of KV cache to make: those wanted, or fewer if the device is too small.
 
     ``free_bytes`` is what is free on the device once the weights are there; None: the CPU's,
-    where what is wanted is what the operator meant. Raises ``CapacityError`` if not one page fits.
+    where what is wanted is what the operator meant. Raises ``ConfigError`` if not one page fits.
     """
     if free_bytes is None:
         return wanted
     fits = int(free_bytes * KV_SHARE) // position_bytes
     if fits < min(wanted, _PAGE_TOKENS):
-        raise CapacityError(
+        raise ConfigError(
             "the device has no room for a KV cache beside these weights",
+            remedy="fewer layers, with --span, or --device cpu",
         )
     return min(wanted, fits)
-
-
-_PAGE_TOKENS = 16

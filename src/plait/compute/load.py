@@ -72,8 +72,8 @@ def load_stage(
     accelerator's KV cache is made smaller than ``kv_tokens_max`` where its memory is.
     Sets torch's thread count for the whole process.
 
-    Raises ``ConfigError`` for a span, dtype, or number that cannot be, ``CapacityError`` where
-    the device has no room, and ``ModelError`` naming the tensor that does not match the manifest.
+    Raises ``ConfigError`` for a span, dtype, or number that cannot be or where the device has no
+    room, and ``ModelError`` naming the tensor that does not match the manifest.
     """
     check_loadable(local, span, dtype, CPU if memory is None else memory.device)
     if threads < 1 or kv_tokens_max < 1:
