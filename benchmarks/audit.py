@@ -4,7 +4,8 @@
 
 PART is honest (honest stages of --dtype, with --wire between them, until --target chunks are
 audited), cheats (each kind of dishonest stage in the fp32 class), threads (an auditor with
-another number of threads), or lower (bf16, int4, int8: honest in batches, and what cheats look
+another number of threads), orders (int4: an auditor whose kernel adds up in another order, as one
+for other instructions does), or lower (bf16, int4, int8: honest in batches, and what cheats look
 like).
 Sessions run through three stages of this process, --batch of them together; each chunk of
 each stage is then replayed frame by frame by a host of the same layers, --replay-batch
@@ -241,8 +242,8 @@ def shown(values: Sequence[float]) -> dict[str, float]:
 class Tally:
     """What audits of one kind found."""
 
-    def __init__(self, dtype: str, wire: WireDtype = "fp32") -> None:
-        self._dtype = dtype
+    def __init__(self, numeric_class: str, wire: WireDtype = "fp32") -> None:
+        self._class = numeric_class
         self._wire = wire
         self.distances: list[float] = []
         self.margins: list[float] = []
@@ -253,7 +254,7 @@ class Tally:
         self.distances += [one.distance for one in findings]
         if last:
             self.margins += [one.margin for one in findings]
-        tolerance = tolerance_of(f"weights/{self._dtype}", "fp32" if last else self._wire)
+        tolerance = tolerance_of(self._class, "fp32" if last else self._wire)
         self.exposed.append(judge(findings, tolerance) is not None)
 
     def figures(self) -> dict[str, Any]:
@@ -286,7 +287,7 @@ def honest_part(
     total = known or {"sessions": 0, "chunks": 0, "exposed": 0}
     ends = time.monotonic() + arguments.seconds
     while total["chunks"] < arguments.target and time.monotonic() < ends:
-        tally, merged = Tally(arguments.dtype, wire), []
+        tally, merged = Tally(stages[0].numeric_class(), wire), []
         group = sessions_of(local, arguments.batch, arguments.seed + total["sessions"])
         pipeline.run(group, TOKENS)
         for index, stage in enumerate(stages):
@@ -342,11 +343,34 @@ def other_threads(local: Any, dtype: str) -> dict[str, Any]:
     [one] = sessions_of(local, 1, 3)
     Pipeline(stages).run([one], TOKENS)
     torch.set_num_threads(2)
-    tally = Tally(dtype)
+    tally = Tally(stages[0].numeric_class())
     for index, stage in enumerate(stages):
         for findings in audit(stage, one, index).values():
             tally.add(findings, last=index == STAGES - 1)
     torch.set_num_threads(1)
+    return tally.figures()
+
+
+def other_order(local: Any, count: int) -> dict[str, Any]:
+    """int4 replayed with onnxruntime's kernel for single rows, which adds up in another order.
+
+    It stands for an auditor whose processor has other instructions: the sums differ by 1e-6, and
+    where that changes how an activation is rounded to 8 bits, by more. Only decoding differs.
+    """
+    honest, auditing = load(local, "int4"), load(local, "int4")
+    for stage in auditing:
+        if "mlas" not in stage.numeric_class():
+            raise SystemExit("this machine's int4 is torch's")
+        for layer in stage._model._layers:
+            layer._projection._fewest_rows = layer._end._fewest_rows = 1
+    tally = Tally(honest[0].numeric_class())
+    for seed in range(count):
+        [one] = sessions_of(local, 1, seed)
+        Pipeline(honest).run([one], TOKENS)
+        for index, stage in enumerate(auditing):
+            for findings in audit(stage, one, index).values():
+                tally.add(findings, last=index == STAGES - 1)
+        print(f"session {seed + 1}/{count}", tally.figures(), file=sys.stderr, flush=True)
     return tally.figures()
 
 
@@ -356,7 +380,7 @@ def exposures(
     """Sessions with one dishonest stage; only its chunks are audited."""
     stages = list(honest)
     stages[index] = CHEATS[cheat](honest[index], local)
-    tally = Tally(dtype)
+    tally = Tally(honest[0].numeric_class())
     for number in range(count):
         sampled = 1 if cheat == "seed" else number
         group = sessions_of(local, 1, 2 * number + 1 if sampled == 1 else number)
@@ -457,6 +481,8 @@ def parts(
                 yield name, total
         case "threads":
             yield "other_threads_fp32", other_threads(local, "fp32")
+        case "orders":
+            yield "other_order_int4", other_order(local, arguments.count)
         case "cheats":
             found = dict(known.get("cheats_fp32", {}))
             some = cheats_part(local, "fp32", arguments.count, arguments.cheat, arguments.stage)
@@ -470,7 +496,7 @@ def parts(
 def main() -> None:
     """Run one part and put its results into the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("honest", "cheats", "threads", "lower"))
+    parser.add_argument("part", choices=("honest", "cheats", "threads", "orders", "lower"))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="fp32", choices=tuple(TOLERANCES))
     parser.add_argument("--device", default="cpu", help="for honest: cuda, mps")
@@ -480,7 +506,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sessions generated together")
     parser.add_argument("--replay-batch", type=int, default=1, help="and replayed together")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=4, help="sessions of each cheat")
+    parser.add_argument("--count", type=int, default=4, help="sessions of each cheat, or order")
     parser.add_argument("--cheat", nargs="*", default=(), choices=tuple(PLACES))
     parser.add_argument("--stage", nargs="*", type=int, default=(), help="cheats at these only")
     parser.add_argument("--json", type=Path)

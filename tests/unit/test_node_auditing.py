@@ -371,6 +371,10 @@ def test_the_judgement_is_by_the_worst_and_nan_is_no_excuse() -> None:
     assert tolerance_of("abc/fp32/hf/f32/t1").distance < tolerance_of("abc/bf16/x").distance
     with pytest.raises(BadProof):
         tolerance_of("abc/fp99/hf")
+    with pytest.raises(BadProof):
+        tolerance_of("abc/fp99/mlas-w4a8/f32/t1")
+    rounds = tolerance_of("abc/int4/mlas-w4a8/f32/t1")
+    assert rounds.distance > tolerance_of("abc/int4/torch-int4pack32/f32/t1").distance
     nan = np.full((1, 4), np.nan, np.float32)
     assert distance(nan, np.ones((1, 4), np.float32)) == float("inf")
 
