@@ -27,7 +27,15 @@ from report import Excuse, Report, merge, table
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = Path(__file__).resolve().parent / "suites"
 MODEL = "tiny-random"
-SUITE_NAMES = ["openai", "anthropic", "langchain-tests", "llm", "curl", "schemathesis"]
+SUITE_NAMES = [
+    "openai",
+    "openai with plait",
+    "anthropic",
+    "langchain-tests",
+    "llm",
+    "curl",
+    "schemathesis",
+]
 _PYTEST = ["pytest", "pytest-asyncio"]
 
 
@@ -111,8 +119,12 @@ def _report_of(name: str, url: str, options: argparse.Namespace) -> Report:
     by_package = {suite.package: suite for suite in PYTESTS}
     if name in by_package:
         return _run_pytest(by_package[name], options)
-    schema = partial(_run_schema, network=options.network is not None)
-    run = {"llm": _run_llm, "curl": _run_curl, "schemathesis": schema}[name]
+    run = {
+        "openai with plait": partial(_run_with_openai, network=options.network),
+        "llm": _run_llm,
+        "curl": _run_curl,
+        "schemathesis": partial(_run_schema, network=options.network is not None),
+    }[name]
     return run(options.cache, url, options.model, options.seconds)
 
 
@@ -193,6 +205,40 @@ def _bounded(command: list[str], seconds: int, cwd: Path | None = None) -> str:
         cut = error.stdout.decode(errors="replace") if error.stdout else ""
         return f"{cut}\nended after {seconds} s"
     return done.stdout + done.stderr
+
+
+_LIBRARY = """
+import sys
+sys.path.append(sys.argv[1])  # last, so that only what is missing here comes from there
+from plait import Client
+with Client(sys.argv[2]) as client:
+    openai = client.openai()
+    model = openai.models.list().data[0].id
+    messages = [{"role": "user", "content": "Why?"}]
+    answer = openai.chat.completions.create(model=model, messages=messages, max_tokens=4)
+    assert answer.usage.completion_tokens == 4
+"""
+
+
+def _run_with_openai(
+    cache: Path, url: str, model: str, seconds: int, *, network: Path | None
+) -> Report:
+    """What of ours uses openai's package: an example, and the client library."""
+    python = _environment(cache, "openai_client", ["openai", *_PYTEST])
+    what = "examples/chat.py; over a network also Client.openai()"
+    report = Report("openai with plait", _version(python, "openai"), what)
+    environment = os.environ | {"PLAIT_URL": url}
+    runs = {"chat.py": [str(python), str(ROOT / "examples/chat.py"), "Why?"]}
+    if network is not None:
+        packages = next(python.parents[1].glob("lib/python*/site-packages"))
+        library = [sys.executable, "-c", _LIBRARY, str(packages), str(network)]
+        runs["Client.openai()"] = library
+    for name, command in runs.items():
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=seconds
+        )
+        report.check(name, done.returncode == 0, done.stderr[-200:])
+    return report
 
 
 def _run_llm(cache: Path, url: str, model: str, seconds: int) -> Report:

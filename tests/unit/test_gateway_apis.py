@@ -214,7 +214,7 @@ async def test_a_response_that_is_cut_or_fails_says_so() -> None:
 
 async def test_a_message_has_text_or_tool_use() -> None:
     call = Caller()
-    body = await call("/v1/messages", max_tokens=9, messages=QUESTION, system="Be brief.")
+    body = await call("/v1/messages", max_tokens=90, messages=QUESTION, system="Be brief.")
     assert body["content"] == [
         {"type": "text", "text": "The sky is blue because of Rayleigh scattering."}
     ]
@@ -222,7 +222,7 @@ async def test_a_message_has_text_or_tool_use() -> None:
     tools = [{"name": "weather", "input_schema": SCHEMA}]
     for choice in ({"type": "auto"}, {"type": "any"}, {"type": "tool", "name": "weather"}):
         body = await call(
-            "/v1/messages", max_tokens=9, messages=QUESTION, tools=tools, tool_choice=choice
+            "/v1/messages", max_tokens=90, messages=QUESTION, tools=tools, tool_choice=choice
         )
         [use] = body["content"]
         assert (body["stop_reason"], use["input"]["degrees"]) == ("tool_use", 21)
@@ -232,9 +232,9 @@ async def test_a_message_has_text_or_tool_use() -> None:
         {"role": "assistant", "content": [use]},
         {"role": "user", "content": [result]},
     ]
-    body = await call("/v1/messages", max_tokens=9, messages=turns, tools=tools)
+    body = await call("/v1/messages", max_tokens=90, messages=turns, tools=tools)
     assert body["content"][0]["text"] == "It says: rain"
-    body = await call("/v1/messages", max_tokens=9, messages=QUESTION, stop_sequences=["blue"])
+    body = await call("/v1/messages", max_tokens=90, messages=QUESTION, stop_sequences=["blue"])
     assert (body["stop_reason"], body["stop_sequence"]) == ("stop_sequence", "blue")
     count = await call("/v1/messages/count_tokens", messages=QUESTION)
     assert count["input_tokens"] > 5
@@ -245,7 +245,7 @@ async def test_the_events_of_a_message_add_up() -> None:
     tools = [{"name": "weather", "input_schema": SCHEMA}]
     for offered, kind in (([], "text_delta"), (tools, "input_json_delta")):
         events = await call(
-            "/v1/messages", max_tokens=9, messages=QUESTION, tools=offered, stream=True
+            "/v1/messages", max_tokens=90, messages=QUESTION, tools=offered, stream=True
         )
         kinds = [event["type"] for event in events]
         assert kinds[:2] == ["message_start", "content_block_start"]

@@ -125,7 +125,8 @@ class Answer:
     def _repr_html_(self) -> str:
         steps = " → ".join(f"{step.peer[-6:]} {step.span}" for step in self.route)
         return (
-            f"<div><p>{html.escape(self.text)}</p><p><small>{html.escape(steps)} · "
+            f'<div><p style="white-space: pre-wrap">{html.escape(self.text)}</p>'
+            f"<p><small>{html.escape(steps)} · "
             f"{self.completion_tokens} tokens · {self.cost_microcredits} microcredits · "
             f"{self.receipts_verified} receipts verified</small></p></div>"
         )

@@ -32,7 +32,7 @@ class FakeUpstream:
 
     ``interval_s`` is the time between tokens, and before the first; without it everything
     comes at once. ``pieces`` are repeated or cut to ``max_tokens`` if ``endless``; ``script``
-    makes them for each prompt.
+    makes them for each prompt, and ``max_tokens`` cuts them.
     """
 
     model: str = "tiny-random"
@@ -87,12 +87,13 @@ class FakeUpstream:
     def answer(self, ask: Ask, pieces: tuple[str, ...], *, finished: bool = False) -> Answer:
         """What a generation of these pieces ends with."""
         count = len(pieces)
+        cut = self.endless or (self.script is not None and count == ask.options.max_tokens)
         return Answer(
             text="".join(pieces),
             token_ids=tuple(FIRST_ID + number % 100 for number in range(count)),
             logprobs=tuple(-0.5 * number for number in range(count)),
             prompt_tokens=len(ask.prompt_ids),
-            finish_reason="ended" if finished else "length" if self.endless else "stop",
+            finish_reason="ended" if finished else "length" if cut else "stop",
             route=tuple(RouteStep(peer_at(span), span) for span in self.spans),
             epochs=1,
             ttft_s=0.1,
@@ -141,8 +142,10 @@ class FakeStream:
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         pieces = upstream.pieces if upstream.script is None else upstream.script(self._ask)
+        most = self._ask.options.max_tokens
+        if upstream.script is not None:
+            pieces = pieces[:most]
         if upstream.endless:
-            most = self._ask.options.max_tokens
             pieces = (pieces * (most // len(pieces) + 1))[:most]
         try:
             for number, piece in enumerate(pieces):
