@@ -55,6 +55,7 @@ _LOW_ORDER_Y = frozenset(
 )
 
 
+@lru_cache(maxsize=16_384)
 def peer_id_of(public_key: bytes) -> PeerId:
     """Return the peer id of a 32-byte Ed25519 public key."""
     return PeerId(base58.b58encode(_PEER_ID_PREFIX + public_key).decode())

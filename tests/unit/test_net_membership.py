@@ -11,10 +11,16 @@ from hypothesis import strategies as st
 from plait.envelope import open_envelope, pae, seal
 from plait.identity import SigningKey
 from plait.net import membership as module
-from plait.net.membership import Change, Membership, MembershipLimits, Verdict
+from plait.net.membership import (
+    Change,
+    Membership,
+    MembershipLimits,
+    Verdict,
+    next_incarnation,
+)
 from plait.network_file import NetworkFile
 from plait.router.view import LinkReport, MeasuredLink, Offer
-from plait.router.wire import offer_to_message, seal_link_report, seal_offer
+from plait.router.wire import offer_from_message, offer_to_message, seal_link_report, seal_offer
 from plait.types import Digest, PeerId, Prices, Span
 from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
 
@@ -174,7 +180,8 @@ def test_replays_and_stale_messages_change_nothing() -> None:
 
 
 def test_a_signature_is_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    members, verified = Membership(OPEN, MembershipLimits(verified_remembered_max=1)), []
+    limits = MembershipLimits(verified_remembered_max=1, decoded_remembered_max=1)
+    members, verified = Membership(OPEN, limits), []
 
     def counting(envelope: SignedEnvelope, message_class: type[Any]) -> Any:
         verified.append(message_class)
@@ -187,6 +194,24 @@ def test_a_signature_is_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
     members.handle_envelope(signed(BOB), NOW_MS)
     members.handle_envelope(signed(), NOW_MS)
     assert len(verified) == 3
+
+
+def test_a_message_that_comes_again_is_judged_again_but_decoded_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    members, decoded = Membership(OPEN), []
+
+    def counting(*given: Any) -> Offer:
+        decoded.append(offer_from_message(*given))
+        return decoded[-1]
+
+    monkeypatch.setattr("plait.net.membership.offer_from_message", counting)
+    data = signed().SerializeToString()
+    assert members.handle_envelope(data, NOW_MS).outcome == "accept"
+    assert outcome(members.handle_envelope(data, NOW_MS)) == ("ignore", "it is known")
+    late = members.handle_envelope(data, NOW_MS + 60_000)
+    assert outcome(late) == ("ignore", "it has expired")
+    assert len(decoded) == 1
 
 
 def test_a_restarted_node_outranks_its_ghost() -> None:
@@ -357,3 +382,23 @@ def test_the_envelope_of_a_full_offer_fits() -> None:
         grams_co2_per_kwh=400,
     )
     assert seal(ALICE, offer_to_message(offer, "net-1")).ByteSize() <= module.OFFER_BYTES_MAX
+
+
+@given(jump_ms=st.integers(-120_000, 120_000), later_ms=st.integers(0, 60_000))
+@settings(max_examples=50)
+def test_a_node_whose_clock_jumped_is_not_taken_for_two_when_it_restarts(
+    jump_ms: int, later_ms: int
+) -> None:
+    members = Membership(OPEN)
+    said_ms = NOW_MS + jump_ms
+    ghost = signed(sequence=2, issued_ms=said_ms, expires_ms=said_ms + 60_000)
+    restarted_ms = NOW_MS + later_ms
+    reborn = signed(
+        incarnation=next_incarnation(restarted_ms * 1_000_000, STARTED_NS, said_ms),
+        sequence=1,
+        issued_ms=restarted_ms,
+        expires_ms=restarted_ms + 60_000,
+    )
+    assert members.handle_envelope(reborn, restarted_ms).outcome == "accept"
+    verdict = members.handle_envelope(ghost, restarted_ms)
+    assert (verdict.outcome, verdict.conflict) == ("ignore", None)

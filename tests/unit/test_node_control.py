@@ -10,7 +10,7 @@ import pytest
 
 from plait.errors import ConfigError, NetworkError
 from plait.node.control import SOCKET_NAME, answer, ask, serve_control
-from plait.node.state import next_incarnation
+from plait.node.state import Incarnations
 
 
 class FakeNode:
@@ -65,9 +65,22 @@ async def test_a_socket_left_by_a_dead_node_is_replaced_and_recognised(tmp_path:
 
 
 def test_an_incarnation_rises_although_the_clock_is_put_back(tmp_path: Path) -> None:
-    path = tmp_path / "incarnation"
-    assert next_incarnation(path, 1_000) == 1_000
-    assert next_incarnation(path, 900) == 1_001
-    assert next_incarnation(path, 2_000) == 2_000
-    path.write_text("damaged")
-    assert next_incarnation(path, 3_000) == 3_000
+    folder = Incarnations(tmp_path)
+    assert folder.next(1_000) == 1_000
+    assert folder.next(900) == 1_001
+    assert folder.next(2_000) == 2_000
+    (tmp_path / "incarnation").write_text("damaged")
+    assert folder.next(3_000) == 3_000
+
+
+def test_an_incarnation_is_above_all_that_was_said_while_the_clock_ran_ahead(
+    tmp_path: Path,
+) -> None:
+    second_ns = 1_000_000_000
+    first = Incarnations(tmp_path).next(1 * second_ns)
+    Incarnations(tmp_path).note_issued(60_000)
+    assert first < 60 * second_ns < Incarnations(tmp_path).next(2 * second_ns)
+
+
+def test_a_full_disk_does_not_end_a_node_that_publishes(tmp_path: Path) -> None:
+    Incarnations(tmp_path / "absent").note_issued(60_000)

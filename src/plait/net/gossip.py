@@ -38,7 +38,10 @@ def offers_topic(network_id: str, model_digest: bytes) -> str:
 
 
 class Gossip:
-    """One peer's part in one model's swarm. Run ``run`` in a task of its own."""
+    """One peer's part in one model's swarm. Run ``run`` in a task of its own.
+
+    ``on_issue`` is told the time of each message of ours before it is published.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class Gossip:
         model_digest: Digest,
         incarnation: int,
         clock_ms: Callable[[], int],
+        on_issue: Callable[[int], None] = lambda issued_ms: None,
     ) -> None:
         self._control = control
         self._membership = membership
@@ -56,6 +60,7 @@ class Gossip:
         self._key = key
         self._incarnation = incarnation
         self._clock_ms = clock_ms
+        self._on_issue = on_issue
         self._topic = offers_topic(network.network_id, model_digest)
         self._offer: Offer | None = None
         self._links: tuple[MeasuredLink, ...] = ()
@@ -137,7 +142,7 @@ class Gossip:
     async def _publish_offer(self) -> None:
         if self._offer is None:
             return
-        now_ms = self._clock_ms()
+        now_ms = self._issue()
         offer = replace(
             self._offer,
             incarnation=self._incarnation,
@@ -150,7 +155,7 @@ class Gossip:
     async def _publish_links(self) -> None:
         if not self._links:
             return
-        now_ms = self._clock_ms()
+        now_ms = self._issue()
         report = LinkReport(
             peer=self._key.peer_id,
             incarnation=self._incarnation,
@@ -160,6 +165,12 @@ class Gossip:
             links=self._links,
         )
         await self._publish(seal_link_report(self._key, report, self._network.network_id))
+
+    def _issue(self) -> int:
+        """The time of the next message; it is noted before anybody sees it."""
+        now_ms = self._clock_ms()
+        self._on_issue(now_ms)
+        return now_ms
 
     def _next_sequence(self) -> int:
         self._sequence += 1

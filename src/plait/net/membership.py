@@ -41,6 +41,12 @@ _BYTES_MAX = {_OFFER_TYPE: OFFER_BYTES_MAX, _LINKS_TYPE: LINK_REPORT_BYTES_MAX}
 
 Statement = Offer | LinkReport
 _Slot = Literal["offer", "links"]
+_Decoded = tuple[Statement, SignedEnvelope]
+
+
+def next_incarnation(now_ns: int, last: int, issued_ms: int) -> int:
+    """For a peer that starts now: above its ``last``, and above all it has ``issued``."""
+    return max(now_ns, last + 1, issued_ms * 1_000_000 + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,7 @@ class MembershipLimits:
     peers_per_model_max: int = 4096
     peers_remembered_max: int = 16_384
     verified_remembered_max: int = 16_384
+    decoded_remembered_max: int = 1_024
     author_rate: float = 1.0
     author_burst: int = 20
     forwarder_rate: float = 500.0
@@ -147,6 +154,8 @@ class Membership:
         self._hosts: Counter[Digest] = Counter()
         self._forwarders: OrderedDict[str, Bucket] = OrderedDict()
         self._verified: OrderedDict[bytes, None] = OrderedDict()
+        self._decoded: OrderedDict[bytes, _Decoded] = OrderedDict()
+        """What was found well-formed and signed lately: it comes from every neighbour."""
         self._view: View | None = None
 
     def handle_envelope(
@@ -155,15 +164,11 @@ class Membership:
         """Judge one message that ``forwarder`` (a peer id; None: ourselves) handed us."""
         if forwarder is not None and not self._forwarder_may(forwarder, now_ms):
             return _ignore("its forwarder sends too much")
-        opened = _parse(envelope)
-        if isinstance(opened, Verdict):
-            return opened
-        if not self._network.admits(peer_id_of(opened.signer)):
-            return _ignore("its author is not admitted to the network")
-        try:
-            statement = self._open(opened)
-        except (BadSignature, RemoteProtocolError) as error:
-            return Verdict("reject", str(error))
+        data = envelope if isinstance(envelope, bytes) else envelope.SerializeToString()
+        decoded = self._decode(data)
+        if isinstance(decoded, Verdict):
+            return decoded
+        statement, opened = decoded
         return _untimely(statement, now_ms) or self._judge(statement, opened, now_ms)
 
     def expire(self, now_ms: int) -> tuple[Change, ...]:
@@ -232,10 +237,29 @@ class Membership:
         self._forwarders[forwarder] = bucket
         return bucket.take(now_ms, limits.forwarder_rate, limits.forwarder_burst)
 
-    def _open(self, envelope: SignedEnvelope) -> Statement:
+    def _decode(self, data: bytes) -> _Decoded | Verdict:
+        """Check and decode a message, without a look at the clock or at what is known."""
+        key = hashlib.sha256(data).digest()
+        known = self._decoded.get(key)
+        if known is not None:
+            return known
+        envelope = _parse(data)
+        if isinstance(envelope, Verdict):
+            return envelope
+        if not self._network.admits(peer_id_of(envelope.signer)):
+            return _ignore("its author is not admitted to the network")
+        try:
+            statement = self._open(envelope, key)
+        except (BadSignature, RemoteProtocolError) as error:
+            return Verdict("reject", str(error))
+        if len(self._decoded) >= self._limits.decoded_remembered_max:
+            self._decoded.popitem(last=False)
+        self._decoded[key] = statement, envelope
+        return statement, envelope
+
+    def _open(self, envelope: SignedEnvelope, key: bytes) -> Statement:
         """Verify (once per signed bytes) and decode; raises as the wire functions do."""
         message_class = _CLASSES[envelope.payload_type]
-        key = hashlib.sha256(envelope.SerializeToString(deterministic=True)).digest()
         if key in self._verified:
             self._verified.move_to_end(key)
             message = decode(envelope.payload, message_class)
@@ -320,13 +344,12 @@ def _slot(statement: Statement) -> _Slot:
     return "offer" if isinstance(statement, Offer) else "links"
 
 
-def _parse(envelope: SignedEnvelope | bytes) -> SignedEnvelope | Verdict:
+def _parse(data: bytes) -> SignedEnvelope | Verdict:
     """Check size, encoding and type: everything that needs no cryptography."""
-    size = len(envelope) if isinstance(envelope, bytes) else envelope.ByteSize()
+    size = len(data)
     if size > LINK_REPORT_BYTES_MAX:
         return Verdict("reject", f"{size} bytes are too many")
     try:
-        data = envelope if isinstance(envelope, bytes) else envelope.SerializeToString()
         envelope = SignedEnvelope.FromString(data)
     except DecodeError:
         return Verdict("reject", "not an envelope")

@@ -23,7 +23,7 @@ from plait.net.tls import (
 from plait.net.watch import targets_of
 from plait.network_file import NetworkFile
 from plait.node.config import NodeConfig
-from plait.node.state import next_incarnation
+from plait.node.state import Incarnations
 from plait.router.view import View
 from plait.types import PeerId
 from plait.v1.identity_pb2 import SignedEnvelope
@@ -62,7 +62,7 @@ def read_identity(
         peer_key=peer_key,
         ledger_key=newest_ledger_key(config.data_dir)[0],
         tls=load_or_create(config.data_dir, peer_key.peer_id),
-        incarnation=next_incarnation(config.data_dir / "incarnation", time.time_ns()),
+        incarnation=Incarnations(config.data_dir).next(time.time_ns()),
         clock_ms=clock_ms,
     )
 

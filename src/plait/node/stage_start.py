@@ -31,6 +31,7 @@ from plait.node.config import NodeConfig
 from plait.node.first_look import look_around
 from plait.node.node_self import NodeSelf, Ports, posts_in_view, read_identity
 from plait.node.stage_node import MEBIBYTE, StageNode
+from plait.node.state import Incarnations
 from plait.router.placement import choose_span
 from plait.router.view import View
 from plait.task_scope import TaskScope
@@ -74,7 +75,16 @@ async def start_stage(
     await stack.enter_async_context(control)
     membership = Membership(network)
     digest = local.manifest.digest
-    gossip = Gossip(control, membership, network, me.peer_key, digest, me.incarnation, clock_ms)
+    gossip = Gossip(
+        control,
+        membership,
+        network,
+        me.peer_key,
+        digest,
+        me.incarnation,
+        clock_ms,
+        Incarnations(config.data_dir).note_issued,
+    )
     tasks.create_task(gossip.run(), name="gossip")
     notices = NoticeExchange(
         NoticeBoard(network),

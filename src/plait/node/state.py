@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from plait.errors import ConfigError
+from plait.logs import get_logger
+from plait.net.membership import next_incarnation
+
+log = get_logger(__name__)
 
 NodeState = Literal["starting", "ready", "draining", "stopped"]
 
@@ -43,17 +47,40 @@ def lock_data_dir(folder: Path) -> Iterator[None]:
         yield
 
 
-def next_incarnation(path: Path, now_ns: int) -> int:
-    """A number above every one this folder was started with, normally the time; keeps it.
+class Incarnations:
+    """The numbers a data folder was started with, and when its node last signed something.
 
-    A clock that once ran ahead and was put right must not make our own past outrank us.
+    A clock that once ran ahead and was put right must not make our own past outrank us: what
+    it said then would look like another process that lives under our name.
     """
+
+    def __init__(self, folder: Path) -> None:
+        self._started = folder / "incarnation"
+        self._issued = folder / "issued"
+
+    def next(self, now_ns: int) -> int:
+        """A number above every earlier one and above all that was said, normally the time."""
+        incarnation = next_incarnation(now_ns, _read(self._started), _read(self._issued))
+        _replace(self._started, incarnation)
+        return incarnation
+
+    def note_issued(self, issued_ms: int) -> None:
+        """Something was signed at this time, and is about to be published."""
+        try:
+            _replace(self._issued, issued_ms)
+        except OSError as error:
+            # Without it only a restart after a clock was put back is at risk.
+            log.warning("time of publication not kept", reason=error.strerror)
+
+
+def _read(path: Path) -> int:
     try:
-        last = int(path.read_text())
+        return int(path.read_text())
     except (OSError, ValueError):
-        last = 0
-    incarnation = max(now_ns, last + 1)
+        return 0
+
+
+def _replace(path: Path, number: int) -> None:
     part = path.with_suffix(".part")
-    part.write_text(f"{incarnation}\n")
+    part.write_text(f"{number}\n")
     part.replace(path)
-    return incarnation

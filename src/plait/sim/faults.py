@@ -43,7 +43,6 @@ class Faults:
         self._undos: list[Undo] = []
         self._troubled: set[str] = set()
         self._jumped: set[str] = set()
-        self._restarted: set[str] = set()
 
     def schedule(self, weather: Weather, from_us: int, until_us: int) -> None:
         """Draw every fault of a span of time."""
@@ -95,15 +94,10 @@ class Faults:
         self._undos.append(undo)
         self._engine.after(lasts_us, "", undo)
 
-    def victim(self, *, restarts: bool = False) -> str | None:
-        """A mortal host that is well, from now on in trouble until ``recovered``.
-
-        One that ``restarts`` has not seen its clock jump: its incarnation is the time of its
-        start, so that peers would take an earlier life for the later one.
-        """
+    def victim(self) -> str | None:
+        """A mortal host that is well, from now on in trouble until ``recovered``."""
         chance = self._engine.random
-        out = self._troubled | (self._jumped if restarts else set())
-        well = [name for name in self._mortal if name not in out]
+        well = [name for name in self._mortal if name not in self._troubled]
         preferred = [name for name in self.preferred() if name in well]
         if preferred and chance.random() < PREFERENCE:
             well = preferred
@@ -111,8 +105,6 @@ class Faults:
             return None
         name = chance.choice(well)
         self._troubled.add(name)
-        if restarts:
-            self._restarted.add(name)
         return name
 
     def recovered(self, name: str) -> None:
@@ -122,7 +114,7 @@ class Faults:
     # Kinds ----------------------------------------------------------------------------
 
     def _crash(self) -> Undo | None:
-        name = self.victim(restarts=True)
+        name = self.victim()
         if name is None:
             return None
         self._engine.note(f"FAULT {name} crashes")
@@ -204,9 +196,9 @@ class Faults:
         return mend
 
     def _clock(self) -> Undo | None:
-        """A wall clock jumps, by less than what peers tolerate; not of a host that restarts."""
+        """A wall clock jumps, by less than what peers tolerate."""
         chance = self._engine.random
-        steady = sorted(self._wires.hosts.keys() - self._restarted - self._jumped)
+        steady = sorted(self._wires.hosts.keys() - self._jumped)
         if not steady:
             return None
         host = self._wires.hosts[chance.choice(steady)]

@@ -20,17 +20,30 @@ from plait.net.gossip import (
 )
 from plait.net.links import PERIOD_S as METER_PERIOD_S
 from plait.net.links import REFUSALS_MAX, SILENCES_MAX
-from plait.net.membership import Membership
+from plait.net.membership import Membership, next_incarnation
 from plait.network_file import NetworkFile
 from plait.router.view import Offer, View
 from plait.router.wire import seal_offer
-from plait.sim.engine import S, Violation
+from plait.sim.engine import Engine, S, Violation
 from plait.sim.host import Host
 from plait.sim.network import Connection, Wires
 from plait.types import Digest, PeerId
 from plait.v1.identity_pb2 import SignedEnvelope
 
 REDIAL_US = 1 * S
+
+
+@dataclass(slots=True)
+class IncarnationDisk:
+    """What a host's disk keeps of its lives in the swarm."""
+
+    incarnation: int = 0
+    issued_ms: int = 0
+
+    def next(self, now_ms: int) -> int:
+        """The incarnation of the life that begins."""
+        self.incarnation = next_incarnation(now_ms * 1_000_000, self.incarnation, self.issued_ms)
+        return self.incarnation
 
 
 class GossipPeer:
@@ -42,7 +55,7 @@ class GossipPeer:
 
     def __init__(
         self,
-        host: Host,
+        host: "Swarming",
         wires: Wires,
         network: NetworkFile,
         key: SigningKey,
@@ -61,7 +74,7 @@ class GossipPeer:
         self._publishes = publishes
         self._on_change = on_change
         self._me = key.peer_id
-        self._incarnation = host.now_ms() * 1_000_000
+        self._incarnation = host.incarnations.next(host.now_ms())
         self._sequence = 0
         self._offer: Offer | None = None
         self._published_us = -PERIOD_S * S
@@ -116,7 +129,7 @@ class GossipPeer:
         self._hurry = False
         self._published_us = self._host.engine.now_us
         self._sequence += 1
-        now_ms = self._host.now_ms()
+        now_ms = self._host.incarnations.issued_ms = self._host.now_ms()
         offer = replace(
             self._offer,
             incarnation=self._incarnation,
@@ -124,7 +137,8 @@ class GossipPeer:
             issued_ms=now_ms,
             expires_ms=now_ms + OFFER_TTL_MS,
         )
-        self._handle(seal_offer(self._key, offer, self._network.network_id), None)
+        envelope = seal_offer(self._key, offer, self._network.network_id)
+        self._handle(envelope.SerializeToString(), None)
 
     # Hearing --------------------------------------------------------------------------
 
@@ -134,8 +148,8 @@ class GossipPeer:
             self.membership.handle_envelope(envelope, self._host.now_ms())
         self.measure()
 
-    def _handle(self, envelope: SignedEnvelope, source: str | None) -> None:
-        verdict = self.membership.handle_envelope(envelope, self._host.now_ms(), source)
+    def _handle(self, data: bytes, source: str | None) -> None:
+        verdict = self.membership.handle_envelope(data, self._host.now_ms(), source)
         if verdict.outcome == "reject":
             raise Violation("gossip", f"{self._host.name} rejects {source}: {verdict.reason}")
         if verdict.conflict is not None and verdict.conflict.peer == self._me:
@@ -148,7 +162,7 @@ class GossipPeer:
             while len(self.recent_offers) > RECENT_OFFERS:
                 self.recent_offers.popitem(last=False)
         for name in [name for name in self._connections if name != source]:
-            self._tell(name, envelope)
+            self._tell(name, data)
         self._on_change()
 
     def _expire(self) -> None:
@@ -181,7 +195,7 @@ class GossipPeer:
         self._connections[name] = connection
         for envelope in self.membership.envelopes():
             if self._connections.get(name) is connection:
-                self._tell(name, envelope)
+                self._tell(name, envelope.SerializeToString())
         if self._publishes:
             self._hurry = True
             self._publish_when_due()
@@ -191,14 +205,14 @@ class GossipPeer:
         if self._connections.get(name) is connection:
             del self._connections[name]
 
-    def heard(self, name: str, envelope: SignedEnvelope) -> None:
+    def heard(self, name: str, data: bytes) -> None:
         """A neighbour told us something."""
-        self._handle(envelope, name)
+        self._handle(data, name)
 
-    def _tell(self, name: str, envelope: SignedEnvelope) -> None:
+    def _tell(self, name: str, data: bytes) -> None:
         connection = self._connections[name]
         try:
-            connection.send(self._host.name, envelope)
+            connection.send(self._host.name, data)
         except NetworkError:
             self.left(name, connection)
 
@@ -237,6 +251,10 @@ class Swarming(Host):
 
     gossip: GossipPeer
 
+    def __init__(self, engine: Engine, name: str) -> None:
+        super().__init__(engine, name)
+        self.incarnations = IncarnationDisk()
+
 
 @dataclass(frozen=True, slots=True)
 class _Neighbour:
@@ -248,7 +266,7 @@ class _Neighbour:
 
     def on_message(self, message: object) -> None:
         """Judge what came."""
-        assert isinstance(message, SignedEnvelope)
+        assert isinstance(message, bytes)
         self.peer.heard(self.name, message)
 
     def on_broken(self, reason: str) -> None:

@@ -71,11 +71,15 @@ class Connection:
             dialler.name: _Side(dialler, dialler.life),
             listener.name: _Side(listener, listener.life),
         }
+        self._across = {
+            dialler.name: self.sides[listener.name],
+            listener.name: self.sides[dialler.name],
+        }
         self._silences = 0
 
     def other(self, name: str) -> _Side:
         """The side across from a host's."""
-        return next(side for key, side in self.sides.items() if key != name)
+        return self._across[name]
 
     def is_open(self, name: str) -> bool:
         """Whether a host's end is open."""

@@ -92,6 +92,13 @@ class StageHost(Swarming):
         self._wires, self._network = wires, network
         self._neighbours, self._addresses = neighbours, addresses
         self._told: Offer | None = None
+        self._paper = replace(
+            paper_offer(name, span),
+            model_digest=SHAPE.digest,
+            public_address=f"{name.replace(' ', '-')}.example:4700",
+            decode_us=DECODE_US,
+            prefill_us_per_token=PREFILL_US_PER_TOKEN,
+        )
 
     def on_start(self) -> None:
         """Join, offer, serve; nothing is left of an earlier life but the spooled vouchers."""
@@ -243,16 +250,12 @@ class StageHost(Swarming):
     def _upkeep(self) -> None:
         self.core.expire()
         offer = replace(
-            paper_offer(self.name, self.span),
-            model_digest=SHAPE.digest,
-            public_address=f"{self.name.replace(' ', '-')}.example:4700",
+            self._paper,
             state="draining" if self.draining else "ready",
             numeric_class=self.compute.numeric_class(),
             kv_tokens_total=self.compute.kv_tokens_total,
             kv_tokens_free=self.compute.kv_tokens_free,
             sessions_active=len(self.core.sessions),
-            decode_us=DECODE_US,
-            prefill_us_per_token=PREFILL_US_PER_TOKEN,
         )
         changed = materially_different(self._told, offer)
         if changed:

@@ -7,6 +7,7 @@ tests and test vectors are made of; it computes no model.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from plait.envelope import digest, encode, open_envelope, seal
 from plait.identity import SigningKey
@@ -47,6 +48,7 @@ END_ID = 2
 NUMERIC_CLASS = "paper/fp32/threads-1"
 
 
+@cache
 def key_of(name: str) -> SigningKey:
     """A key that follows from a name. Never use one outside tests."""
     return SigningKey.from_seed(hashlib.sha256(b"plait.testing\0" + name.encode()).digest())
