@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from plait.types import PeerId, Qos
+from plait.types import Digest, PeerId, Qos
 
 WINDOW_MS = 60_000
 RETRY_SHARE = 0.1
@@ -26,6 +26,10 @@ BACKOFF_MS_MAX = 2_000
 ASKING_MS = 5_000
 """An opening that asks whether a stage is still busy has an answer by then."""
 SHORT_MS = 10_000
+ROUTE_LOST_MS = 20_000
+"""So long after there was a route another is waited for: a host that fell out of view because its
+pings went missing is back with its next offer, which it makes every 15 s."""
+MODELS_MAX = 256
 REQUESTS_MAX = 65_536
 """Of a window; more are counted as so many."""
 
@@ -51,6 +55,7 @@ class Demand:
     _requests: deque[int] = field(default_factory=lambda: deque(maxlen=REQUESTS_MAX))
     _retries: deque[int] = field(default_factory=lambda: deque(maxlen=REQUESTS_MAX))
     _busy: dict[Place, _Busy] = field(default_factory=dict)
+    _routed_ms: dict[Digest, int] = field(default_factory=dict)
 
     def request(self, now_ms: int) -> None:
         """A request begins: its first opening is free."""
@@ -64,6 +69,17 @@ class Demand:
             return False
         self._retries.append(now_ms)
         return True
+
+    def routed(self, model: Digest, now_ms: int) -> None:
+        """There is a route for a model."""
+        if len(self._routed_ms) >= MODELS_MAX:
+            self._routed_ms.clear()
+        self._routed_ms[model] = now_ms
+
+    def was_routed(self, model: Digest, now_ms: int) -> bool:
+        """Whether there was a route for a model a moment ago."""
+        routed_ms = self._routed_ms.get(model)
+        return routed_ms is not None and now_ms < routed_ms + ROUTE_LOST_MS
 
     def busy(self, qos: Qos, now_ms: int) -> dict[PeerId, int]:
         """The peers not to be asked yet, and in how many milliseconds they may be."""

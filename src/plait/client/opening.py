@@ -29,8 +29,8 @@ ATTEMPTS_MAX = 6
 """Routes tried before the first token is due."""
 CAPACITY = "capacity"
 """The code of a refusal that another moment may change."""
-OPEN_TIMEOUT_MS = 5_000
-REOPEN_TIMEOUT_MS = 2_000
+OPEN_TIMEOUT_MS = 2_000
+"""Who was quick holds its pages no longer than that (``HOLD_MS`` of a stage)."""
 
 
 class Opening:
@@ -53,21 +53,27 @@ class Opening:
         self._refusal: CapacityError | None = None
         self._may_soon_agree = False
         self._refused_ms = 0
+        self._began_ms: int | None = None
         self._opened_by: dict[PeerId, tuple[bytes, SignedEnvelope]] = {}
         self._reusable: dict[PeerId, int] = {}
 
     def first_epoch(self, view: View, avoid: Collection[PeerId], now_ms: int) -> Epoch | None:
-        """The epoch to open first; None if who refused may agree in a moment.
+        """The epoch to open first; None if there may be a route in a moment: who refused may
+        agree, or a host that has just fallen out of view may be back.
 
         Raises ``NoRoute``, or ``CapacityError`` if there was a route until it was refused, if
         there is none but through stages that have just refused another session of this client,
         or if its retries are used up.
         """
+        if self._began_ms is None:
+            self._began_ms = now_ms
         busy = self._demand.busy(self._order.qos, now_ms)
         try:
             chosen = plan_first(self._asked, view, {*avoid, *busy}, now_ms, self._order.warm)
         except NoRoute as error:
             if self._refusal is None and not busy:
+                if error.missing and self._may_come_back(now_ms):
+                    return None
                 raise
             if self._refusal is None:
                 raise CapacityError(
@@ -81,6 +87,7 @@ class Opening:
                 retry_after_s=self._refusal.retry_after_s,
                 remedy="try again in a moment, or: plait route MODEL --explain",
             ) from error
+        self._demand.routed(self._order.model.digest, now_ms)
         if self._refusal is not None and not self._demand.may_retry(now_ms):
             raise CapacityError(
                 f"this client's retries are used up; the last refusal: {self._refusal}",
@@ -89,6 +96,12 @@ class Opening:
         terms = first_terms(self._order, self._party, chosen, self._entropy)
         offers = tuple(stage.offer for stage in chosen.stages)
         return self.epoch(terms, chosen, offers, now_ms)
+
+    def _may_come_back(self, now_ms: int) -> bool:
+        """Whether layers without a host are worth waiting for: they had one a moment ago."""
+        waited_ms = now_ms - (self._began_ms or now_ms)
+        lately = self._demand.was_routed(self._order.model.digest, now_ms)
+        return lately and waited_ms < self._order.replica_wait_ms
 
     def epoch(
         self, terms: SessionTerms, chosen: Plan, offers: tuple[Offer, ...], now_ms: int
@@ -106,9 +119,8 @@ class Opening:
         """What makes every stage hold its share of an epoch."""
         self._demand.asking(epoch.entered, self._order.qos, now_ms)
         ids = (*self._order.prompt_ids, *drawn)
-        timeout_ms = OPEN_TIMEOUT_MS if epoch.number == 1 else REOPEN_TIMEOUT_MS
         prefix = self._order.prefix
-        return OpenStages(epoch.terms, epoch.opening, epoch.offers, ids, timeout_ms, prefix)
+        return OpenStages(epoch.terms, epoch.opening, epoch.offers, ids, OPEN_TIMEOUT_MS, prefix)
 
     def start(self, epoch: Epoch) -> int:
         """The first position to feed: those before it are in every stage's cache."""
