@@ -18,6 +18,7 @@ from plait.gateway.app import Gateway
 from plait.gateway.config import GatewayConfig
 from plait.gateway.key_store import KeyStore
 from plait.gateway.upstream import ClientUpstream
+from plait.heap import freeze_heap
 from plait.logs import get_logger
 from plait.parent import watching_parent
 from plait.task_scope import TaskScope
@@ -81,6 +82,7 @@ async def _serve(
     async with AsyncClient(
         network, account=account, audits=config.audits, draft=config.draft
     ) as client:
+        freeze_heap()
         upstream = ClientUpstream(client)
         gateway = Gateway(upstream, client.network.network_id, config)
         server = _Server(server_config(gateway.app()))

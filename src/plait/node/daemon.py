@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.errors import ConfigError, LedgerError, PlaitError
+from plait.heap import freeze_heap
 from plait.identity import load_or_create_key
 from plait.logs import get_logger, to_stderr
 from plait.model.catalog import load
@@ -112,6 +113,7 @@ async def _run_node(config: NodeConfig) -> int:
                 stack.enter_context(watching_parent(node.drain))
             await stack.enter_async_context(serve_control(config.data_dir, node))
             await _start_roles(config, network, stack, tasks, node)
+            freeze_heap()
             node.become("ready")
             log.info("ready", name=config.name)
             await node.ending.wait()
