@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from plait.cli.sim import _outcomes
-from plait.client import session
+from plait.client import session_reroute
 from plait.client.reroute import next_terms
 from plait.ledger.client_books import ClientBooks
 from plait.ledger.journal import Books
@@ -75,7 +75,7 @@ def test_resuming_one_position_too_early_is_found(monkeypatch: pytest.MonkeyPatc
     def early(*args: Any, position: int, **others: Any) -> SessionTerms:
         return next_terms(*args, position=max(position - 1, 0), **others)
 
-    monkeypatch.setattr(session, "next_terms", early)
+    monkeypatch.setattr(session_reroute, "next_terms", early)
     assert rules_broken()
 
 

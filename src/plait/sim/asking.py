@@ -28,7 +28,10 @@ class Session(Protocol):
     """A session of the simulated client."""
 
     core: SessionCore
-    peers: tuple[PeerId, ...]
+
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        """The stages of its pipeline."""
 
     def start(self) -> None:
         """Begin."""

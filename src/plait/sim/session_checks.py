@@ -12,9 +12,9 @@ from plait.ledger.journal import Accepted, Books, Expire
 from plait.ledger.report import Claim
 from plait.ledger.verify import verify_bundle
 from plait.sim.authority import LedgerHost
-from plait.sim.client import Request
 from plait.sim.engine import S, Violation
 from plait.sim.keys import cert_of, key_of, peer_of
+from plait.sim.request import Request
 from plait.sim.stage import StageHost
 from plait.testing.accounting import NETWORK_ID
 from plait.types import AccountId, SessionId

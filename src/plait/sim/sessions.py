@@ -13,7 +13,7 @@ from plait.client.driver import Accounting
 from plait.client.epoch import Order
 from plait.client.prefix import Reuse
 from plait.router.request import RouteRequest
-from plait.sim.client import ClientHost, Request
+from plait.sim.client import ClientHost
 from plait.sim.control import LedgerSide, witnessed_network
 from plait.sim.engine import MS, Engine, S, Violation
 from plait.sim.faults import Faults, Undo, Weather
@@ -21,6 +21,7 @@ from plait.sim.host import Host
 from plait.sim.keys import peer_of
 from plait.sim.model import MANIFEST, SHAPE, SPANS, Question
 from plait.sim.network import Wires
+from plait.sim.request import Request
 from plait.sim.session_checks import check_answers, check_bundles, check_money, check_work
 from plait.sim.stage import StageHost
 from plait.testing.compute import VOCABULARY_SIZE
@@ -251,12 +252,12 @@ class NetworkWorld:
 
     # Faults of stages and clients -----------------------------------------------------------
 
-    def _victim(self, *, restarts: bool = False) -> StageHost | None:
-        name = self.faults.victim(restarts=restarts)
+    def _victim(self) -> StageHost | None:
+        name = self.faults.victim()
         return next((stage for stage in self.stages if stage.name == name), None)
 
     def _drain(self) -> Undo | None:
-        stage = self._victim(restarts=True)
+        stage = self._victim()
         if stage is None:
             return None
         self.engine.note(f"FAULT {stage.name} drains")
