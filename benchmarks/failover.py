@@ -2,19 +2,25 @@
 
     python benchmarks/failover.py [--model smollm2-135m] [--dtype fp32] [--runs 300]
                                   [--tokens 48] [--signal KILL|STOP] [--wan PROFILE] [--seed 1]
+                                  [--minutes M] [--resume]
 
 Two hosts for every layer, three stages, one client. In each run a random node of the route is
 hit at a random token; the answer is compared token for token with the undisturbed one, and the
 longest pause after the blow is the gap. The node is brought back and waited for before the next
 run. A blow that changed nothing (the answer took another route, or was about to end) is repeated
-and counted as missed. Each run is a line of the history file as soon as it ends. Prints one JSON
-object; exit code 1 if an answer failed or a token is wrong (outside fp32: was changed after it was
-delivered; there the share of answers that agree is a figure, not a promise).
+and counted as missed. Each run is a line of the history file as soon as it ends, so that they can
+be made in pieces: ``--minutes`` begins no run after so long, ``--resume`` goes on behind the runs
+in the history and counts them. ``load`` is the machine's load average at the end of each run.
+
+Prints one JSON object; exit code 1 if an answer failed or a token is wrong (outside fp32: was
+changed after it was delivered; there the share of answers that agree is a figure, not a promise).
 """
 
 import argparse
 import asyncio
 import json
+import math
+import os
 import random
 import signal
 import subprocess
@@ -59,6 +65,7 @@ class Run:
     agrees: bool = False
     """Whether the whole answer is the undisturbed one."""
     arrivals_s: list[float] = field(default_factory=list)
+    load: float = 0.0
 
 
 def plait(*arguments: str) -> str:
@@ -131,7 +138,7 @@ class Bench:
             if later > struck_s
         ]
         run.gap_s = round(max(gaps), 4) if gaps and run.hit else None
-        run.arrivals_s = [round(at_s - struck_s, 4) for at_s in run.arrivals_s]
+        run.arrivals_s = [round(at_s - struck_s, 3) for at_s in run.arrivals_s]
         return run
 
     async def strike(self, run: Run, blow: asyncio.Event) -> float:
@@ -186,15 +193,28 @@ def _differing(got: Sequence[int], wanted: Sequence[int]) -> int:
     return sum(a != b for a, b in zip_longest(got, wanted))
 
 
+def earlier_runs(options: argparse.Namespace) -> list[Run]:
+    """The runs of earlier pieces, from the history."""
+    if not options.history.exists():
+        return []
+    return [Run(**json.loads(line)) for line in options.history.read_text().splitlines()]
+
+
 async def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All runs and their sums; each run is kept in the history file as it ends."""
-    runs = list[Run]()
+    runs, until_s = earlier_runs(options), time.monotonic() + options.minutes * 60
     async with AsyncClient(directory / "network.toml", account=directory / "client") as client:
         bench = Bench(directory, client, options)
         await bench.prepare()
-        hits = 0
-        while hits < options.runs and len(runs) < options.runs * ATTEMPTS_PER_RUN:
+        bench.draw.seed(f"{options.seed} from run {len(runs)}")
+        hits = sum(run.hit for run in runs)
+        while (
+            hits < options.runs
+            and len(runs) < options.runs * ATTEMPTS_PER_RUN
+            and time.monotonic() < until_s
+        ):
             run = await bench.run()
+            run.load = round(os.getloadavg()[0], 2)
             runs.append(run)
             with options.history.open("a") as history:
                 history.write(json.dumps(asdict(run)) + "\n")
@@ -219,6 +239,7 @@ async def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any
         "tokens_wrong": sum(run.wrong for run in runs),
         "agree_share": round(sum(run.agrees for run in hit) / max(1, len(hit)), 4),
         "gap_s": distribution([run.gap_s for run in hit if run.ok and run.gap_s is not None]),
+        "load": distribution([run.load for run in runs]),
         "history": options.history.name,
     }
 
@@ -233,12 +254,15 @@ def main() -> int:
     parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL")
     parser.add_argument("--wan")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--history", type=Path, help="JSON lines; default in benchmarks/results.")
     options = parser.parse_args()
     if options.history is None:
         name = f"failover_{options.signal.lower()}_{options.model}_{options.dtype}.jsonl"
         options.history = Path(__file__).parent / "results" / name
-    options.history.unlink(missing_ok=True)
+    if not options.resume:
+        options.history.unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the testnet ends with us
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "net"

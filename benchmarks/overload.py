@@ -1,17 +1,23 @@
 """What is left of a network's peak when twice and four times as much is asked of it.
 
-    python benchmarks/overload.py [--model smollm2-135m] [--dtype int4] [--stages 2]
+    python benchmarks/overload.py [--model smollm2-135m] [--dtype fp32] [--stages 2]
                                   [--replicas 1] [--tokens 16] [--seconds 10] [--rounds 2]
-                                  [--slo-factor 5] [--factors 2,4] [--answers 30]
+                                  [--slo-factor 5] [--factors 2,4] [--answers 60]
+                                  [--qos interactive] [--workers 1,2,4,8,16,32]
 
 An answer counts if it is complete within the SLO: ``slo-factor`` times what it takes alone,
 measured in the same run. First the peak: closed loops of 1, 2, 4, … workers until it falls.
 Then, round after round, the best of them again (the peak to compare with) and open loops whose
 arrivals do not wait for answers, at each factor of that peak. Goodput at a factor is compared
 with the mean of the peaks measured just before and after. Windows are as long as the peak takes for
-``answers`` good answers, ``seconds`` at least. The client library is the load; it
-makes no attempt of its own after an error. A second process asks now and then, so that a
-refusal is also timed by a client that is not busy. Prints one JSON object.
+``answers`` good answers, ``seconds`` at least.
+
+The client library is the load; it makes no attempt of its own after an error, and its share of the
+processor, which the network has to do without, is in each row. A refusal is timed three times: by
+the load from a request's arrival (its own queue included), by a second client in a process of its
+own that asks a few times a second (in a run that counts for nothing else), and for each ``Open``
+that a stage refused, from the call to its answer. Last, the fairness of it: a client with one
+stream beside one with eight, tokens of each. Prints one JSON object.
 """
 
 import argparse
@@ -33,15 +39,19 @@ from typing import Any
 
 from plait.client import AsyncClient, Options
 from plait.errors import PlaitError
+from plait.heap import freeze_heap
+from plait.identity import load_or_create_key
 from plait.testnet.load import PROMPTS
 from plait.v1 import stage_pb2_grpc
 
 WARM_UP_S = 2.0
 """Of each run: not counted."""
-WORKERS = (1, 2, 4, 8, 16, 32, 64)
 WINDOW_S_MAX = 120.0
 DRAIN_S = 60.0
-PROBE_PERIOD_S = 0.1
+PROBE_PERIOD_S = 0.2
+FAIR_STREAMS = 8
+SECOND = "second"
+CREDIT = 10_000_000_000
 REFUSED_REST_S = 0.1
 """Of a worker of a closed loop that was refused."""
 
@@ -76,6 +86,14 @@ def plait(*arguments: str) -> str:
     """Run a plait command and return its standard output."""
     command = [sys.executable, "-m", "plait", *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def give_account(directory: Path) -> None:
+    """Make the second client's keys, and give it credit."""
+    (directory / SECOND).mkdir(mode=0o700)
+    peer = load_or_create_key(directory / SECOND / "identity.key").peer_id
+    network = ("--network", str(directory / "network.toml"))
+    plait("ledger", "issue", peer, str(CREDIT), *network)
 
 
 def quantile(values: list[float], share: float) -> float | None:
@@ -127,7 +145,12 @@ class Bench:
         """One request from arrival to end."""
         self.number += 1
         request = Request(time.monotonic())
-        asked = Options(max_tokens=self.options.tokens, seed=self.number, temperature=0.8)
+        asked = Options(
+            max_tokens=self.options.tokens,
+            seed=self.number,
+            temperature=0.8,
+            qos=self.options.qos,
+        )
         prompt = PROMPTS[self.number % len(PROMPTS)]
         try:
             async with asyncio.timeout(DRAIN_S):
@@ -230,12 +253,17 @@ def _kind(reason: str) -> str:
 
 async def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The peak, then each round's peaks and overloads."""
-    async with AsyncClient(directory / "network.toml", account=directory / "client") as client:
+    async with (
+        AsyncClient(directory / "network.toml", account=directory / "client") as client,
+        SecondClient(directory, options) as second,
+    ):
         bench = Bench(client, options)
+        await bench.ask(Load())  # loads what a client needs
+        freeze_heap()  # as a gateway does
         alone_s = await bench.alone()
         bench.slo_s = alone_s * options.slo_factor
         search: list[dict[str, Any]] = []
-        for workers in WORKERS:
+        for workers in options.workers:
             search.append(await bench.closed(workers))
             tell("search", search[-1])
             best = max(search, key=lambda run: run["goodput"])
@@ -249,14 +277,16 @@ async def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any
             for factor in options.factors:
                 rate = factor * peaks[-1]["goodput"]
                 overload = {"factor": factor, **await bench.open(rate)}
-                if options.probe:
-                    overload["probe"] = await probe(directory, options, bench, rate)
                 peaks.append(await bench.closed(best["workers"]))
                 around = statistics.mean([peaks[-2]["goodput"], peaks[-1]["goodput"]])
                 overload["share_of_peak"] = round(overload["goodput"] / around, 3)
                 overloads.append(overload)
                 tell("overload", overload)
                 tell("peak", peaks[-1])
+        refusals = await probed(bench, second, max(options.factors) * peaks[-1]["goodput"])
+        tell("refusals", refusals)
+        fairness = await fair(bench, second)
+        tell("fairness", fairness)
     return {
         "alone_s": round(alone_s, 3),
         "slo_s": round(bench.slo_s, 3),
@@ -269,35 +299,98 @@ async def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any
             min(run["goodput"] for run in (*peaks, *overloads)) * options.seconds
         ),
         "refused_p99_ms": max((run["refused_p99_ms"] or 0.0 for run in overloads), default=None),
+        "refusals": refusals,
+        "fairness": fairness,
         "search": search,
         "peaks": peaks,
         "overloads": overloads,
     }
 
 
-async def probe(
-    directory: Path, options: argparse.Namespace, bench: Bench, rate: float
-) -> dict[str, Any]:
-    """The same load once more, and the refusals of a process of its own that is not busy."""
-    command = [sys.executable, __file__, "--prober", str(directory)]
-    command += ["--model", options.model, "--seconds", str(options.seconds)]
-    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-    await bench.open(rate)
-    out, _ = await process.communicate()
-    return dict(json.loads(out))
+async def probed(bench: Bench, second: "SecondClient", rate: float) -> dict[str, Any]:
+    """Refusals at this rate, at the load and at a second client that is not busy.
+
+    A run of its own: what the second client is given is taken from the others.
+    """
+    run, asked = await asyncio.gather(bench.open(rate), second.probe(bench.options.seconds))
+    names = ("rate", "refused_p50_ms", "refused_p99_ms", "open_refused_p50_ms")
+    load = {name: run[name] for name in (*names, "open_refused_p99_ms", "arrival_late_p99_ms")}
+    return {"load": load, "second_client": asked}
 
 
-async def prober(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Ask for one token now and then; only refusals are of interest."""
-    async with AsyncClient(directory / "network.toml", account=directory / "client") as client:
-        options.tokens = 1
-        bench, load = Bench(client, options), Load()
-        bench.timed.into = load
-        until_s = time.monotonic() + options.seconds
-        while time.monotonic() < until_s:
-            await bench.ask(load)
-            await asyncio.sleep(PROBE_PERIOD_S)
+async def fair(bench: Bench, second: "SecondClient") -> dict[str, Any]:
+    """Tokens per second of a client with many streams and of one with a single one beside it."""
+    seconds = bench.options.seconds
+    many, one = await asyncio.gather(bench.closed(FAIR_STREAMS), second.stream(seconds))
+    tokens = bench.options.tokens
+    return {
+        "streams": [FAIR_STREAMS, 1],
+        "tokens_per_s": [round(many["throughput"] * tokens, 2), round(one["tokens_per_s"], 2)],
+        "refused": [many["errors"].get("capacity", 0), one["refused"]],
+    }
+
+
+class SecondClient:
+    """Another client in a process of its own, which does what it is told on its standard input."""
+
+    def __init__(self, directory: Path, options: argparse.Namespace) -> None:
+        # An identity of its own: to the stages it is somebody else.
+        self._command = [sys.executable, __file__, "--second", str(directory)]
+        self._command += ["--model", options.model, "--tokens", str(options.tokens)]
+        self._command += ["--qos", options.qos]
+
+    async def __aenter__(self) -> "SecondClient":
+        pipe = asyncio.subprocess.PIPE
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, stdin=pipe, stdout=pipe
+        )
+        await self._read()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        await self._process.wait()
+
+    async def probe(self, seconds: float) -> dict[str, Any]:
+        """Ask for one token now and then; only refusals are of interest."""
+        return await self._tell(f"probe {seconds + WARM_UP_S}")
+
+    async def stream(self, seconds: float) -> dict[str, Any]:
+        """One answer after the other."""
+        return await self._tell(f"stream {seconds + WARM_UP_S}")
+
+    async def _tell(self, command: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{command}\n".encode())
+        return await self._read()
+
+    async def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        return dict(json.loads(await self._process.stdout.readline()))
+
+
+async def be_second(directory: Path, options: argparse.Namespace) -> None:
+    """The second client's process."""
+    async with AsyncClient(directory / "network.toml", account=directory / SECOND) as client:
+        await client.wait_ready(options.model)
+        freeze_heap()
+        bench, tokens = Bench(client, options), options.tokens
+        print("{}", flush=True)
+        while words := (await asyncio.to_thread(sys.stdin.readline)).split():
+            options.tokens = 1 if words[0] == "probe" else tokens
+            rest_s = PROBE_PERIOD_S if words[0] == "probe" else 0.0
+            load = bench.timed.into = Load()
+            started_s = time.monotonic()
+            while time.monotonic() < started_s + float(words[1]):
+                failed = (await bench.ask(load)).code
+                await asyncio.sleep(REFUSED_REST_S if failed else rest_s)
+            print(json.dumps(_seconds(load, time.monotonic() - started_s, tokens)), flush=True)
+
+
+def _seconds(load: Load, lasted_s: float, tokens: int) -> dict[str, Any]:
     refused = [request.took_s for request in load.requests if request.code == "capacity"]
+    answered = sum(not request.code for request in load.requests)
     return {
         "requests": len(load.requests),
         "refused": len(refused),
@@ -305,6 +398,8 @@ async def prober(directory: Path, options: argparse.Namespace) -> dict[str, Any]
         "refused_p99_ms": quantile(refused, 0.99),
         "open_refused_p50_ms": quantile(load.refused_opens_s, 0.5),
         "open_refused_p99_ms": quantile(load.refused_opens_s, 0.99),
+        "opens_refused": len(load.refused_opens_s),
+        "tokens_per_s": answered * tokens / lasted_s,
         "errors": dict(Counter(request.code for request in load.requests if request.code)),
     }
 
@@ -318,22 +413,24 @@ def main() -> int:
     """Start the testnet, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="int4")
+    parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--answers", type=int, default=30, help="Good ones per window.")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--answers", type=int, default=60, help="Good ones per window.")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--factors", type=lambda text: [float(f) for f in text.split(",")],
                         default=[2.0, 4.0])  # fmt: skip
     parser.add_argument("--slo-factor", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--probe", action="store_true", help="Time refusals from another process.")
-    parser.add_argument("--prober", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--qos", default="interactive")
+    parser.add_argument("--workers", type=lambda text: [int(f) for f in text.split(",")],
+                        default=[1, 2, 4, 8, 16, 32])  # fmt: skip
+    parser.add_argument("--second", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.prober:
-        print(json.dumps(asyncio.run(prober(options.prober, options))))
+    if options.second:
+        asyncio.run(be_second(options.second, options))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the testnet ends with us
     with tempfile.TemporaryDirectory() as scratch:
@@ -343,10 +440,11 @@ def main() -> int:
         named = ("--model", options.model, "--dtype", options.dtype)
         plait("testnet", "up", "--detach", *named, *shape, *where)
         try:
+            give_account(directory)
             report = asyncio.run(measure(directory, options))
         finally:
             plait("testnet", "down", *where)
-    names = ("model", "dtype", "stages", "replicas", "tokens", "seconds", "slo_factor", "seed")
+    names = ("model", "dtype", "stages", "replicas", "tokens", "qos", "slo_factor", "seed")
     shown = {name: getattr(options, name) for name in names}
     print(json.dumps({"benchmark": "overload", "cores": os.cpu_count(), **shown, **report}))
     return 0
