@@ -1,25 +1,29 @@
 """Time per token against distance, without drafts: three stages, round trips of 0 to 100 ms.
 
     python benchmarks/rtt_sweep.py [--model smollm2-135m] [--rounds 3] [--tokens 48]
-                                   [--rtts 0,5,20,100]
+                                   [--rtts 5,20,100]
 
-One testnet whose WAN is changed live, so that every distance is measured in every round of the
-same run. The floor of a traversal is its hops' one-way delays and the work:
+One testnet whose WAN is changed live. In each round every distance is measured between two answers
+without any delay, so that what a busy machine does to one it does to the other. The floor of a
+traversal is its hops' one-way delays and the work:
 
     floor = (S + 1) * (r - r0) / 2 + TPOT at r0
 
-where r is the round trip *measured* over the route's hops (TCP handshakes) and r0 the one
-measured when none is configured. Prints one JSON object.
+where r is the round trip *measured* over the route's hops (TCP handshakes), r0 the one measured
+when none is configured, and TPOT at r0 the mean of the answers just before and just after. Prints
+one JSON object.
 """
 
 import argparse
 import itertools
 import json
+import os
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,28 +55,74 @@ def round_trip_ms(directory: Path, answer: Answer) -> float:
     return statistics.mean([rtt_ms[hop] for hop in hops])
 
 
-def row(
-    rtt: float,
-    none: float,
-    measured_ms: dict[float, list[float]],
-    tpot_ms: dict[float, list[float]],
-) -> dict[str, Any]:
-    """One distance: medians, and the ratio to the floor of each round, which drifts less."""
-    floors_ms = [
-        (STAGES + 1) * (r_ms - r0_ms) / 2 + base_ms
-        for r_ms, r0_ms, base_ms in zip(
-            measured_ms[rtt], measured_ms[none], tpot_ms[none], strict=True
-        )
-    ]
-    ratios = [took / floor for took, floor in zip(tpot_ms[rtt], floors_ms, strict=True)]
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One answer: the round trip of its hops, and its time per token."""
+
+    rtt_ms: float
+    tpot_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer at a distance, and those without one before and after it."""
+
+    far: Point
+    before: Point
+    after: Point
+
+    @property
+    def floor_ms(self) -> float:
+        """What a token takes at least."""
+        near_rtt_ms = (self.before.rtt_ms + self.after.rtt_ms) / 2
+        work_ms = (self.before.tpot_ms + self.after.tpot_ms) / 2
+        return (STAGES + 1) * (self.far.rtt_ms - near_rtt_ms) / 2 + work_ms
+
+
+def row(rtt: float, samples: list[Sample]) -> dict[str, Any]:
+    """One distance: medians of its rounds."""
+    ratios = [sample.far.tpot_ms / sample.floor_ms for sample in samples]
     return {
         "configured_rtt_ms": rtt,
-        "measured_rtt_ms": round(statistics.median(measured_ms[rtt]), 2),
-        "tpot_ms": round(statistics.median(tpot_ms[rtt]), 2),
-        "floor_ms": round(statistics.median(floors_ms), 2),
+        "measured_rtt_ms": round(statistics.median(one.far.rtt_ms for one in samples), 2),
+        "tpot_ms": round(statistics.median(one.far.tpot_ms for one in samples), 2),
+        "floor_ms": round(statistics.median(one.floor_ms for one in samples), 2),
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
+        "near_tpot_ms": [
+            [round(one.before.tpot_ms, 2), round(one.after.tpot_ms, 2)] for one in samples
+        ],
     }
+
+
+class Sweep:
+    """The answers on one testnet."""
+
+    def __init__(self, directory: Path, model: str, tokens: int) -> None:
+        self.directory = directory
+        self.model = model
+        self.options = Options(max_tokens=tokens, drafts=False)
+        self.answers = set[tuple[int, ...]]()
+
+    def point(self, rtt: float) -> Point:
+        """An answer at a configured distance, with a client that has just come."""
+        request(self.directory, "shape", change={"delay_s": rtt / 2000})
+        with Client(self.directory / "network.toml") as client:
+            client.generate(self.model, PROMPTS[0], Options(max_tokens=4))
+            answer = client.generate(self.model, PROMPTS[0], self.options)
+        self.answers.add(answer.token_ids)
+        point = Point(round_trip_ms(self.directory, answer), answer.tpot_s * 1000)
+        print(rtt, point, file=sys.stderr, flush=True)
+        return point
+
+    def round(self, rtts: list[float]) -> dict[float, Sample]:
+        """Every distance once."""
+        samples, before = {}, self.point(0.0)
+        for rtt in rtts:
+            far, after = self.point(rtt), self.point(0.0)
+            samples[rtt] = Sample(far, before, after)
+            before = after
+        return samples
 
 
 def main() -> None:
@@ -82,13 +132,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rtts", default="0,5,20,100", help="Milliseconds; the first must be 0.")
+    parser.add_argument("--rtts", default="5,20,100", help="Milliseconds.")
     arguments = parser.parse_args()
     rtts = [float(text) for text in arguments.rtts.split(",")]
-    options = Options(max_tokens=arguments.tokens, drafts=False)
-    tpot_ms: dict[float, list[float]] = {rtt: [] for rtt in rtts}
-    measured_ms: dict[float, list[float]] = {rtt: [] for rtt in rtts}
-    answers = set()
+    rounds = list[dict[float, Sample]]()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the testnet ends with us
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "net"
@@ -99,19 +146,11 @@ def main() -> None:
         try:
             backend = request(directory, "status")["wan"]["backend"]
             measure_links(directory)  # meanwhile the nodes get to know each other
+            sweep = Sweep(directory, arguments.model, arguments.tokens)
             for _ in range(arguments.rounds):
-                for rtt in rtts:
-                    request(directory, "shape", change={"delay_s": rtt / 2000})
-                    with Client(directory / "network.toml") as client:
-                        client.generate(arguments.model, PROMPTS[0], Options(max_tokens=4))
-                        answer = client.generate(arguments.model, PROMPTS[0], options)
-                    answers.add(answer.token_ids)
-                    tpot_ms[rtt].append(answer.tpot_s * 1000)
-                    measured_ms[rtt].append(round_trip_ms(directory, answer))
-                    print(rtt, measured_ms[rtt][-1], tpot_ms[rtt][-1], file=sys.stderr)
+                rounds.append(sweep.round(rtts))
         finally:
             plait("testnet", "down", *where)
-    rows = [row(rtt, rtts[0], measured_ms, tpot_ms) for rtt in rtts]
     report = {
         "benchmark": "rtt_sweep",
         "model": arguments.model,
@@ -120,9 +159,9 @@ def main() -> None:
         "stages": STAGES,
         "rounds": arguments.rounds,
         "tokens": arguments.tokens,
-        "same_tokens": len(answers) == 1,
-        "distances": rows,
-        "tpot_ms_all": {str(rtt): [round(v, 2) for v in tpot_ms[rtt]] for rtt in rtts},
+        "same_tokens": len(sweep.answers) == 1,
+        "load": os.getloadavg(),
+        "distances": [row(rtt, [samples[rtt] for samples in rounds]) for rtt in rtts],
     }
     print(json.dumps(report))
 

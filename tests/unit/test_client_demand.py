@@ -101,3 +101,14 @@ def test_a_stage_cannot_keep_clients_away_for_ever() -> None:
     demand = Demand()
     demand.refused(A, QOS, 10**9, 0)
     assert demand.busy(QOS, 0) == {A: BUSY_MS_MAX}
+
+
+def test_who_took_a_session_meanwhile_does_not_go_on_refusing() -> None:
+    demand = Demand()
+    for now_ms in (0, 10, 20):
+        demand.refused(A, QOS, 0, now_ms)
+    demand.ended([A], QOS)
+    demand.asking([A], QOS, 30)
+    demand.taken([A], QOS)
+    demand.refused(A, QOS, 0, 40)
+    assert demand.busy(QOS, 40) == {A: 2 * BUSY_MS_MIN}

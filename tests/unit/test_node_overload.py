@@ -107,6 +107,14 @@ def test_the_cost_of_one_more_is_learnt_from_what_was_measured() -> None:
     assert line.cost_us(5) == pytest.approx(90_000, rel=0.2)
 
 
+@pytest.mark.parametrize("count", [2, 8, 48])
+def test_one_bad_step_says_little_however_many_it_served(count: int) -> None:
+    line = CostLine.guess(10_000)
+    for _ in range(count):
+        line.note(count, 10_000 + (count - 1) * 12_500)
+    assert 0.08 < (line.more_us - 2_500) / 10_000 < 0.1
+
+
 @settings(deadline=None)  # a busy machine must not fail it
 @given(st.lists(st.tuples(st.integers(1, 64), st.floats(1, 1e7)), max_size=50))
 def test_a_cost_never_falls_with_the_count_and_a_bad_moment_is_forgotten(

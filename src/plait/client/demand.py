@@ -102,8 +102,10 @@ class Demand:
                 busy.asked, busy.until_ms = True, now_ms + ASKING_MS
 
     def taken(self, peers: Iterable[PeerId], qos: Qos) -> None:
-        """The stages took a session: who was asked is busy no more."""
+        """The stages took a session: who was asked is busy no more, and nobody goes on refusing."""
         self._settle(peers, qos)
+        for busy in self._those(peers, qos):
+            busy.refusals = 0
 
     def let_go(self, peers: Iterable[PeerId], qos: Qos) -> None:
         """An opening failed for another reason: these can be asked again."""

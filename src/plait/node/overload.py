@@ -75,6 +75,8 @@ class CostLine:
     """
 
     WEIGHT = 0.05
+    WEIGHT_TOGETHER = 0.1
+    """Shared by those served together: their costs are one measurement, not many."""
     FORGETTING = 0.005
     GUESS = 0.25
 
@@ -93,7 +95,7 @@ class CostLine:
             self.more_us += self.FORGETTING * (self.one_us * self.GUESS - self.more_us)
             return
         more_us = max(0.0, cost_us - self.one_us) / (count - 1)
-        self.more_us += self.WEIGHT * (more_us - self.more_us)
+        self.more_us += self.WEIGHT_TOGETHER / count * (more_us - self.more_us)
 
     def cost_us(self, count: int) -> float:
         """The expected cost of one of ``count``."""
