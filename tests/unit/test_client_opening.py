@@ -10,6 +10,7 @@ from plait.client.actions import Failed, OpenStages, Started, Ticked, Viewed
 from plait.client.demand import ROUTE_LOST_MS, Demand
 from plait.client.epoch import Order, Party
 from plait.client.opening import OPEN_TIMEOUT_MS
+from plait.client.pipeline import OPEN_TIMEOUT_S
 from plait.client.session import SessionCore
 from plait.errors import NoRoute
 from plait.node.sessions import HOLD_MS
@@ -94,9 +95,12 @@ def test_a_bound_that_no_route_keeps_is_not_waited_for() -> None:
     assert isinstance(failed, Failed) and isinstance(failed.error, NoRoute)
 
 
-def test_a_stage_that_does_not_answer_is_not_waited_for_longer_than_the_others_hold() -> None:
-    assert OPEN_TIMEOUT_MS <= HOLD_MS
+def test_a_stage_that_does_not_answer_is_given_up() -> None:
     core = core_with(Demand())
     core.handle(Viewed(view_of(EVERYBODY)), NOW_MS)
     given_up = core.handle(Ticked(), NOW_MS + OPEN_TIMEOUT_MS)
     assert kinds(given_up) == ["CloseStages", "SetTimer", "AskView"]
+
+
+def test_a_connected_stage_is_waited_for_no_longer_than_the_others_hold() -> None:
+    assert OPEN_TIMEOUT_S * 1000 <= HOLD_MS

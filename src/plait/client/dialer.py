@@ -48,6 +48,11 @@ class Dialer:
             self._unary[offer.peer] = (offer.peer_address, offer.incarnation, cached)
         return cached
 
+    def is_connected(self, offer: Offer) -> bool:
+        """Whether a call to this life of a node needs no new connection."""
+        _, incarnation, _ = self._unary.get(offer.peer, ("", 0, None))
+        return incarnation == offer.incarnation == self._greeted.get(offer.peer, (0, 0))[0]
+
     async def greet(self, offer: Offer) -> None:
         """Register our certificate with a node; raises ``PeerUnreachable``."""
         await self._close_retired()

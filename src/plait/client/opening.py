@@ -29,8 +29,9 @@ ATTEMPTS_MAX = 6
 """Routes tried before the first token is due."""
 CAPACITY = "capacity"
 """The code of a refusal that another moment may change."""
-OPEN_TIMEOUT_MS = 2_000
-"""Who was quick holds its pages no longer than that (``HOLD_MS`` of a stage)."""
+OPEN_TIMEOUT_MS = 5_000
+"""Connecting for the first time included; who is connected gets less (``client.pipeline``)."""
+REOPEN_TIMEOUT_MS = 2_000
 
 
 class Opening:
@@ -119,8 +120,9 @@ class Opening:
         """What makes every stage hold its share of an epoch."""
         self._demand.asking(epoch.entered, self._order.qos, now_ms)
         ids = (*self._order.prompt_ids, *drawn)
+        timeout_ms = OPEN_TIMEOUT_MS if epoch.number == 1 else REOPEN_TIMEOUT_MS
         prefix = self._order.prefix
-        return OpenStages(epoch.terms, epoch.opening, epoch.offers, ids, OPEN_TIMEOUT_MS, prefix)
+        return OpenStages(epoch.terms, epoch.opening, epoch.offers, ids, timeout_ms, prefix)
 
     def start(self, epoch: Epoch) -> int:
         """The first position to feed: those before it are in every stage's cache."""

@@ -43,6 +43,8 @@ from plait.v1.identity_pb2 import SignedEnvelope
 
 log = get_logger(__name__)
 
+OPEN_TIMEOUT_S = 2.0
+"""Of a stage we are connected to: those that were quick hold their pages no longer."""
 CONFIRM_TIMEOUT_S = 6.0
 CLOSE_TIMEOUT_S = 6.0
 _FLOAT_BYTES = 4
@@ -190,6 +192,8 @@ class Pipeline:
         self, epoch: int, offer: Offer, request: session_pb2.OpenRequest, timeout_s: float
     ) -> None:
         peer = offer.peer
+        if self._dialer.is_connected(offer):
+            timeout_s = min(timeout_s, OPEN_TIMEOUT_S)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._dialer.greet(offer)
