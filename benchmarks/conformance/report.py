@@ -80,9 +80,8 @@ def table(found: dict[str, dict[str, Report]], suites: list[str]) -> str:
     for suite in suites:
         pair = [found[name].get(suite) for name in UPSTREAMS]
         known = next((one for one in pair if one is not None), None)
-        if known is not None:
-            cells = [suite, known.version, known.what, *_figures(pair)]
-            lines.append("| " + " | ".join(cells) + " |")
+        version, what = ("", "") if known is None else (known.version, known.what)
+        lines.append("| " + " | ".join([suite, version, what, *_figures(pair)]) + " |")
     for name, reports in found.items():
         lines += _details(name, [reports[suite] for suite in suites if suite in reports])
     return "\n".join([*lines, ""])
