@@ -533,7 +533,8 @@ async function checkNetworkSignature(tomlBytes, signatureText, network) {
 // ---------------------------------------------------------------- reading a bundle
 
 const BUNDLE_BYTES_MAX = 64 * 2 ** 20;
-const BUNDLE_FORMAT = "plait.bundle.v2";
+const BUNDLE_FORMAT = "plait.bundle.v3";
+const BUNDLE_FORMATS_BEFORE = ["plait.bundle.v1", "plait.bundle.v2"];
 const EPOCHS_MAX = 1000;
 const MEMBERS = [
   "checkpoint", "client_cert", "entries", "epochs", "finish_reason", "format", "manifest",
@@ -769,6 +770,8 @@ function readProof(value) {
 async function readBundle(bytes) {
   ensure(bytes.length <= BUNDLE_BYTES_MAX, `a bundle is at most ${BUNDLE_BYTES_MAX} bytes`);
   const members = readMembers(decodeCanonical(bytes), "the bundle", MEMBERS);
+  ensure(!BUNDLE_FORMATS_BEFORE.includes(members.format),
+    `${members.format} is the format of an earlier Plait; this one reads ${BUNDLE_FORMAT}`);
   ensure(members.format === BUNDLE_FORMAT, `the format is not ${BUNDLE_FORMAT}`);
   const { seal, ...body } = members;
   const networkId = readText(members.network, "network");
@@ -1386,7 +1389,7 @@ function gapIn(intervals, last) {
 
 // ---------------------------------------------------------------- credit
 
-const RESERVE = 2, SETTLE = 3, VOID = 4, SUB_ACCOUNT = 6;
+const RESERVE = 2, SETTLE = 3, VOID = 4, ESCROW = 7, MATURE = 8, FORFEIT = 9;
 const COMMITTEE_GRANT_TYPE = "application/vnd.plait.committee-grant.v1";
 
 function routeBytes(terms) {
@@ -1488,7 +1491,7 @@ function checkCaps(bundle) {
 
 function readEntry(bundle, payload, number) {
   const entry = decode(ENTRY, payload);
-  ensure(entry.kind >= 1 && entry.kind <= SUB_ACCOUNT, `entry ${number} has an unknown kind`);
+  ensure(entry.kind >= 1 && entry.kind <= FORFEIT, `entry ${number} has an unknown kind`);
   const ours = entry.network_id === bundle.networkId && equalBytes(entry.session_id, bundle.terms.sessionId);
   ensure(ours, `entry ${number} is of another network or session`);
   ensure(entry.lines.every((line) => (line.debit === 0n) !== (line.credit === 0n)),
@@ -1552,6 +1555,21 @@ function sides(entry) {
   return { debited, credited };
 }
 
+// A share of what was paid goes aside, and back to the payee or, forfeited, to the client.
+function moveEscrow(entry, debited, credited, { paid, aside, prefix, onlyClient }) {
+  const elsewhere = `entry ${entry.index} takes credit from elsewhere, or moves it there`;
+  const [payees, escrow] = entry.kind === ESCROW ? [debited, credited] : [credited, debited];
+  for (const account of escrow.keys()) ensure(account.startsWith(prefix), elsewhere);
+  const amounts = new Map([...escrow].map(([account, amount]) => [account.slice(prefix.length), amount]));
+  if (entry.kind === FORFEIT) ensure(onlyClient(credited), elsewhere);
+  else ensure(payees.size === amounts.size && [...payees].every(([payee, amount]) => amounts.get(payee) === amount), elsewhere);
+  for (const [payee, amount] of amounts) {
+    const now = (aside.get(payee) ?? 0n) + (entry.kind === ESCROW ? amount : -amount);
+    ensure(now >= 0n && now <= (paid.get(payee) ?? 0n), elsewhere);
+    aside.set(payee, now);
+  }
+}
+
 // Apply the entries to the session's holds; returns what each payee was paid.
 function replay(bundle, entries) {
   const { client } = bundle.terms;
@@ -1559,11 +1577,17 @@ function replay(bundle, entries) {
   const held = new Map(reserves.map((entry) => [filledHold(bundle, entry).account, 0n]));
   const paid = new Map();
   const voided = new Set();
+  const aside = new Map();
+  const prefix = `escrow:${toHex(bundle.terms.sessionId)}:`;
   const allHeld = (accounts) => [...accounts.keys()].every((account) => held.has(account));
   const onlyClient = (accounts) => accounts.size === 1 && accounts.has(client);
   for (const entry of entries) {
     const { debited, credited } = sides(entry);
-    ensure([RESERVE, SETTLE, VOID].includes(entry.kind), `entry ${entry.index} issues credit`);
+    ensure([RESERVE, SETTLE, VOID, ESCROW, MATURE, FORFEIT].includes(entry.kind), `entry ${entry.index} issues credit`);
+    if (entry.kind >= ESCROW) {
+      moveEscrow(entry, debited, credited, { paid, aside, prefix, onlyClient });
+      continue;
+    }
     let right = entry.kind === RESERVE ? onlyClient(debited) && allHeld(credited) : allHeld(debited);
     if (entry.kind === SETTLE) {
       right &&= [...credited.keys()].every((account) => account !== client && !held.has(account));
@@ -1686,7 +1710,7 @@ async function checkLog(bundle, authority) {
   for (const [number, payload] of bundle.entries.entries()) {
     const entry = decode(ENTRY, payload);
     const { index, hashes } = bundle.proofs[number];
-    ensure(entry.kind >= 1 && entry.kind <= SUB_ACCOUNT, `entry ${number} has an unknown kind`);
+    ensure(entry.kind >= 1 && entry.kind <= FORFEIT, `entry ${number} has an unknown kind`);
     ensure(entry.index === index, `entry ${number}: its index is not that of its proof`);
     await verifyInclusion(payload, index, checkpoint, hashes);
   }

@@ -38,6 +38,8 @@ _TYPE_NAMES = {
     "AccountQuery": "account-query",
     "BundleSeal": "bundle-seal",
     "AuditVerdict": "audit-verdict",
+    "ExposureReport": "exposure-report",
+    "ExposureJudgement": "exposure-judgement",
     "ModelManifest": "model-manifest",
 }
 

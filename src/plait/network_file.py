@@ -23,6 +23,10 @@ from plait.types import PeerId
 from plait.v1.identity_pb2 import NetworkFileDigest, SignedEnvelope
 
 Admission = Literal["open", "invite", "allowlist"]
+ESCROW_PERCENT = 10
+ESCROW_WINDOW_S = 86_400
+ESCROW_WINDOW_S_MAX = 31_622_400
+"""A leap year."""
 _ADMISSIONS: tuple[Admission, ...] = ("open", "invite", "allowlist")
 
 
@@ -62,6 +66,14 @@ class Witness:
 
 
 @dataclass(frozen=True, slots=True)
+class Judge:
+    """Who computes exposed stages again and says whether their escrow is forfeited."""
+
+    name: str
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkFile:
     """The parsed and verified network file. DER certificates, raw 32-byte keys."""
 
@@ -76,6 +88,11 @@ class NetworkFile:
     witnesses: tuple[Witness, ...] = ()
     witness_quorum: int = 0
     """How many witnesses must have cosigned a checkpoint; 0 asks for none."""
+    judges: tuple[Judge, ...] = ()
+    judge_quorum: int = 0
+    """How many judges must find a stage exposed; 0: there is no escrow."""
+    escrow_percent: int = 0
+    escrow_window_s: int = 0
 
     def admits(self, peer: PeerId) -> bool:
         """Whether the peer may take part."""
@@ -95,6 +112,12 @@ class NetworkFile:
         ]
         if self.witness_quorum:
             lines.append(f"witness_quorum = {self.witness_quorum}")
+        if self.judge_quorum:
+            lines += [
+                f"judge_quorum = {self.judge_quorum}",
+                f"escrow_percent = {self.escrow_percent}",
+                f"escrow_window_s = {self.escrow_window_s}",
+            ]
         for authority in self.authorities:
             lines += [
                 "",
@@ -127,6 +150,9 @@ class NetworkFile:
                     f"address = {_quoted(witness.address)}",
                     f'certificate = "{base64.b64encode(witness.certificate).decode()}"',
                 ]
+        for judge in self.judges:
+            lines += ["", "[[judge]]", f"name = {_quoted(judge.name)}"]
+            lines.append(f'key = "{judge.key.hex()}"')
         return "\n".join(lines) + "\n"
 
     def save(self, path: Path, founder_key: SigningKey) -> None:
@@ -173,8 +199,11 @@ def parse_network_file(data: bytes, name: str = "network.toml") -> NetworkFile:
             allowed_peers=frozenset(_peer(item) for item in head.get("allowed_peers", [])),
             witnesses=tuple(_witness(item) for item in document.get("witness", [])),
             witness_quorum=int(head.get("witness_quorum", 0)),
+            judges=tuple(_judge(item) for item in document.get("judge", [])),
+            **_escrow(head),
         )
         _check_witnesses(network)
+        _check_judges(network)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"the network file {name} is not valid: {detail}") from error
@@ -225,6 +254,38 @@ def _witness(item: dict[str, Any]) -> Witness:
     address = str(item.get("address", ""))
     certificate = item["certificate"] if address else ""
     return Witness(name, _key(item["key"]), address, base64.b64decode(certificate, validate=True))
+
+
+def _judge(item: dict[str, Any]) -> Judge:
+    name = str(item["name"])
+    if not name:
+        raise ValueError("a judge has a name")
+    return Judge(name, _key(item["key"]))
+
+
+def _escrow(head: dict[str, Any]) -> dict[str, int]:
+    quorum = int(head.get("judge_quorum", 0))
+    if not quorum:
+        if "escrow_percent" in head or "escrow_window_s" in head:
+            raise ValueError("there is no escrow without a judge_quorum")
+        return {}
+    return {
+        "judge_quorum": quorum,
+        "escrow_percent": int(head.get("escrow_percent", ESCROW_PERCENT)),
+        "escrow_window_s": int(head.get("escrow_window_s", ESCROW_WINDOW_S)),
+    }
+
+
+def _check_judges(network: NetworkFile) -> None:
+    keys = {judge.key for judge in network.judges}
+    if len(keys) != len(network.judges) or len({one.name for one in network.judges}) != len(keys):
+        raise ValueError("two judges have one name or key")
+    if not 0 <= network.judge_quorum <= len(keys):
+        raise ValueError("judge_quorum is more than there are judges")
+    if not 0 <= network.escrow_percent <= 100:
+        raise ValueError("escrow_percent is a share of 0 to 100")
+    if not 0 <= network.escrow_window_s <= ESCROW_WINDOW_S_MAX:
+        raise ValueError(f"escrow_window_s is at most {ESCROW_WINDOW_S_MAX}")
 
 
 def _check_witnesses(network: NetworkFile) -> None:

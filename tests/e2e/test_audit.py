@@ -64,6 +64,14 @@ class Stage:
         path.write_bytes(asyncio.run(generate()))
         return path
 
+    def balance(self, *account: str) -> dict[str, int]:
+        """``plait ledger balance``."""
+        network = str(self.directory / "network.toml")
+        done = run_plait("ledger", "balance", *account, "--network", network, "--json")
+        assert done.returncode == 0, done.stderr
+        figures: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+        return figures
+
     def audit(self, *arguments: str) -> tuple[int, dict[str, object]]:
         """``plait audit``: its exit code and its object."""
         network = str(self.directory / "network.toml")
@@ -117,6 +125,28 @@ def test_the_dishonest_node_is_exposed_and_anybody_can_judge_again(net: Stage) -
     assert {one["peer"] for one in exposed} == {net.liar}
     code, judged = net.audit("check", exposed[0]["evidence"], "--model", TINY)
     assert (code, judged["outcome"], judged["peer"]) == (1, "exposed", net.liar)
+
+    # The testnet's one judge computes it once more; the ledger forfeits on its signature.
+    judgement = net.directory / "judgement"
+    judge = ("--key", str(net.directory / "issuer" / "judge.key"), "--out", str(judgement))
+    code, found = net.audit("judge", exposed[0]["evidence"], *judge, "--model", TINY)
+    assert (code, found["outcome"]) == (0, "exposed")
+    before, escrow = net.balance(), net.balance(net.liar)["escrow_microcredits"]
+    code, filed = net.audit("file", str(judgement))
+    assert (code, filed["payee"]) == (0, net.liar)
+    amount = filed["forfeited_microcredits"]
+    assert isinstance(amount, int) and 0 < amount <= escrow
+    assert net.balance(net.liar)["escrow_microcredits"] == escrow - amount
+    assert net.balance()["available_microcredits"] == before["available_microcredits"] + amount
+    code, again = net.audit("file", str(judgement))
+    assert (code, again["forfeited_microcredits"]) == (0, 0)
+    audited = run_plait("ledger", "audit", "--network", str(net.directory / "network.toml"))
+    assert audited.returncode == 0, audited.stdout + audited.stderr
+    # Of an honest stage there is nothing that a judge would sign.
+    honest = next(one for one in lots if one["outcome"] == "consistent")
+    judge = (*judge[:-1], str(net.directory / "nothing"))
+    code, _ = net.audit("judge", honest["evidence"], *judge, "--model", TINY)
+    assert code == 1 and not (net.directory / "nothing").exists()
 
 
 def test_the_lottery_is_held_without_being_asked(net: Stage) -> None:

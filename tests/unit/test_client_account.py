@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 from plait.client.account import LANES, Lane, open_account
-from plait.envelope import seal
+from plait.client.actions import Event, Granted, Reserve
+from plait.client.reserving import Reserving
+from plait.envelope import decode, seal
 from plait.errors import CapacityError, ConfigError
-from plait.testing.accounting import key_of
-from plait.v1.identity_pb2 import SignedEnvelope
+from plait.ledger.certs import check_key_cert
+from plait.ledger.service.key_store import rotate_ledger_key
+from plait.testing.accounting import PaperSession, Plot, key_of
+from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
 from plait.v1.ledger_pb2 import BudgetReservation
 
 
@@ -93,3 +97,54 @@ def test_a_disk_that_takes_nothing_is_one_clear_error(tmp_path: Path) -> None:
         (tmp_path / "lanes" / "0.part").mkdir()
         with pytest.raises(ConfigError, match="cannot write"):
             lane.save(7, None)
+
+
+def test_a_rotated_key_is_for_the_next_session_and_the_old_one_is_found(tmp_path: Path) -> None:
+    account = open_account(tmp_path)
+    assert account.renewed() is account
+    assert rotate_ledger_key(tmp_path) == 2
+    newer = account.renewed()
+    assert (newer.key_serial, newer.peer) == (2, account.peer)
+    assert newer.ledger_key.public != account.ledger_key.public
+    assert open_account(tmp_path).ledger_key.public == newer.ledger_key.public
+    for one in (account, newer):
+        cert = one.certificate("net", 1_000)
+        _, key = check_key_cert(cert, "net", 1_000, one.peer)
+        assert key == one.ledger_key.public
+        assert decode(cert.payload, NodeKeyCert).serial == one.key_serial
+    assert newer.with_key(newer.ledger_key.public) is newer
+    old = newer.with_key(account.ledger_key.public)
+    assert (old.ledger_key.public, old.key_serial) == (account.ledger_key.public, 1)
+    with pytest.raises(ConfigError, match="does not have"):
+        newer.with_key(key_of("stranger").public)
+
+
+async def test_what_waits_from_before_a_rotation_is_sent_under_its_own_key(tmp_path: Path) -> None:
+    account = open_account(tmp_path)
+    pending = seal(account.ledger_key, BudgetReservation(sequence=1))
+    with account.lane() as lane:
+        lane.save(1, pending)
+    rotate_ledger_key(tmp_path)
+    newer = account.renewed()
+    ledger = SeenLedger()
+    cert = newer.certificate("net", 5)
+    reserving = Reserving(newer, ledger, cert, lambda: 5)  # type: ignore[arg-type]
+    events: list[Event] = []
+    session = PaperSession(Plot())
+    await reserving.reserve(Reserve(session.terms, 1_000), events.append)
+    assert isinstance(events[-1], Granted)
+    (first, its_cert), (second, _) = ledger.seen
+    assert first == pending
+    assert decode(its_cert.payload, NodeKeyCert).ledger_key == first.signer
+    assert second.signer == newer.ledger_key.public
+
+
+class SeenLedger:
+    """Grants everything, and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[SignedEnvelope, SignedEnvelope]] = []
+
+    async def reserve(self, reservation: SignedEnvelope, cert: SignedEnvelope) -> SignedEnvelope:
+        self.seen.append((reservation, cert))
+        return SignedEnvelope()

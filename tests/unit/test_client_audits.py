@@ -1,6 +1,7 @@
 """The lottery that nobody asks for: what is due on disk, what is recorded, whom to trust."""
 
 import asyncio
+import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from plait.client.audit_spool import (
     TRUST_AFTER_MS,
     AuditRecord,
     AuditSpool,
+    BackgroundSpool,
     trust_of,
 )
 from plait.client.auditing import Audited
@@ -52,14 +54,33 @@ class World:
 
     def __init__(self, folder: Path, *looks: Sequence[Audited] | Exception) -> None:
         self.now_ms = NOW
+        self.exposed: list[AuditEvidence] = []
         self.spool = AuditSpool(folder / "audits")
         self.spool.put(b"s" * 16, b"a bundle", NOW)
         self.script = Script(*looks)
-        self.keeper = LotteryKeeper(self.spool, self.script, lambda: self.now_ms)
+        self.keeper = LotteryKeeper(
+            self.spool, self.script, lambda: self.now_ms, self.exposed.append
+        )
 
     def look(self, after_ms: int = DUE_AFTER_MS) -> bool:
         self.now_ms += after_ms
         return asyncio.run(self.keeper.look_once())
+
+
+async def test_no_answer_waits_for_the_spool_and_leaving_waits_for_it(tmp_path: Path) -> None:
+    spool, sealed = AuditSpool(tmp_path), threading.Event()
+
+    def seal_it() -> bytes:
+        sealed.wait()
+        return b"bundle"
+
+    keeping = BackgroundSpool(spool)
+    keeping.put(b"s" * 16, seal_it, 5)
+    assert spool.take(10) is None
+    sealed.set()
+    await keeping.close()
+    due = spool.take(10)
+    assert due is not None and due[2] == b"bundle"
 
 
 def test_a_session_is_audited_once_it_is_due_and_then_forgotten(tmp_path: Path) -> None:
@@ -74,6 +95,7 @@ def test_a_session_is_audited_once_it_is_due_and_then_forgotten(tmp_path: Path) 
     ]
     assert found[0].evidence == ""
     assert Path(found[1].evidence).exists()
+    assert len(world.exposed) == 1
 
 
 def test_what_the_ledger_has_not_paid_is_tried_again_and_nothing_twice(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from plait import identity
 from plait.errors import BadSignature, LedgerError
 from plait.ledger import journal, witness
 from plait.ledger.balances import Balances, EntryKind
+from plait.ledger.escrow import Escrows
 from plait.ledger.journal import Accepted, Books, Hold
 from plait.ledger.sub_accounts import SubAccounts
 from plait.testing import ledger_attacks_log
@@ -55,6 +56,9 @@ BUGS: list[tuple[Any, str, Callable[..., Any]]] = [
     (Balances, "limit", lambda self, account: U64_MAX),
     (Books, "_expire", lambda self, now_ms: Accepted((), (), 0)),
     (Books, "freeze", lambda self, account: None),
+    (Escrows, "forfeited", lambda self, session_id, payee: None),
+    (Escrows, "_expose", lambda self, payee, exposure: None),
+    (Escrows, "set_aside", lambda self, payment, paid: ()),
     (SubAccounts, "refusal", lambda self, *asked: None),
     (SubAccounts, "use", lambda self, *taken: None),
     (identity, "_verify_remembered", unchecked),

@@ -182,6 +182,13 @@ def test_every_lie_that_python_knows() -> None:
     assert set(agree(module.NETWORK, bundles)) == {"false"}
 
 
+def test_escrow_and_the_lies_about_it() -> None:
+    module = loaded("test_ledger_escrow")
+    whole = [build_bundle(module.PARTS, key_of("client"))]
+    lies = [build_bundle(lie(), key_of("client")) for lie in module.LIES]
+    assert agree(paper_network(), whole + lies) == ["verified"] + ["false"] * len(lies)
+
+
 def test_every_lie_about_epochs() -> None:
     module = loaded("test_ledger_epoch_lies")
     assert agree(module.NETWORK, [module.DATA]) == ["verified"]

@@ -21,8 +21,8 @@ from plait.identity import SigningKey, load_key, save_key
 from plait.ledger.canonical import encode_canonical
 from plait.ledger.certs import make_key_cert
 from plait.ledger.checkpoint import sign_checkpoint
-from plait.ledger.service.authority import AuthorityKeys, serve_authority
 from plait.ledger.service.remote import RemoteLedger
+from plait.ledger.service.serving import AuthorityKeys, serve_authority
 from plait.net.tls import create_identity
 from plait.network_file import Authority, NetworkFile, load_network_file
 from plait.v1 import ledger_pb2 as pb

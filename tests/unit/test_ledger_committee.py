@@ -34,10 +34,10 @@ from plait.ledger.committee import (
     quorum_of,
 )
 from plait.ledger.notices import NoticeBoard
-from plait.ledger.service.authority import AuthorityKeys, RunningAuthority, serve_authority
 from plait.ledger.service.committee import RemoteCommittee, connect
 from plait.ledger.service.notices import NoticeExchange, posts_of
 from plait.ledger.service.remote import RemoteLedger
+from plait.ledger.service.serving import AuthorityKeys, RunningAuthority, serve_authority
 from plait.ledger.sub_accounts import SubAccount, terms_message
 from plait.net.tls import TlsIdentity, create_identity
 from plait.network_file import Authority, NetworkFile

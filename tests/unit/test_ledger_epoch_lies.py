@@ -282,7 +282,7 @@ BASE = TokenCounts(prompt=5, output=1)
 LIES: list[tuple[str, Lie]] = [
     # What no reader takes for a session's terms.
     ("encoding", partial(rewritten, lambda d: d.update(format="plait.bundle.v1"))),
-    ("encoding", partial(rewritten, lambda d: d.update(format="plait.bundle.v3"))),
+    ("encoding", partial(rewritten, lambda d: d.update(format="plait.bundle.v2"))),
     ("encoding", partial(rewritten, lambda d: d.update(epochs=[]))),
     ("encoding", partial(in_terms, 2, ("stages", 1, "base", "output"), 1)),
     ("encoding", partial(in_terms, 2, ("stages", 1, "replayed"), 0)),
@@ -457,9 +457,19 @@ def test_each_lie_is_false_and_named(name: str, lie: Lie) -> None:
     assert name in failures(report), report.lines()
 
 
-def test_an_unknown_format_is_told_as_such() -> None:
-    report = verify_bundle(rewritten(lambda d: d.update(format="plait.bundle.v9")), NETWORK)
-    assert failures(report) == {"encoding": "the format is not plait.bundle.v2"}
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("plait.bundle.v9", "the format is not plait.bundle.v3"),
+        (
+            "plait.bundle.v2",
+            "plait.bundle.v2 is the format of an earlier Plait; this one reads plait.bundle.v3",
+        ),
+    ],
+)
+def test_another_format_is_told_as_such(name: str, reason: str) -> None:
+    report = verify_bundle(rewritten(lambda d: d.update(format=name)), NETWORK)
+    assert failures(report) == {"encoding": reason}
 
 
 @pytest.mark.parametrize(

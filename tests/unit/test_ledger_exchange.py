@@ -22,7 +22,6 @@ from plait.ledger.log_proof import check_log_proof, read_log_proof, write_log_pr
 from plait.ledger.merkle import Tree, leaf_hash, verify_consistency
 from plait.ledger.notices import NoticeBoard, Told
 from plait.ledger.policy import policy_of, read_policy
-from plait.ledger.service.authority import AuthorityKeys, RunningAuthority, serve_authority
 from plait.ledger.service.notices import (
     CALLS_BURST,
     NoticeExchange,
@@ -33,6 +32,7 @@ from plait.ledger.service.notices import (
 )
 from plait.ledger.service.proving import fetch_proof
 from plait.ledger.service.remote import RemoteLedger
+from plait.ledger.service.serving import AuthorityKeys, RunningAuthority, serve_authority
 from plait.ledger.service.tiles import TileFolder, entries_of_folder
 from plait.ledger.service.witness import WitnessFiles
 from plait.ledger.service.witness_edge import RemoteCosigner, serve_witness

@@ -22,6 +22,7 @@ from plait.ledger.fork import (
     ForkProof,
     LogFork,
     ReservationFork,
+    VoucherFork,
     check_fork_proof,
     read_fork_proof,
     write_fork_proof,
@@ -31,7 +32,7 @@ from plait.network_file import parse_network_file
 from plait.testing.accounting import NETWORK_ID, NOW_MS, cert_of, key_of, paper_network
 from plait.types import AccountId
 from plait.v1.identity_pb2 import SignedEnvelope
-from plait.v1.ledger_pb2 import BudgetReservation
+from plait.v1.ledger_pb2 import BudgetReservation, SessionVoucher
 
 NETWORK = paper_network()
 ORIGIN = NETWORK.authorities[0].log_origin
@@ -59,7 +60,21 @@ CERT = cert_of("client")
 TWICE = ReservationFork((reserved(), reserved(amount=8)), (CERT, CERT))
 
 
-@pytest.mark.parametrize("proof", [LOG, TWICE])
+def promised(key: str = "client ledger", **changes: Any) -> SignedEnvelope:
+    fields: dict[str, Any] = {
+        "network_id": NETWORK_ID,
+        "account": CLIENT,
+        "session_id": b"s" * 16,
+        "epoch": 2,
+        "sequence": 5,
+    }
+    return seal(key_of(key), SessionVoucher(**{**fields, **changes}))
+
+
+PAID = VoucherFork((promised(), promised(output_tokens=8)), (CERT, CERT))
+
+
+@pytest.mark.parametrize("proof", [LOG, TWICE, PAID])
 def test_a_proof_travels_and_holds(proof: ForkProof) -> None:
     data = write_fork_proof(proof)
     assert read_fork_proof(data) == proof
@@ -87,6 +102,13 @@ NOTHING: list[Callable[[], ForkProof]] = [
     lambda: replace(TWICE, reservations=(reserved(), reserved(network_id="x"))),
     lambda: replace(TWICE, reservations=(reserved(), reserved(account=key_of("x").peer_id))),
     lambda: replace(TWICE, reservations=(reserved(), reserved("stranger", amount=8))),
+    lambda: replace(PAID, vouchers=(promised(), promised())),
+    lambda: replace(PAID, vouchers=(promised(), promised(sequence=6))),
+    lambda: replace(PAID, vouchers=(promised(), promised(epoch=3))),
+    lambda: replace(PAID, vouchers=(promised(), promised(session_id=b"t" * 16))),
+    lambda: replace(PAID, vouchers=(promised(), promised(network_id="x"))),
+    lambda: replace(PAID, vouchers=(promised(), promised("stranger", output_tokens=8))),
+    lambda: replace(PAID, vouchers=(promised(), reserved())),
     lambda: replace(TWICE, certs=(CERT, cert_of("stage 0"))),
     lambda: replace(TWICE, certs=(CERT, SignedEnvelope())),
 ]
@@ -106,7 +128,7 @@ def test_the_same_content_signed_twice_is_no_fork() -> None:
 
 
 @pytest.mark.slow
-@given(st.sampled_from([LOG, TWICE]), st.data())
+@given(st.sampled_from([LOG, TWICE, PAID]), st.data())
 def test_no_flipped_bit_accuses_another(proof: ForkProof, data: st.DataObject) -> None:
     damaged = bytearray(write_fork_proof(proof))
     damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -173,4 +195,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.output.startswith(f"proven: {NETWORK.authorities[0].peer}")
     path.write_bytes(write_fork_proof(LogFork(ORIGIN, (note(7, 1), note(7, 1)))))
     result = CliRunner().invoke(app, ["fork", str(path), "--network", str(network)])
+    assert isinstance(result.exception, VerificationError)
+
+
+def test_judge_takes_a_fork_proof(tmp_path: Path) -> None:
+    network, path = tmp_path / "network.toml", tmp_path / "proof.json"
+    NETWORK.save(network, key_of("founder"))
+    path.write_bytes(write_fork_proof(PAID))
+    result = CliRunner().invoke(app, ["judge", str(path), "--network", str(network)])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"proven: {CLIENT} signed two vouchers under number 5")
+    path.write_bytes(write_fork_proof(replace(PAID, vouchers=(promised(), promised()))))
+    result = CliRunner().invoke(app, ["judge", str(path), "--network", str(network)])
     assert isinstance(result.exception, VerificationError)

@@ -1,5 +1,6 @@
 """The books: each rule once, then a state machine that tries everything at random."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,10 @@ from plait.ledger.balances import (
     Limit,
     Line,
     entry_from_payload,
+    escrow_of,
     hold_account,
 )
+from plait.ledger.escrow import EscrowTerms
 from plait.ledger.journal import (
     FRESHNESS_MS,
     GRACE_MS,
@@ -30,6 +33,7 @@ from plait.ledger.journal import (
     Command,
     Decline,
     Expire,
+    Forfeit,
     Fork,
     Issue,
     Outcome,
@@ -38,7 +42,7 @@ from plait.ledger.journal import (
     SetLimit,
     Settle,
 )
-from plait.types import U64_MAX, AccountId, SessionId
+from plait.types import U64_MAX, AccountId, Digest, SessionId
 from plait.v1.ledger_pb2 import (
     BudgetReservation,
     IssueOrder,
@@ -480,6 +484,7 @@ def test_a_stored_entry_needs_its_cause(books: Books) -> None:
 
 
 PAYEES = [ALICE, BOB, CAROL]
+ESCROW_TERMS = EscrowTerms(percent=25, window_ms=600_000)
 amounts = st.dictionaries(st.sampled_from(PAYEES), st.integers(0, 120), max_size=3)
 
 
@@ -488,7 +493,8 @@ class BooksMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.books = Books(NETWORK)
+        self.books = Books(NETWORK, ESCROW_TERMS)
+        self.forfeited: dict[bytes, int] = {}
         self.now_ms = NOW
         self.entries: list[Entry] = []
         self.causes: dict[bytes, Issue | SetLimit | Reserve] = {}
@@ -572,6 +578,21 @@ class BooksMachine(RuleBasedStateMachine):
             again = self.run(command)
             assert again == Accepted((), (), outcome.value) or refused(again) == "cap"
 
+    @rule(payee=st.sampled_from(PAYEES), session=st.integers(0, 3), number=st.integers(0, 3))
+    def forfeit(self, payee: AccountId, session: int, number: int) -> None:
+        session_id = SessionId(bytes([session]) * 16)
+        standing = self.books.escrows.standing(session_id, payee)
+        judged = self.books.escrows.forfeited(session_id, payee) is not None
+        before = self.books.balances.of(CLIENT)
+        command = Forfeit(session_id, payee, Digest(bytes([number]) * 32))
+        outcome = self.run(command)
+        if judged or not standing:
+            assert not isinstance(outcome, Accepted) or not outcome.entries
+        else:
+            assert self.books.balances.of(CLIENT) == before + standing
+            assert self.books.escrows.standing(session_id, payee) == 0
+            assert self.run(command) == Accepted((), (), 0)
+
     @rule(step_ms=st.sampled_from([1, 60_000, 500_000]))
     def wait(self, step_ms: int) -> None:
         self.now_ms += step_ms
@@ -604,6 +625,28 @@ class BooksMachine(RuleBasedStateMachine):
                 assert paid <= sum(caps)
 
     @invariant()
+    def what_was_paid_is_with_the_payee_in_escrow_or_forfeited(self) -> None:
+        moved: Counter[tuple[bytes, AccountId]] = Counter()
+        for item in self.entries:
+            for line in item.lines:
+                payee = escrow_of(line.account)
+                if payee is not None and item.kind is EntryKind.ESCROW:
+                    moved[item.session_id, payee] += line.credit
+        for session in range(4):
+            session_id = SessionId(bytes([session]) * 16)
+            for payee in PAYEES:
+                share = self.books.paid(session_id, payee) * ESCROW_TERMS.percent // 100
+                assert moved[session_id, payee] == share
+                assert self.books.escrows.standing(session_id, payee) <= share
+        for payee in PAYEES:
+            accounts = [
+                balance
+                for name, balance in self.books.balances.all().items()
+                if escrow_of(name) == payee
+            ]
+            assert self.books.escrows.of(payee) == sum(accounts)
+
+    @invariant()
     def balances_follow_from_the_entries(self) -> None:
         auditor = Balances(NETWORK)
         for item in self.entries:
@@ -611,7 +654,7 @@ class BooksMachine(RuleBasedStateMachine):
         assert auditor.all() == self.books.balances.all()
 
     def teardown(self) -> None:
-        replayed = Books(NETWORK)
+        replayed = Books(NETWORK, ESCROW_TERMS)
         for item in self.entries:
             command = self.causes.get(item.cause)
             match command:
@@ -629,6 +672,9 @@ class BooksMachine(RuleBasedStateMachine):
         assert replayed.balances.all() == self.books.balances.all()
         assert replayed.next_sequence(CLIENT, 0) == self.books.next_sequence(CLIENT, 0)
         assert replayed.history(CLIENT) == self.books.history(CLIENT)
+        later_ms = self.now_ms + ESCROW_TERMS.window_ms
+        assert replayed.apply(Expire(), later_ms) == self.books.apply(Expire(), later_ms)
+        assert all(self.books.escrows.of(payee) == 0 for payee in PAYEES)
 
 
 BooksMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

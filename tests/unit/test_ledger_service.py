@@ -18,8 +18,9 @@ from plait.ledger.checkpoint import open_checkpoint
 from plait.ledger.journal import FRESHNESS_MS, GRACE_MS
 from plait.ledger.journal_audit import JournalAuditor, audit_journal
 from plait.ledger.merkle import leaf_hash, root_of, verify_consistency, verify_inclusion
-from plait.ledger.service.authority import AuthorityKeys, Clock, RunningAuthority, serve_authority
+from plait.ledger.service.authority import KEY_OVERLAP_MS
 from plait.ledger.service.remote import AccountState, RemoteLedger
+from plait.ledger.service.serving import AuthorityKeys, Clock, RunningAuthority, serve_authority
 from plait.ledger.service.store import Store
 from plait.net.tls import create_identity
 from plait.network_file import Authority, NetworkFile
@@ -320,7 +321,17 @@ async def test_a_replaced_certificate_is_refused_but_its_vouchers_still_pay(
     rotated = SigningKey.from_seed(bytes(32))
     other = reservation(2, key=rotated, session_id=b"t" * 16)
     await remote.reserve(other, cert(CLIENT, rotated, serial=2))
-    assert await refusal(remote.reserve(reservation(3), CLIENT_CERT)) == "signature"
+    # For a moment the old key may still begin something: another process was about to.
+    await remote.reserve(reservation(3, session_id=b"u" * 16), CLIENT_CERT)
+    later_ms = START_MS + KEY_OVERLAP_MS + 1
+    service.times.pass_ms(KEY_OVERLAP_MS + 1)
+    late = reservation(4, session_id=b"v" * 16, issued_ms=later_ms)
+    assert await refusal(remote.reserve(late, CLIENT_CERT)) == "signature"
+    # What it began goes on: the same again is granted, and so is the next epoch of its session.
+    assert await remote.reserve(reservation(), CLIENT_CERT)
+    more = pb.BudgetReservation.FromString(reservation(4, issued_ms=later_ms).payload)
+    more.epoch = 2
+    assert await remote.reserve(seal(CLIENT_LEDGER, more), CLIENT_CERT)
     shown = voucher(10)
     assert await remote.settle(request(shown), PAYEE_CERT, shown) == 10
 
@@ -334,6 +345,22 @@ async def test_concurrent_settlements_of_one_voucher_pay_once(service: Service) 
     paid = await asyncio.gather(*calls)
     assert max(paid) == 50
     assert service.running.recorder.books.balances.all()[PAYEE.peer_id] == 50  # type: ignore[index]
+
+
+async def test_who_signs_two_vouchers_of_one_number_is_granted_nothing_more(
+    service: Service,
+) -> None:
+    remote = service.remote
+    await remote.issue(order())
+    await remote.reserve(reservation(), CLIENT_CERT)
+    for amount in (10, 10):
+        await remote.settle(request(voucher(amount)), PAYEE_CERT, voucher(amount))
+    more = reservation(2, session_id=b"another session!"[:16])
+    await remote.reserve(more, CLIENT_CERT)
+    # The other one is paid all the same: the credit was set aside.
+    assert await remote.settle(request(voucher(20)), PAYEE_CERT, voucher(20)) == 20
+    again = reservation(3, session_id=b"yet another one!"[:16])
+    assert await refusal(remote.reserve(again, CLIENT_CERT)) == "frozen"
 
 
 async def test_holds_expire_after_grace_and_no_clock_jump_hastens_it(service: Service) -> None:

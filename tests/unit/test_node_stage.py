@@ -14,6 +14,7 @@ from plait.errors import (
     PeerUnreachable,
     RemoteProtocolError,
 )
+from plait.ledger.fork import check_fork_proof
 from plait.ledger.terms import SessionTerms
 from plait.node.admission import StageIdentity
 from plait.node.overload import Limits
@@ -313,6 +314,22 @@ def test_a_forged_last_voucher_is_refused_and_the_session_still_ends() -> None:
     with pytest.raises(BadSignature):
         swarm.nodes[peers[0]].stage.close(request, CLIENT)
     assert not any(swarm.held().values())
+
+
+def test_two_vouchers_of_one_number_are_a_portable_proof() -> None:
+    swarm, peers, client = opened(SPLITS[1], max_tokens=40)
+    client.prefill()
+    client.decode(1)  # carries the voucher for the prompt
+    node = swarm.nodes[peers[0]]
+    paid = next(iter(node.stage.sessions)).require_books().voucher
+    assert paid is not None and not node.caught
+    other = SessionVoucher.FromString(paid.payload)
+    other.issued_ms += 1
+    client.voucher = seal(CLIENT_LEDGER, other)
+    with pytest.raises(Faulted, match="two vouchers"):
+        client.decode(1)
+    (proof,) = node.caught
+    assert check_fork_proof(proof, paper_network()).culprit == CLIENT
 
 
 def test_drafts_are_drawn_or_rejected_and_never_change_the_answer() -> None:

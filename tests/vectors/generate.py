@@ -17,7 +17,7 @@ from plait.identity import peer_id_of
 from plait.ledger.bundle import BundleParts, EpochParts, build_bundle
 from plait.ledger.checkpoint import sign_checkpoint
 from plait.ledger.cosignature import cosign
-from plait.ledger.fork import ForkProof, LogFork, ReservationFork, write_fork_proof
+from plait.ledger.fork import ForkProof, LogFork, ReservationFork, VoucherFork, write_fork_proof
 from plait.ledger.handoff import HandoffChain, ids_payload
 from plait.ledger.terms import SessionTerms
 from plait.ledger.voucher import Transcript
@@ -404,9 +404,18 @@ def forks() -> Json:
     message.sequence += 1
     next_one = seal(key_of("client ledger"), message)
     certs = (cert_of("client"), cert_of("client"))
+    paid = present(EPOCH.voucher)
+    voucher = SessionVoucher.FromString(paid.payload)
+    voucher.issued_ms += 1
+    other = seal(key_of("client ledger"), voucher)
+    voucher.sequence += 1
+    later = seal(key_of("client ledger"), voucher)
     proofs: list[tuple[str, ForkProof, str]] = [
         ("two trees", LogFork(origin, (notes[0], notes[1])), paper_network().authorities[0].peer),
         ("two reservations", ReservationFork((first, second), certs), key_of("client").peer_id),
+        ("two vouchers", VoucherFork((paid, other), certs), key_of("client").peer_id),
+        ("one voucher twice", VoucherFork((paid, paid), certs), ""),
+        ("two voucher numbers", VoucherFork((paid, later), certs), ""),
         ("one tree twice", LogFork(origin, (notes[0], notes[0])), ""),
         ("two sizes", LogFork(origin, (notes[0], larger)), ""),
         ("another log", LogFork("other.example", (notes[0], notes[1])), ""),

@@ -10,6 +10,7 @@ from plait.errors import BadProof, ConfigError
 
 if TYPE_CHECKING:
     from plait.client.auditing import Audited
+    from plait.ledger.audit_wire import Challenge
 
 app = typer.Typer(no_args_is_help=True, help="Have chunks replayed by other hosts; evidence.")
 
@@ -62,9 +63,11 @@ def request(
 
 @app.command("ls")
 def ls(network: Network = None, json_output: Json = False) -> None:
-    """What audits of your own sessions found, and how many chunks each peer has passed.
+    """What audits of your own sessions found, how many chunks each peer has passed, and reports.
 
-    A passed chunk counts once the audit window is over. Exit code 1 if a stage was exposed.
+    A passed chunk counts once the audit window is over. What others report is shown and counts
+    for nothing: have the evidence and run plait audit check. Exit code 1 if a stage of yours
+    was exposed.
     """
     import time
     from dataclasses import asdict
@@ -74,15 +77,22 @@ def ls(network: Network = None, json_output: Json = False) -> None:
 
     records = AuditSpool(client_dir(network) / "audits").records()
     passed = trust_of(records, time.time_ns() // 1_000_000)
+    reports = _reports(network)
     if json_output:
-        found = {"audits": [asdict(one) for one in records], "passed": dict(passed)}
+        found = {
+            "audits": [asdict(one) for one in records],
+            "passed": dict(passed),
+            "reported": reports,
+        }
         typer.echo(json.dumps(found))
     else:
-        for one in records:
-            if one.outcome != "consistent":
-                typer.echo(_line(asdict(one)))
+        for record in records:
+            if record.outcome != "consistent":
+                typer.echo(_line(asdict(record)))
         for peer, count in sorted(passed.items()):
             typer.echo(f"{peer}  passed {count}")
+        for one in reports:
+            typer.echo(f"{one['peer']}  exposed, says {one['reporter']} ({one['reason']})")
     raise typer.Exit(int(any(one.outcome == "exposed" for one in records)))
 
 
@@ -92,6 +102,9 @@ def check(
     network: Network = None,
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
     model: Annotated[str, typer.Option(help="The model, by its name here.")] = "smollm2-135m",
+    record: Annotated[
+        bool, typer.Option("--record", help="If it is exposed, count it as your own audit.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Judge the evidence of an audit again, by computing the stage here.
@@ -99,6 +112,108 @@ def check(
     Needs the weights, and trusts neither the auditor nor the stage. Exit code 0: consistent,
     1: exposed, 2: what was opened proves nothing.
     """
+    figures, challenge = _judged(evidence, network, threads, model)
+    if record and figures["outcome"] == "exposed" and figures["same_class"]:
+        _record(network, challenge, figures, evidence)
+    typer.echo(json.dumps(figures) if json_output else _line(figures))
+    raise typer.Exit({"consistent": 0, "exposed": 1}.get(figures["outcome"], 2))
+
+
+@app.command()
+def judge(
+    evidence: Annotated[Path, typer.Argument(help="Evidence of an exposure.")],
+    key: Annotated[Path, typer.Option(help="Key of a judge that the network file names.")],
+    out: Annotated[Path, typer.Option(help="Where to write the signed judgement.")],
+    network: Network = None,
+    threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
+    model: Annotated[str, typer.Option(help="The model, by its name here.")] = "smollm2-135m",
+    json_output: Json = False,
+) -> None:
+    """As a judge: compute the stage here, and sign the exposure if it is one.
+
+    ``plait audit file`` brings the judgements to the ledger, which forfeits the stage's
+    escrow. Exit code 1 if nothing is exposed; nothing is signed then.
+    """
+    import hashlib
+    import time
+
+    from plait.identity import load_key
+    from plait.ledger.exposure import sign_judgement
+    from plait.locate import network_path
+    from plait.network_file import load_network_file
+    from plait.v1.ledger_pb2 import ExposureJudgement
+
+    file, signer = load_network_file(network_path(network)), load_key(key)
+    if signer.public not in {one.key for one in file.judges}:
+        raise ConfigError(f"{key} is the key of none of the network's judges")
+    figures, challenge = _judged(evidence, network, threads, model)
+    typer.echo(json.dumps(figures) if json_output else _line(figures))
+    if figures["outcome"] != "exposed" or not figures["same_class"]:
+        raise typer.Exit(1)
+    judgement = ExposureJudgement(
+        network_id=file.network_id,
+        session_id=challenge.terms.session_id,
+        payee=challenge.stage.peer,
+        receipt_digest=challenge.receipt_digest,
+        evidence_digest=hashlib.sha256(_read(evidence)).digest(),
+        issued_ms=time.time_ns() // 1_000_000,
+    )
+    try:
+        out.write_bytes(sign_judgement(signer, judgement).SerializeToString())
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from error
+
+
+@app.command("file")
+def file_exposure(
+    judgements: Annotated[list[Path], typer.Argument(help="Signed judgements of one exposure.")],
+    network: Network = None,
+    json_output: Json = False,
+) -> None:
+    """Bring judgements of a quorum to the ledger: the escrow of the exposed stage is forfeited.
+
+    That of the judged session goes back to its client at once, that of the stage's other
+    sessions when it would have matured. Filing twice forfeits once.
+    """
+    import asyncio
+
+    from google.protobuf.message import DecodeError
+
+    from plait.ledger.exposure import check_judged, combine_judgements, judging_of
+    from plait.ledger.service.remote import RemoteLedger
+    from plait.locate import network_path
+    from plait.network_file import load_network_file
+    from plait.v1.identity_pb2 import SignedEnvelope
+
+    trusted = load_network_file(network_path(network))
+    try:
+        signed = [SignedEnvelope.FromString(_read(path)) for path in judgements]
+    except DecodeError as error:
+        raise ConfigError("a file is no judgement") from error
+    exposure = combine_judgements(signed)
+    judged = check_judged(exposure, trusted.network_id, judging_of(trusted))
+
+    async def filed() -> list[int]:
+        amounts = []
+        for authority in trusted.authorities:
+            ledger = RemoteLedger(authority)
+            try:
+                amounts.append(await ledger.file_exposure(exposure))
+            finally:
+                await ledger.close()
+        return amounts
+
+    amount = max(asyncio.run(filed()), default=0)
+    if json_output:
+        typer.echo(json.dumps({"payee": judged.payee, "forfeited_microcredits": amount}))
+    else:
+        typer.echo(f"{judged.payee}: {amount} microcredits of this session forfeited")
+
+
+def _judged(
+    evidence: Path, network: Path | None, threads: int, model: str
+) -> "tuple[dict[str, Any], Challenge]":
+    """What computing the stage here finds, and what was challenged."""
     from google.protobuf.message import DecodeError
 
     from plait.compute.load import load_stage
@@ -124,8 +239,8 @@ def check(
         tolerance_of(challenge.numeric_class)
         steps = steps_of(challenge, message.openings)
     except BadProof as error:
-        typer.echo(json.dumps({"outcome": "unresponsive", "reason": str(error)}))
-        raise typer.Exit(2) from error
+        peer = challenge.stage.peer
+        return {"outcome": "unresponsive", "peer": peer, "reason": str(error)}, challenge
     dtype = challenge.numeric_class.split("/")[1]
     stage = load_stage(local, challenge.stage.span, dtype, threads)
     session = SessionId(b"plait/rejudging!")
@@ -147,8 +262,50 @@ def check(
         "margin_logits": worst.margin,
         "reason": reason,
     }
-    typer.echo(json.dumps(figures) if json_output else _line(figures))
-    raise typer.Exit(int(verdict == "exposed"))
+    return figures, challenge
+
+
+def _record(
+    network: Path | None, challenge: "Challenge", figures: dict[str, Any], evidence: Path
+) -> None:
+    """Count what was computed here as an audit of one's own."""
+    import time
+
+    from plait.client.account import open_account
+    from plait.client.audit_spool import AuditRecord, AuditSpool
+    from plait.locate import client_dir
+
+    folder, lot = client_dir(network), challenge.lot
+    found = AuditRecord(
+        at_ms=time.time_ns() // 1_000_000,
+        session=challenge.terms.session_id.hex(),
+        epoch=lot.epoch,
+        chunk=lot.chunk,
+        stage=lot.stage_index,
+        peer=challenge.stage.peer,
+        outcome="exposed",
+        auditor=open_account(folder).peer,
+        reason=figures["reason"],
+        evidence=str(evidence),
+    )
+    AuditSpool(folder / "audits").record([found])
+
+
+def _reports(network: Path | None) -> list[dict[str, Any]]:
+    """The exposures that others reported, as the client's notices on disk have them."""
+    from dataclasses import asdict
+
+    from plait.ledger.notices import NoticeBoard
+    from plait.ledger.service.notices import NoticeFile
+    from plait.locate import client_dir, network_path
+    from plait.network_file import load_network_file
+
+    board = NoticeBoard(load_network_file(network_path(network)))
+    NoticeFile(client_dir(network) / "notices").load(board)
+    return [
+        {name: v.hex() if isinstance(v, bytes) else v for name, v in asdict(one).items()}
+        for one in board.exposures.all()
+    ]
 
 
 def _figures(one: "Audited", path: Path | None) -> dict[str, Any]:

@@ -51,14 +51,36 @@ def balance(account: Account = None, network: Network = None, json_output: Json 
                 "available_microcredits": state.available,
                 "pending_microcredits": state.pending,
                 "credit_limit_microcredits": state.credit_limit,
+                "escrow_microcredits": state.escrow,
                 "next_sequence": state.next_sequence,
                 "sub_accounts": [plain_use(use) for use in shares],
             }
         )
     else:
-        print(f"{name}: {state.available} microcredits available, {state.pending} set aside")
+        print(
+            f"{name}: {state.available} microcredits available, {state.pending} set aside, "
+            f"{state.escrow} earned and in escrow"
+        )
         for use in shares:
             print(sub_account_line(use))
+
+
+@app.command("rotate-key")
+def rotate_key(network: Network = None, json_output: Json = False) -> None:
+    """Make your account's next ledger key. Running clients use it from their next session on.
+
+    Sessions under way keep the old key; for two minutes more it may also begin something, so
+    that no request fails.
+    """
+    from plait.cli.output import emit_json
+    from plait.ledger.service.key_store import rotate_ledger_key
+    from plait.locate import client_dir
+
+    serial = rotate_ledger_key(client_dir(network))
+    if json_output:
+        emit_json({"serial": serial})
+    else:
+        print(f"the ledger key has the serial {serial} now")
 
 
 @app.command()

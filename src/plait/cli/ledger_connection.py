@@ -78,6 +78,7 @@ def query(
     from plait.envelope import seal
     from plait.identity import load_key
     from plait.ledger.certs import make_key_cert
+    from plait.ledger.service.key_store import newest_ledger_key
     from plait.locate import client_dir
     from plait.v1.ledger_pb2 import AccountQuery
 
@@ -89,8 +90,8 @@ def query(
     )
     if name != own.peer_id:
         return name, seal(issuer_key(network), message), None
-    key = load_key(folder / "ledger.key")
-    cert = make_key_cert(own, key.public, network_id, now_ms(), CERT_TTL_MS, 1)
+    key, serial = newest_ledger_key(folder)
+    cert = make_key_cert(own, key.public, network_id, now_ms(), CERT_TTL_MS, serial)
     return name, seal(key, message), cert
 
 

@@ -49,6 +49,7 @@ def audit(
     """
     from plait.cli.output import emit_json
     from plait.ledger.checkpoint import open_checkpoint
+    from plait.ledger.exposure import judging_of
     from plait.ledger.journal_audit import JournalAuditor, audit_journal
     from plait.ledger.service.verify_ahead import verified_ahead
 
@@ -57,7 +58,12 @@ def audit(
     if not source.checkpoint:
         raise ConfigError(f"{journal} has no checkpoint", remedy="export it again, whole")
     signed = open_checkpoint(source.checkpoint, named.log_origin, named.log_key)
-    auditor = JournalAuditor(file.network_id, file.issuer_key, committee=len(file.authorities) > 1)
+    auditor = JournalAuditor(
+        file.network_id,
+        file.issuer_key,
+        committee=len(file.authorities) > 1,
+        judging=judging_of(file),
+    )
     report = audit_journal(auditor, verified_ahead(source.pages, _other_cores()), signed)
     if json_output:
         emit_json(report)

@@ -1,4 +1,4 @@
-"""``plait ledger judge``: did an authority keep what it granted out of its log?"""
+"""``plait ledger judge``: what a bundle or a fork proof proves against who signed it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def judge(
-    bundle: Annotated[Path, typer.Argument(help="A bundle: its grants are judged.")],
+    bundle: Annotated[
+        Path, typer.Argument(help="A bundle, whose grants are judged, or a fork proof.")
+    ],
     journal: Annotated[
         Path | None, typer.Option(help="An exported journal; by default the ledger's, now.")
     ] = None,
@@ -25,12 +27,16 @@ def judge(
 ) -> None:
     """Check that what was granted is in the log. Exit code 1: proven that it was kept out.
 
+    Of a fork proof: that somebody signed twice. Exit code 1: proven.
     A grant promises its entry within a delay. The journal under a later checkpoint without
     that entry is proof against the authority; bundle and exported journal carry it to others.
     """
     from plait.cli.output import emit_json
 
     file = network_file(network)
+    if _is_fork_proof(bundle):
+        _judge_fork(bundle, file, json_output=json_output)
+        raise typer.Exit(1)
     verdicts = _verdicts(_grants(bundle), file, journal)
     if json_output:
         emit_json({"verdicts": [_plain(verdict) for verdict in verdicts]})
@@ -39,6 +45,31 @@ def judge(
         print(f"{verdict.finding}{where}: {verdict.authority.log_origin}, {verdict.tree_size}")
     if any(verdict.finding == "withheld" for verdict in verdicts):
         raise typer.Exit(1)
+
+
+def _is_fork_proof(path: Path) -> bool:
+    from plait.cli.verify import read_bundle_file
+    from plait.ledger.fork import FORK_BYTES_MAX, FORK_FORMAT
+
+    data = read_bundle_file(path)
+    return len(data) <= FORK_BYTES_MAX and f'"format":"{FORK_FORMAT}"'.encode() in data
+
+
+def _judge_fork(path: Path, network: "NetworkFile", *, json_output: bool) -> None:
+    from plait.cli.output import emit_json
+    from plait.cli.verify import read_bundle_file
+    from plait.errors import BadProof
+    from plait.ledger.fork import check_fork_proof, read_fork_proof
+
+    try:
+        proof = read_fork_proof(read_bundle_file(path))
+    except ValueError as error:
+        raise BadProof(f"{path} is no fork proof: {error}") from error
+    verdict = check_fork_proof(proof, network)
+    if json_output:
+        emit_json({"culprit": verdict.culprit, "statement": verdict.statement})
+    else:
+        print(f"proven: {verdict.culprit} {verdict.statement}")
 
 
 def _verdicts(

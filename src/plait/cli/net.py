@@ -192,6 +192,10 @@ def _described(path: Path, network: NetworkFile) -> dict[str, object]:
             for item in network.authorities
         ],
         "witness_quorum": network.witness_quorum,
+        "judge_quorum": network.judge_quorum,
+        "judges": [{"name": item.name, "key": item.key.hex()} for item in network.judges],
+        "escrow_percent": network.escrow_percent,
+        "escrow_window_s": network.escrow_window_s,
         "witnesses": [{"name": item.name, "address": item.address} for item in network.witnesses],
         "bootstrap": [
             {

@@ -12,16 +12,24 @@ import json
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plait.errors import CapacityError, ConfigError
 from plait.identity import SigningKey, load_or_create_key
+from plait.ledger.certs import make_key_cert
+from plait.ledger.service.key_store import (
+    FIRST_SERIAL,
+    ledger_keys,
+    newest_ledger_key,
+    newest_serial,
+)
 from plait.net.tls import TlsIdentity, load_or_create
 from plait.types import PeerId
 from plait.v1.identity_pb2 import SignedEnvelope
 
 LANES = 64
+KEY_CERT_TTL_MS = 24 * 3_600_000
 SERIAL_WAIT_S = 10.0
 _SERIAL_POLL_S = 0.02
 
@@ -103,6 +111,8 @@ class Account:
     peer_key: SigningKey
     ledger_key: SigningKey
     tls: TlsIdentity
+    key_serial: int = FIRST_SERIAL
+    """Rises by rotation of the ledger key."""
     serial: bool = False
     """One lane only, with the number 0: a committee of authorities grants."""
 
@@ -110,6 +120,31 @@ class Account:
     def peer(self) -> PeerId:
         """The client's peer id, which is also its account."""
         return self.peer_key.peer_id
+
+    def certificate(self, network_id: str, now_ms: int) -> SignedEnvelope:
+        """The peer key's delegation to the ledger key, from now on."""
+        public = self.ledger_key.public
+        ttl_ms = KEY_CERT_TTL_MS
+        return make_key_cert(self.peer_key, public, network_id, now_ms, ttl_ms, self.key_serial)
+
+    def with_key(self, public: bytes) -> "Account":
+        """The same account with the ledger key that a session or reservation was signed by.
+
+        Raises ``ConfigError`` if it is none of this account's keys.
+        """
+        if public == self.ledger_key.public:
+            return self
+        for key, serial in ledger_keys(self.folder):
+            if key.public == public:
+                return replace(self, ledger_key=key, key_serial=serial)
+        raise ConfigError("this was signed with a ledger key that the account does not have")
+
+    def renewed(self) -> "Account":
+        """The same account with its newest ledger key: another process may have rotated it."""
+        if newest_serial(self.folder) == self.key_serial:
+            return self
+        key, serial = newest_ledger_key(self.folder)
+        return replace(self, ledger_key=key, key_serial=serial)
 
     @contextlib.contextmanager
     def lane(self, *, idle: bool = False) -> Iterator[Lane]:
@@ -156,12 +191,14 @@ def open_account(folder: Path, *, serial: bool = False) -> Account:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         peer_key = load_or_create_key(folder / "identity.key")
+        ledger_key, key_serial = newest_ledger_key(folder)
         return Account(
             folder=folder,
             peer_key=peer_key,
-            ledger_key=load_or_create_key(folder / "ledger.key"),
+            ledger_key=ledger_key,
             tls=load_or_create(folder, peer_key.peer_id),
             serial=serial,
+            key_serial=key_serial,
         )
     except OSError as error:
         raise ConfigError(f"cannot use the account folder {folder}: {error.strerror}") from error

@@ -5,11 +5,14 @@ process that ends before leaves it to the next one of the same account. Bounded 
 bytes: the oldest are given up, which only means that nobody looks at them.
 """
 
+import asyncio
 import contextlib
 import json
 import os
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -149,6 +152,39 @@ class AuditSpool:
         while kept and (len(kept) > files_max or sum(sizes) > bytes_max):
             kept.pop(0).unlink(missing_ok=True)
             sizes.pop(0)
+
+
+class BackgroundSpool:
+    """Puts bundles into a spool from a thread of its own: no answer waits for it.
+
+    Beyond ``PENDING_MAX`` that wait, a session is not kept, which nobody can foresee.
+    """
+
+    PENDING_MAX = 256
+
+    def __init__(self, spool: AuditSpool) -> None:
+        self._spool = spool
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit spool")
+        self._pending = threading.BoundedSemaphore(self.PENDING_MAX)
+
+    def put(self, session: bytes, bundle: Callable[[], bytes], now_ms: int) -> None:
+        """Keep what ``bundle`` makes; returns at once."""
+        if not self._pending.acquire(blocking=False):
+            log.warning("a session is not kept for audits", reason="too many wait")
+            return
+        self._thread.submit(self._put, session, bundle, now_ms)
+
+    async def close(self) -> None:
+        """Wait until all that was put is kept."""
+        await asyncio.to_thread(self._thread.shutdown)
+
+    def _put(self, session: bytes, bundle: Callable[[], bytes], now_ms: int) -> None:
+        try:
+            self._spool.put(session, bundle(), now_ms)
+        except Exception as error:
+            log.exception("a session is not kept for audits", reason=str(error))
+        finally:
+            self._pending.release()
 
 
 @contextlib.contextmanager

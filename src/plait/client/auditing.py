@@ -89,7 +89,8 @@ async def audit_bundle(
     # The bundle may be from before a stage was paid.
     evidence = await ledger.evidence(parts.terms.session_id)
     parts = replace(parts, entries=evidence.entries)
-    nonce = session_nonce(account.ledger_key, parts.terms.session_id)
+    opened_with = account.with_key(parts.terms.client_ledger_key)
+    nonce = session_nonce(opened_with.ledger_key, parts.terms.session_id)
     anchors: dict[bytes, stage_pb2.AuditAnchor] = {}
     view_until_s = asyncio.get_running_loop().time() + VIEW_TIMEOUT_S
     audited = []

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 from plait.client.account import Account, open_account
 from plait.client.answer import Answer, Embedding
-from plait.client.audit_spool import AuditSpool
+from plait.client.audit_spool import AuditSpool, BackgroundSpool
 from plait.client.auditing import Audited, audit_bundle
 from plait.client.children import Child
 from plait.client.connection import Connection, clock_ms, connected
@@ -22,7 +22,7 @@ from plait.client.drafting import DraftModel
 from plait.client.driver import Deliver
 from plait.client.generation import Surroundings
 from plait.client.hosting import Hosting, HostTerms, parse_spans
-from plait.client.lottery_keeper import LotteryKeeper
+from plait.client.lottery_keeper import LotteryKeeper, report_of
 from plait.client.openai_client import address_of, gateway_arguments, openai_classes
 from plait.client.options import Options
 from plait.client.planning import Planner
@@ -43,6 +43,7 @@ from plait.network_file import NetworkFile, load_network_file
 from plait.router.plan import Plan
 from plait.router.view import View
 from plait.types import PeerId, SessionId
+from plait.v1.stage_pb2 import AuditEvidence
 
 T = TypeVar("T")
 
@@ -79,6 +80,7 @@ class AsyncClient:
         self._connection: Connection | None = None
         self._starter: Starter | None = None
         self._gateway: Child | None = None
+        self._keeping: BackgroundSpool | None = None
 
     def _hosting_of(self, settings: ClientSettings) -> Hosting | None:
         host = settings.get("host")
@@ -112,8 +114,10 @@ class AsyncClient:
         made = connected(self.network, self.account, self._folder)
         self._connection = connection = await self._stack.enter_async_context(made)
         if self._audits:
-            keeper = LotteryKeeper(self.audit_spool, self.audit, clock_ms)
+            keeper = LotteryKeeper(self.audit_spool, self.audit, clock_ms, self._report)
             connection.tasks.create_task(keeper.run(), name="audits")
+            self._keeping = BackgroundSpool(self.audit_spool)
+            self._stack.push_async_callback(self._keeping.close)
         if self._hosting is not None:
             self._stack.push_async_callback(self._hosting.close)
         drafts = None
@@ -139,7 +143,7 @@ class AsyncClient:
             view=connection.watch.view,
             envelopes=connection.watch.envelopes,
             changed=connection.watch.changed,
-            revoked=lambda: connection.notices.revoked,
+            revoked=lambda: connection.notices.board.revoked,
             demand=Demand(),
             clock_ms=clock_ms,
             monotonic_s=time.monotonic,
@@ -256,13 +260,13 @@ class AsyncClient:
     async def sub_accounts(self) -> Sequence[SubAccountUse]:
         """The account's sub-accounts by name, with what each has used."""
         return await read_sub_accounts(
-            self.ledger, self.account, self.network.network_id, clock_ms()
+            self.ledger, self._newest(), self.network.network_id, clock_ms()
         )
 
     async def set_sub_account(self, name: str, **limits: Unpack[SubAccountLimits]) -> SubAccount:
         """Open, change or close a sub-account; see ``client.sub_accounts``."""
         return await order_sub_account(
-            self.ledger, self.account, self.network.network_id, clock_ms(), name, **limits
+            self.ledger, self._newest(), self.network.network_id, clock_ms(), name, **limits
         )
 
     async def audit(
@@ -282,8 +286,18 @@ class AsyncClient:
             skip,
         )
 
-    def _keep_for_audit(self, session: SessionId, bundle: bytes) -> None:
-        self.audit_spool.put(session, bundle, clock_ms())
+    def _keep_for_audit(self, session: SessionId, bundle: Callable[[], bytes]) -> None:
+        _entered(self._keeping).put(session, bundle, clock_ms())
+
+    def _report(self, evidence: AuditEvidence) -> None:
+        """Tell others of an exposure."""
+        told = report_of(evidence, self._newest(), self.network.network_id, clock_ms())
+        _entered(self._connection).notices.take(told)
+
+    def _newest(self) -> Account:
+        """The account with the ledger key that counts now: it may have been rotated."""
+        self.account = self.account.renewed()
+        return self.account
 
     def _watch(self) -> NetworkWatch:
         return _entered(self._connection).watch

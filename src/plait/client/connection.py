@@ -25,7 +25,7 @@ class Connection:
     dialer: Dialer
     tasks: TaskScope
     watch: NetworkWatch
-    notices: NoticeBoard
+    notices: NoticeExchange
 
 
 @asynccontextmanager
@@ -56,7 +56,7 @@ async def connected(
         tasks = await stack.enter_async_context(TaskScope())
         await stack.enter_async_context(watch)
         tasks.create_task(exchange.run(), name="notices")
-        yield Connection(ledger, dialer, tasks, watch, board)
+        yield Connection(ledger, dialer, tasks, watch, exchange)
 
 
 def clock_ms() -> int:

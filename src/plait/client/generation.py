@@ -54,7 +54,6 @@ from plait.client.session import SessionCore
 from plait.envelope import digest
 from plait.errors import LedgerError, LocalProtocolError, NetworkError
 from plait.ledger.bundle import BundleParts, EpochParts, Frame, build_bundle
-from plait.ledger.certs import make_key_cert
 from plait.ledger.service.committee import Ledger
 from plait.ledger.service.remote import Evidence
 from plait.logs import get_logger
@@ -91,7 +90,8 @@ class Surroundings:
     clock_ms: Callable[[], int]
     monotonic_s: Callable[[], float]
     warm: WarmRoutes
-    keep_for_audit: Callable[[SessionId, bytes], None] | None = None
+    keep_for_audit: Callable[[SessionId, Callable[[], bytes]], None] | None = None
+    """Takes what makes a session's bundle: that is left to others, behind the answer."""
     """Takes the bundle of a session that the lottery may draw from; None holds none."""
 
 
@@ -128,14 +128,8 @@ class Generation:
             drafter,
             around.demand,
         )
-        self._client_cert = make_key_cert(
-            around.account.peer_key,
-            around.account.ledger_key.public,
-            around.network.network_id,
-            around.clock_ms(),
-            KEY_CERT_TTL_MS,
-            1,
-        )
+        network_id = around.network.network_id
+        self._client_cert = around.account.certificate(network_id, around.clock_ms())
         self._reserving = Reserving(
             around.account, around.ledger, self._client_cert, around.clock_ms, order.sub_account
         )
@@ -333,7 +327,7 @@ class Generation:
         if self._around.keep_for_audit is None or not self._order.may_audit:
             return
         session = self._core.epoch.terms.session_id
-        self._around.keep_for_audit(session, bundle or self._sealed(text, finish, None))
+        self._around.keep_for_audit(session, lambda: bundle or self._sealed(text, finish, None))
 
     async def _bundle(self, text: str, finish: FinishReason) -> bytes:
         evidence = await self._evidence(self._core.epoch.terms.session_id)

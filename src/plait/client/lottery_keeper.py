@@ -5,10 +5,12 @@ again until the ledger has paid every stage, or its stages may have forgotten it
 """
 
 import asyncio
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
+from plait.client.account import Account
 from plait.client.audit_spool import (
     DUE_FILES_MAX,
     TRUST_AFTER_MS,
@@ -17,9 +19,12 @@ from plait.client.audit_spool import (
 )
 from plait.client.auditing import Audited
 from plait.errors import PlaitError
+from plait.ledger.exposures import make_report
 from plait.ledger.lottery import Lot
+from plait.ledger.notices import Told
 from plait.logs import get_logger
 from plait.types import PeerId
+from plait.v1.stage_pb2 import AuditEvidence
 
 log = get_logger(__name__)
 
@@ -36,10 +41,32 @@ class Audit(Protocol):
         """What became of each lot."""
 
 
-class LotteryKeeper:
-    """Audits what is due in a spool, one bundle at a time."""
+def report_of(evidence: AuditEvidence, account: Account, network_id: str, now_ms: int) -> Told:
+    """A notice of an exposure. The evidence stays here: a prompt can be guessed from it."""
+    data = evidence.SerializeToString(deterministic=True)
+    notice = make_report(
+        account.ledger_key,
+        account.certificate(network_id, now_ms),
+        network_id=network_id,
+        verdict=evidence.verdict,
+        evidence_digest=hashlib.sha256(data).digest(),
+        evidence_at="",
+        now_ms=now_ms,
+    )
+    return Told(exposures=(notice,))
 
-    def __init__(self, spool: AuditSpool, audit: Audit, clock_ms: Callable[[], int]) -> None:
+
+class LotteryKeeper:
+    """Audits what is due in a spool, one bundle at a time; ``on_exposed`` is told of exposures."""
+
+    def __init__(
+        self,
+        spool: AuditSpool,
+        audit: Audit,
+        clock_ms: Callable[[], int],
+        on_exposed: Callable[[AuditEvidence], None] = lambda evidence: None,
+    ) -> None:
+        self._on_exposed = on_exposed
         self._spool = spool
         self._audit = audit
         self._clock_ms = clock_ms
@@ -99,6 +126,8 @@ class LotteryKeeper:
             name = f"{session}-epoch{lot.epoch}-stage{lot.stage_index}-chunk{lot.chunk}"
             data = one.evidence.SerializeToString(deterministic=True)
             evidence = self._spool.keep_evidence(name, data)
+            if one.outcome == "exposed":
+                self._on_exposed(one.evidence)
         return AuditRecord(
             at_ms=self._clock_ms(),
             session=session,

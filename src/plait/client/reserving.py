@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 from plait.client.account import Account, Lane
 from plait.client.actions import Event, Granted, ReservationSigned, Reserve, ReserveFailed
+from plait.envelope import decode
 from plait.errors import ConfigError, LedgerError, NetworkError, PlaitError
 from plait.ledger.opening import route_digest
 from plait.ledger.reserve import make_reservation
 from plait.ledger.service.committee import Ledger
 from plait.logs import get_logger
-from plait.v1.identity_pb2 import SignedEnvelope
+from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
 
 log = get_logger(__name__)
 
@@ -85,7 +86,11 @@ class Reserving:
 
     async def _resend(self, lane: Lane, sequence: int, pending: SignedEnvelope) -> int:
         try:
-            await self._ledger.reserve(pending, self._client_cert)
+            # It may have been signed before the ledger key was rotated.
+            signer = self._account.with_key(pending.signer)
+            network_id = decode(self._client_cert.payload, NodeKeyCert).network_id
+            cert = signer.certificate(network_id, self._clock_ms())
+            await self._ledger.reserve(pending, cert)
         except LedgerError as error:
             log.info("an earlier reservation was refused", lane=lane.number, reason=str(error))
             return sequence

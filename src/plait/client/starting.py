@@ -42,6 +42,8 @@ class Starter:
         self, model: str, prompt: Prompt, options: Options, emit: Emit, *, embed: bool = False
     ) -> Begun:
         """A generation; ``emit`` gets its tokens. Raises ``PlaitError`` subclasses."""
+        # A session keeps the key that it begins with; the next one has the newest.
+        self._around = replace(self._around, account=self._around.account.renewed())
         local, tokenizer = self._planner.model(model)
         options = await self._planner.pinned(model, options)
         order = self._order(local, tokenizer, prompt, options, embed=embed)

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 from plait.client.account import Account
 from plait.envelope import seal
-from plait.ledger.certs import make_key_cert
 from plait.ledger.service.committee import Ledger
 from plait.ledger.sub_accounts import BudgetPeriod, SubAccount, SubAccountUse, terms_message
 from plait.types import AccountId
-from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import AccountQuery, SubAccountOrder
 
 _CERT_TTL_MS = 600_000
@@ -22,7 +20,7 @@ async def read_sub_accounts(
         network_id=network_id, account=account.peer, issued_ms=now_ms, sub_account=name
     )
     return await ledger.sub_accounts(
-        seal(account.ledger_key, query), _cert(account, network_id, now_ms)
+        seal(account.ledger_key, query), account.certificate(network_id, now_ms)
     )
 
 
@@ -49,11 +47,6 @@ async def order_sub_account(
     terms = SubAccount(owner, name, sequence, limit, period, period_limit, closed)
     order = SubAccountOrder(network_id=network_id, terms=terms_message(terms), issued_ms=now_ms)
     await ledger.set_sub_account(
-        seal(account.ledger_key, order), _cert(account, network_id, now_ms)
+        seal(account.ledger_key, order), account.certificate(network_id, now_ms)
     )
     return terms
-
-
-def _cert(account: Account, network_id: str, now_ms: int) -> SignedEnvelope:
-    key = account.ledger_key.public
-    return make_key_cert(account.peer_key, key, network_id, now_ms, _CERT_TTL_MS, 1)

@@ -18,6 +18,7 @@ EQUITY = AccountId("issuer:equity")
 """The counterpart of all issued credit."""
 
 HOLD = "hold:"
+ESCROW = "escrow:"
 
 
 class EntryKind(IntEnum):
@@ -29,6 +30,9 @@ class EntryKind(IntEnum):
     VOID = 4
     LIMIT = 5
     SUB_ACCOUNT = 6
+    ESCROW = 7
+    MATURE = 8
+    FORFEIT = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,16 @@ class Entry:
 def hold_account(session_id: bytes, epoch: int) -> AccountId:
     """Name of the account that holds a session's credit for one epoch."""
     return AccountId(f"{HOLD}{session_id.hex()}:{epoch}")
+
+
+def escrow_account(session_id: bytes, payee: AccountId) -> AccountId:
+    """Name of the account in which a share of a payee's pay for a session stands."""
+    return AccountId(f"{ESCROW}{session_id.hex()}:{payee}")
+
+
+def escrow_of(account: AccountId) -> AccountId | None:
+    """Whose escrow an account is; ``None`` for another kind of account."""
+    return AccountId(account.rpartition(":")[2]) if account.startswith(ESCROW) else None
 
 
 def entry_message(entry: Entry) -> JournalEntry:
@@ -128,6 +142,18 @@ def entry_from_payload(payload: bytes) -> Entry:
     )
 
 
+_MANY_TIMES = frozenset(
+    {
+        EntryKind.SETTLE,
+        EntryKind.VOID,
+        EntryKind.ESCROW,
+        EntryKind.MATURE,
+        EntryKind.FORFEIT,
+    }
+)
+"""What one cause, or none, may be followed by more than once."""
+
+
 class Balances:
     """Balances derived from entries alone: what an auditor recomputes from an export."""
 
@@ -158,13 +184,17 @@ class Balances:
     def _violation(self, entry: Entry, after: dict[AccountId, int]) -> str | None:
         if entry.network_id != self.network_id or entry.index != self.size:
             return "it is not the next entry of this network"
-        if any((line.debit == 0) == (line.credit == 0) for line in entry.lines):
-            return "a line is not exactly one of debit and credit"
-        if sum(line.debit for line in entry.lines) != sum(line.credit for line in entry.lines):
+        debits = credits = 0
+        for line in entry.lines:
+            if (line.debit == 0) == (line.credit == 0):
+                return "a line is not exactly one of debit and credit"
+            debits += line.debit
+            credits += line.credit
+        if debits != credits:
             return "debits and credits differ"
         if not _has_shape(entry):
             return f"its accounts do not fit the kind {entry.kind.name}"
-        once = entry.kind not in (EntryKind.SETTLE, EntryKind.VOID)
+        once = entry.kind not in _MANY_TIMES
         if once and (len(entry.cause) != 32 or (entry.kind, entry.cause) in self._booked):
             return "its cause is missing or booked twice"
         if entry.limit and self.of(entry.limit.account) < -entry.limit.credit_limit:
@@ -183,9 +213,9 @@ class Balances:
         if reason is not None:
             raise LedgerError(f"entry {entry.index} is not valid: {reason}")
         for account, balance in after.items():
-            if balance or not account.startswith(HOLD):
+            if balance or not account.startswith((HOLD, ESCROW)):
                 self._balances[account] = balance
-            else:  # a closed hold never moves again
+            else:  # it is of one session, and seldom moves again
                 self._balances.pop(account, None)
         if entry.limit is not None:
             self._limits_total += entry.limit.credit_limit - self.limit(entry.limit.account)
@@ -195,10 +225,12 @@ class Balances:
 
     def _credit_after(self, entry: Entry) -> int:
         """All credit there may be after an entry: no balance can ever be above it."""
-        limits = self._limits_total
+        limits, issued = self._limits_total, 0
         if entry.limit is not None:
             limits += entry.limit.credit_limit - self.limit(entry.limit.account)
-        issued = sum(line.debit for line in entry.lines if line.account == EQUITY)
+        for line in entry.lines:
+            if line.account == EQUITY:
+                issued += line.debit
         return issued - self.of(EQUITY) + limits
 
     def _after(self, entry: Entry) -> dict[AccountId, int]:
@@ -236,3 +268,27 @@ def _has_shape(entry: Entry) -> bool:
         case EntryKind.VOID:
             one_each = len(debits) == len(credits) == 1
             return one_each and debits[0].startswith(hold) and ":" not in credits[0]
+        case EntryKind.ESCROW:
+            return _in_pairs(entry, [line for line in entry.lines if line.debit])
+        case EntryKind.MATURE:
+            return not entry.cause and _in_pairs(
+                entry, [line for line in entry.lines if line.credit]
+            )
+        case EntryKind.FORFEIT:
+            escrow = f"{ESCROW}{entry.session_id.hex()}:"
+            one_each = len(debits) == len(credits) == 1 and len(entry.cause) == 32
+            return one_each and debits[0].startswith(escrow) and ":" not in credits[0]
+
+
+def _in_pairs(entry: Entry, payees: list[Line]) -> bool:
+    """Whether each payee's line is matched by one of its escrow of the session."""
+    others = {line.account: line for line in entry.lines if line not in payees}
+    matched = [others.get(escrow_account(entry.session_id, line.account)) for line in payees]
+    return (
+        len(payees) == len(others) == len(entry.lines) - len(payees) > 0
+        and not any(":" in line.account for line in payees)
+        and all(
+            other is not None and (other.debit, other.credit) == (line.credit, line.debit)
+            for line, other in zip(payees, matched, strict=True)
+        )
+    )

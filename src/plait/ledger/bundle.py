@@ -40,7 +40,9 @@ from plait.types import Digest, Microcredits, PeerId, Qos, SessionId, Span, Toke
 from plait.v1.bundle_pb2 import BundleSeal
 from plait.v1.identity_pb2 import SignedEnvelope
 
-BUNDLE_FORMAT = "plait.bundle.v2"
+BUNDLE_FORMAT = "plait.bundle.v3"
+BUNDLE_FORMATS_BEFORE = ("plait.bundle.v1", "plait.bundle.v2")
+"""Written by earlier versions, whose receipts and terms were others."""
 BUNDLE_BYTES_MAX = 64 * 2**20
 EPOCHS_MAX = 1_000
 
@@ -127,13 +129,21 @@ def build_bundle(parts: BundleParts, peer_key: SigningKey) -> bytes:
     return encode_canonical({**members, "seal": write_envelope(seal(peer_key, statement))})
 
 
+def _check_format(name: JsonValue) -> None:
+    if name in BUNDLE_FORMATS_BEFORE:
+        raise ValueError(
+            f"{name} is the format of an earlier Plait; this one reads {BUNDLE_FORMAT}"
+        )
+    if name != BUNDLE_FORMAT:
+        raise ValueError(f"the format is not {BUNDLE_FORMAT}")
+
+
 def read_bundle(data: bytes) -> SealedBundle:
     """Read a bundle strictly, without checking any signature; raises ``ValueError``."""
     if len(data) > BUNDLE_BYTES_MAX:
         raise ValueError(f"a bundle is at most {BUNDLE_BYTES_MAX} bytes")
     members = read_members(decode_canonical(data), "the bundle", _MEMBERS)
-    if members["format"] != BUNDLE_FORMAT:
-        raise ValueError(f"the format is not {BUNDLE_FORMAT}")
+    _check_format(members["format"])
     body = encode_canonical({name: members[name] for name in _MEMBERS if name != "seal"})
     return SealedBundle(
         parts=_read_parts(members),

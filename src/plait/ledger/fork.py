@@ -27,9 +27,10 @@ from plait.ledger.merkle import verify_consistency
 from plait.network_file import NetworkFile
 from plait.types import PeerId
 from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
-from plait.v1.ledger_pb2 import BudgetReservation
+from plait.v1.ledger_pb2 import BudgetReservation, SessionVoucher
 
 ItemT = TypeVar("ItemT")
+NumberedT = TypeVar("NumberedT", BudgetReservation, SessionVoucher)
 
 FORK_FORMAT = "plait.fork.v1"
 FORK_BYTES_MAX = 65_536
@@ -38,6 +39,7 @@ _MEMBERS = {
     "log": ("origin", "checkpoints"),
     "growth": ("origin", "checkpoints", "prefix_root", "hashes"),
     "reservation": ("reservations", "certs"),
+    "voucher": ("vouchers", "certs"),
 }
 
 
@@ -71,7 +73,15 @@ class GrowthFork:
     hashes: tuple[bytes, ...]
 
 
-ForkProof = LogFork | GrowthFork | ReservationFork
+@dataclass(frozen=True, slots=True)
+class VoucherFork:
+    """Two vouchers of one (session, epoch, sequence), with the certificate of each's key."""
+
+    vouchers: tuple[SignedEnvelope, SignedEnvelope]
+    certs: tuple[SignedEnvelope, SignedEnvelope]
+
+
+ForkProof = LogFork | GrowthFork | ReservationFork | VoucherFork
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +112,12 @@ def write_fork_proof(proof: ForkProof) -> bytes:
                 "reservations": [write_envelope(item) for item in proof.reservations],
                 "certs": [write_envelope(item) for item in proof.certs],
             }
+        case VoucherFork():
+            members |= {
+                "kind": "voucher",
+                "vouchers": [write_envelope(item) for item in proof.vouchers],
+                "certs": [write_envelope(item) for item in proof.certs],
+            }
     return encode_canonical(members)
 
 
@@ -115,7 +131,7 @@ def read_fork_proof(data: bytes) -> ForkProof:
     members = read_members(value, "the fork proof", ("format", "kind", *names))
     if members["format"] != FORK_FORMAT or not names:
         raise ValueError(f"the format is not {FORK_FORMAT}, or its kind is unknown")
-    if kind != "reservation":
+    if kind in ("log", "growth"):
         notes = read_items(members["checkpoints"], "checkpoints")
         first, second = _two([read_text(note, "checkpoint") for note in notes])
         origin = read_text(members["origin"], "origin")
@@ -126,10 +142,10 @@ def read_fork_proof(data: bytes) -> ForkProof:
         return GrowthFork(
             origin, (first, second), prefix_root, tuple(read_base64(h, "hash") for h in hashes)
         )
-    return ReservationFork(
-        _two(read_envelopes(members["reservations"], "reservations")),
-        _two(read_envelopes(members["certs"], "certs")),
-    )
+    certs = _two(read_envelopes(members["certs"], "certs"))
+    if kind == "voucher":
+        return VoucherFork(_two(read_envelopes(members["vouchers"], "vouchers")), certs)
+    return ReservationFork(_two(read_envelopes(members["reservations"], "reservations")), certs)
 
 
 def check_fork_proof(proof: ForkProof, network: NetworkFile) -> ForkVerdict:
@@ -141,6 +157,8 @@ def check_fork_proof(proof: ForkProof, network: NetworkFile) -> ForkVerdict:
             return _check_growth_fork(proof, network)
         case ReservationFork():
             return _check_reservation_fork(proof, network)
+        case VoucherFork():
+            return _check_voucher_fork(proof, network)
 
 
 def _opened(
@@ -185,30 +203,56 @@ def _check_log_fork(proof: LogFork, network: NetworkFile) -> ForkVerdict:
 
 def _check_reservation_fork(proof: ReservationFork, network: NetworkFile) -> ForkVerdict:
     pairs = zip(proof.reservations, proof.certs, strict=True)
-    first, second = (_reservation(envelope, cert, network) for envelope, cert in pairs)
+    first, second = (
+        _signed(envelope, cert, BudgetReservation, network) for envelope, cert in pairs
+    )
     numbers = [(item.account, item.lane, item.sequence) for item in (first, second)]
     if numbers[0] != numbers[1]:
         raise BadProof("the reservations have different accounts, lanes or numbers")
-    if digest(proof.reservations[0].payload) == digest(proof.reservations[1].payload):
-        raise BadProof("the reservations are the same: nothing was signed twice")
+    _check_differ(proof.reservations, "reservations")
     statement = f"signed two reservations under lane {first.lane} number {first.sequence}"
     return ForkVerdict(PeerId(first.account), statement)
 
 
-def _reservation(
-    envelope: SignedEnvelope, cert: SignedEnvelope, network: NetworkFile
-) -> BudgetReservation:
-    with about("reservation"):
-        reservation = open_envelope(envelope, BudgetReservation)
-        if reservation.network_id != network.network_id:
+def _check_voucher_fork(proof: VoucherFork, network: NetworkFile) -> ForkVerdict:
+    pairs = zip(proof.vouchers, proof.certs, strict=True)
+    first, second = (_signed(envelope, cert, SessionVoucher, network) for envelope, cert in pairs)
+    numbers = [
+        (item.account, item.session_id, item.epoch, item.sequence) for item in (first, second)
+    ]
+    if numbers[0] != numbers[1]:
+        raise BadProof("the vouchers have different accounts, sessions, epochs or numbers")
+    _check_differ(proof.vouchers, "vouchers")
+    statement = (
+        f"signed two vouchers under number {first.sequence} of epoch {first.epoch} "
+        f"of session {first.session_id.hex()}"
+    )
+    return ForkVerdict(PeerId(first.account), statement)
+
+
+def _check_differ(pair: tuple[SignedEnvelope, SignedEnvelope], what: str) -> None:
+    if digest(pair[0].payload) == digest(pair[1].payload):
+        raise BadProof(f"the {what} are the same: nothing was signed twice")
+
+
+def _signed(
+    envelope: SignedEnvelope,
+    cert: SignedEnvelope,
+    message_class: type[NumberedT],
+    network: NetworkFile,
+) -> NumberedT:
+    """What the account signed with the key that its certificate names."""
+    with about("reservation" if message_class is BudgetReservation else "voucher"):
+        message = open_envelope(envelope, message_class)
+        if message.network_id != network.network_id:
             raise BadProof("it is of another network")
         # Valid when it began: a culprit must not escape by the date it wrote.
         begin_ms = decode(cert.payload, NodeKeyCert).not_before_ms
-        account = PeerId(reservation.account)
+        account = PeerId(message.account)
         _, ledger_key = check_key_cert(cert, network.network_id, begin_ms, account)
         if envelope.signer != ledger_key:
             raise BadSignature("it is not signed by the key that its certificate names")
-        return reservation
+        return message
 
 
 def _two(items: Sequence[ItemT]) -> tuple[ItemT, ItemT]:

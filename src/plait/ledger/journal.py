@@ -7,6 +7,7 @@ the issuer has given a credit limit may be below zero.
 What a session sets aside stands in one hold account per epoch, is paid out to the
 cumulative amounts of the client's vouchers, each payee up to its cap, and the remainder
 goes back once every payee has released it or its expiry and the grace time have passed.
+A share of each payment may stand in escrow for a while (``escrow``).
 ``post``, ``mark_released`` and ``freeze`` rebuild the same state from what was stored.
 """
 
@@ -24,12 +25,14 @@ from plait.ledger.balances import (
     Line,
     hold_account,
 )
+from plait.ledger.escrow import NO_ESCROW, Escrows, EscrowTerms
 from plait.ledger.journal_commands import (
     Accepted,
     Cause,
     Command,
     Decline,
     Expire,
+    Forfeit,
     Fork,
     Issue,
     Outcome,
@@ -40,6 +43,7 @@ from plait.ledger.journal_commands import (
     SetSubAccount,
     Settle,
 )
+from plait.ledger.journal_history import History
 from plait.ledger.journal_holds import (
     FRESHNESS_MS,
     GRACE_MS,
@@ -49,9 +53,16 @@ from plait.ledger.journal_holds import (
 )
 from plait.ledger.journal_rules import (
     PAYEES_MAX,
+    RESERVATION_TTL_MAX_MS,
+    Standing,
+    decline_refused,
     is_peer,
     order_key,
+    payment_lines,
     reservation_malformed,
+    reservation_refused,
+    settlement_malformed,
+    settlement_refused,
     stale,
 )
 from plait.ledger.sub_accounts import SubAccounts, terms_from
@@ -76,6 +87,7 @@ __all__ = [
     "Command",
     "Decline",
     "Expire",
+    "Forfeit",
     "Fork",
     "Hold",
     "Issue",
@@ -88,25 +100,26 @@ __all__ = [
     "Settle",
 ]
 
-RESERVATION_TTL_MAX_MS = 24 * 3_600_000
 FIRST_SEQUENCE = 1
 
 
 class Books:
     """Balances, holds, reservation numbers and frozen accounts of one network."""
 
-    def __init__(self, network_id: str) -> None:
+    def __init__(self, network_id: str, escrow: EscrowTerms = NO_ESCROW) -> None:
         self.network_id = network_id
+        self.escrows = Escrows(escrow)
         self.balances = Balances(network_id)
         self.sub_accounts = SubAccounts()
         self.frozen: set[AccountId] = set()
         self._sessions: dict[SessionId, dict[int, Hold]] = {}
         self._open: dict[tuple[SessionId, int], Hold] = {}
+        self._named: dict[AccountId, Hold] = {}
         self._orders: dict[bytes, tuple[EntryKind, str, int, int]] = {}
         self._reservations: dict[Digest, int] = {}
         self._sub_account_orders: dict[Digest, int] = {}
         self._lanes: dict[tuple[str, int], list[Digest]] = {}
-        self._history: dict[str, list[int]] = {}
+        self._history = History()
 
     # What may be asked.
 
@@ -134,7 +147,10 @@ class Books:
 
     def paid(self, session_id: SessionId, payee: AccountId) -> int:
         """What the payee has been paid in a session, all epochs together."""
-        return sum(hold.paid.get(payee, 0) for hold in self._holds(session_id).values())
+        paid = 0
+        for hold in self._holds(session_id).values():
+            paid += hold.paid.get(payee, 0)
+        return paid
 
     def holds(self, session_id: SessionId) -> Mapping[int, Hold]:
         """A session's holds by epoch; empty for an unknown session."""
@@ -150,7 +166,7 @@ class Books:
 
         For a sub-account, ``account/name``.
         """
-        return tuple(self._history.get(account, ()))
+        return self._history.of(account)
 
     # What changes the books.
 
@@ -171,6 +187,8 @@ class Books:
                 return self._settle(command, now_ms)
             case Expire():
                 return self._expire(now_ms)
+            case Forfeit():
+                return self._forfeit(command, now_ms)
 
     def post(self, entry: Entry, cause: Cause) -> None:
         """Add a stored entry with the order or reservation that caused it.
@@ -193,9 +211,12 @@ class Books:
                 self._pay(entry)
             case EntryKind.VOID, None:
                 self._give_back(entry.lines[0])
+            case ((EntryKind.ESCROW | EntryKind.MATURE | EntryKind.FORFEIT), None):
+                self.escrows.note(entry)
             case _:
                 raise LedgerError(f"entry {entry.index} lacks the object that caused it")
-        self._index(entry)
+        self._history.add(entry, self._named)
+        self._close_holds(entry)
 
     def mark_released(self, release: Release) -> None:
         """Note that a payee wants nothing more from a hold."""
@@ -303,48 +324,42 @@ class Books:
         self, command: Reserve, account: AccountId, now_ms: int
     ) -> Refusal | None:
         reservation = command.reservation
-        if account in self.frozen and not command.certified:
-            return Refusal("frozen", "the account signed two reservations under one number")
-        expected = self.next_sequence(account, reservation.lane)
-        if reservation.sequence > expected or (
-            reservation.sequence < expected and not command.certified
-        ):
-            return Refusal("sequence", f"the next number of this lane is {expected}")
-        if command.dated and abs(reservation.issued_ms - now_ms) > FRESHNESS_MS:
-            return stale("reservation")
-        expired = command.dated and reservation.expires_ms <= now_ms
-        if expired or reservation.expires_ms > now_ms + RESERVATION_TTL_MAX_MS:
-            return Refusal("expiry", "the reservation has expired or is too long")
-        holds = self._holds(SessionId(reservation.session_id))
-        if reservation.epoch in holds or any(hold.account != account for hold in holds.values()):
-            return Refusal("session", "the session's epoch is reserved already, or not by you")
-        if self.available(account) < reservation.amount:
-            return Refusal(
-                "credit", f"{reservation.amount} asked, {self.available(account)} available"
-            )
+        standing = Standing(
+            frozen=account in self.frozen,
+            next_sequence=self.next_sequence(account, reservation.lane),
+            holds=self._holds(SessionId(reservation.session_id)),
+            available=self.available(account),
+        )
+        refusal = reservation_refused(command, standing, now_ms)
         # What a quorum has granted is within the account's credit, and booked whatever is
         # known here of the share: its limits are its owner's affair.
-        if reservation.sub_account and not command.certified:
-            reason = self.sub_accounts.refusal(
-                account, reservation.sub_account, reservation.amount, now_ms
-            )
-            if reason is not None:
-                return Refusal("budget", reason)
-        return None
+        if refusal is not None or not reservation.sub_account or command.certified:
+            return refusal
+        reason = self.sub_accounts.refusal(
+            account, reservation.sub_account, reservation.amount, now_ms
+        )
+        return None if reason is None else Refusal("budget", reason)
 
     def _settle(self, command: Settle, now_ms: int) -> Accepted | Refusal:
         voucher, request = command.voucher, command.request
-        refusal = self._settlement_refused(command)
+        session_id, payee = SessionId(voucher.session_id), AccountId(request.payee)
+        refusal = settlement_malformed(command, self.network_id) or settlement_refused(
+            command, self._holds(session_id).values()
+        )
         if refusal is not None:
             return refusal
-        session_id, payee = SessionId(voucher.session_id), AccountId(request.payee)
         payment = self.payment(voucher, command.voucher_digest, now_ms)
+        payments: tuple[Entry, ...] = ()
         if payment is not None:
             self.post(payment, None)
+            aside = self.set_aside(payment)
+            payments = (payment,) if aside is None else (payment, aside)
+            if aside is not None:
+                self.post(aside, None)
         releases, voids = (), ()  # type: tuple[Release, ...], tuple[Entry, ...]
         if request.release:
             releases, voids = self._released(request, command.request_digest, now_ms)
-        entries = (payment, *voids) if payment is not None else voids
+        entries = (*payments, *voids)
         paid = self.paid(session_id, payee)
         promised = max((a.microcredits for a in voucher.amounts if a.payee == payee), default=0)
         if promised > paid and not entries and not releases:
@@ -353,10 +368,9 @@ class Books:
 
     def _decline(self, command: Decline, now_ms: int) -> Accepted | Refusal:
         request = command.request
-        if request.network_id != self.network_id:
-            return Refusal("network", "the request is for another network")
-        if request.voucher_digest or not request.release:
-            return Refusal("malformed", "a request without a voucher can only release")
+        refusal = decline_refused(request, self.network_id)
+        if refusal is not None:
+            return refusal
         session_id, payee = SessionId(request.session_id), AccountId(request.payee)
         if not self._holds(session_id):
             return Refusal("session", "no reservation is known for this session")
@@ -367,13 +381,46 @@ class Books:
 
     def payment(self, voucher: SessionVoucher, voucher_digest: Digest, now_ms: int) -> Entry | None:
         """The entry, not posted, that pays everybody up to a voucher; ``None`` if all are."""
-        lines = self._payment_lines(voucher)
-        session_id = voucher.session_id
+        session_id = SessionId(voucher.session_id)
+        open_holds = [
+            hold
+            for epoch, hold in sorted(self._holds(session_id).items())
+            if (session_id, epoch) in self._open
+        ]
+        lines = payment_lines(voucher, open_holds, lambda payee: self.paid(session_id, payee))
         return (
             self._entry(EntryKind.SETTLE, session_id, voucher_digest, lines, now_ms)
             if lines
             else None
         )
+
+    def set_aside(self, payment: Entry) -> Entry | None:
+        """The entry, not posted, that puts the share of a payment just posted in escrow."""
+        session_id = SessionId(payment.session_id)
+        paid = {
+            line.account: self.paid(session_id, line.account)
+            for line in payment.lines
+            if line.credit
+        }
+        lines = self.escrows.set_aside(payment, paid)
+        if not lines:
+            return None
+        cause, posted_ms = payment.cause, payment.posted_ms
+        return self._entry(EntryKind.ESCROW, session_id, cause, lines, posted_ms)
+
+    def returns(self, session_id: SessionId, now_ms: int) -> list[Entry]:
+        """The entries, not posted, that end a session's escrow: to the payees, or to who paid."""
+        blank = self._entry(EntryKind.MATURE, session_id, b"", (), now_ms)
+        return self.escrows.returns(session_id, self._payer(session_id), blank)
+
+    def forfeit(self, command: Forfeit, now_ms: int) -> Entry | None:
+        """The entry, not posted, that a judgement leads to; ``None`` if nothing stands."""
+        session_id, payee = command.session_id, command.payee
+        if not self.escrows.standing(session_id, payee):
+            return None
+        blank = self._entry(EntryKind.FORFEIT, session_id, command.digest, (), now_ms)
+        payer = self._payer(session_id)
+        return self.escrows.forfeit(session_id, payee, payer, blank, command.digest)
 
     def void(self, session_id: SessionId, epoch: int, cause: bytes, now_ms: int) -> Entry | None:
         """The entry, not posted, that gives a hold's remainder back; ``None`` if none is left."""
@@ -384,50 +431,6 @@ class Books:
         owner = self._sessions[session_id][epoch].account
         lines = Line(account, debit=remainder), Line(owner, credit=remainder)
         return self._entry(EntryKind.VOID, session_id, cause, lines, now_ms)
-
-    def _settlement_refused(self, command: Settle) -> Refusal | None:
-        # An old request is as good as a new one: a stage may have waited out an outage.
-        voucher, request = command.voucher, command.request
-        if not voucher.network_id == request.network_id == self.network_id:
-            return Refusal("network", "the settlement is for another network")
-        if request.session_id != voucher.session_id or (
-            request.voucher_digest != command.voucher_digest
-        ):
-            return Refusal("malformed", "the request names another voucher or session")
-        payees = [amount.payee for amount in voucher.amounts]
-        if len(payees) > PAYEES_MAX or len(set(payees)) != len(payees):
-            return Refusal("malformed", "the voucher names too many payees, or one twice")
-        holds = self._holds(SessionId(voucher.session_id))
-        if not holds or any(hold.account != voucher.account for hold in holds.values()):
-            return Refusal("session", "the voucher's account has no reservation in this session")
-        if not any(request.payee in hold.caps for hold in holds.values()):
-            return Refusal("payee", "nothing is reserved for this payee")
-        return None
-
-    def _payment_lines(self, voucher: SessionVoucher) -> tuple[Line, ...]:
-        """Per hold one debit and its credits, oldest epoch first.
-
-        What is promised beyond a cap is not paid, and is no reason to leave the other
-        payees unpaid: a client cannot spoil their vouchers by overbidding one of them.
-        """
-        session_id = SessionId(voucher.session_id)
-        owed = {
-            AccountId(amount.payee): amount.microcredits
-            - self.paid(session_id, AccountId(amount.payee))
-            for amount in voucher.amounts
-        }
-        lines: list[Line] = []
-        for epoch, hold in sorted(self._holds(session_id).items()):
-            if (session_id, epoch) not in self._open:
-                continue
-            takes = {payee: min(sum_owed, hold.room(payee)) for payee, sum_owed in owed.items()}
-            credits = [Line(payee, credit=take) for payee, take in takes.items() if take > 0]
-            if credits:
-                total = sum(line.credit for line in credits)
-                lines += [Line(hold_account(session_id, epoch), debit=total), *credits]
-            for line in credits:
-                owed[line.account] -= line.credit
-        return tuple(lines)
 
     def _released(
         self, request: SettlementRequest, cause: Digest, now_ms: int
@@ -449,9 +452,25 @@ class Books:
                 voids += self._void(session_id, release.epoch, cause, now_ms)
         return releases, tuple(voids)
 
+    def _forfeit(self, command: Forfeit, now_ms: int) -> Accepted | Refusal:
+        known = self.escrows.forfeited(command.session_id, command.payee)
+        if known is not None:
+            # Whoever signed it, it is the same exposure: it counts once.
+            return Accepted((), (), 0)
+        entry = self.forfeit(command, now_ms)
+        if entry is None:
+            return Refusal("escrow", "nothing of this payee stands in escrow for this session")
+        self.post(entry, None)
+        return Accepted((entry,), (), entry.lines[0].debit)
+
     def _expire(self, now_ms: int) -> Accepted:
         due = [key for key, hold in self._open.items() if has_expired(hold, now_ms)]
         entries = [entry for key in due for entry in self._void(*key, b"", now_ms)]
+        for session_id in self.escrows.due(now_ms):
+            ended = self.returns(session_id, now_ms)
+            for entry in ended:
+                self.post(entry, None)
+            entries += ended
         return Accepted(tuple(entries), (), len(entries))
 
     def _void(self, session_id: SessionId, epoch: int, cause: bytes, now_ms: int) -> list[Entry]:
@@ -462,6 +481,9 @@ class Books:
         return [entry]
 
     # State.
+
+    def _payer(self, session_id: SessionId) -> AccountId:
+        return next(iter(self._sessions[session_id].values())).account
 
     def _holds(self, session_id: SessionId) -> dict[int, Hold]:
         return self._sessions.get(session_id, {})
@@ -490,6 +512,7 @@ class Books:
             )
         self._sessions.setdefault(session_id, {})[reservation.epoch] = hold
         self._open[session_id, reservation.epoch] = hold
+        self._named[hold_account(session_id, reservation.epoch)] = hold
         self._reservations[hold.reservation] = entry.index
         self._lanes.setdefault((hold.account, reservation.lane), []).append(hold.reservation)
 
@@ -497,36 +520,18 @@ class Books:
         hold = None
         for line in entry.lines:
             if line.debit:
-                hold = self._hold_named(line.account)
+                hold = self._named[line.account]
             elif hold is not None:
                 hold.paid[line.account] = hold.paid.get(line.account, 0) + line.credit
 
     def _give_back(self, line: Line) -> None:
-        hold = self._hold_named(line.account)
+        hold = self._named[line.account]
         if hold.sub_account:
             self.sub_accounts.use(hold.account, hold.sub_account, -line.debit, hold.granted_ms)
 
-    def _hold_named(self, account: AccountId) -> Hold:
-        _, session_hex, epoch = account.split(":")
-        return self._sessions[SessionId(bytes.fromhex(session_hex))][int(epoch)]
-
-    def _index(self, entry: Entry) -> None:
-        touched = {entry.session_id.hex()} if entry.session_id else set()
-        if entry.limit is not None:
-            touched.add(entry.limit.account)
-        if entry.terms is not None:
-            touched |= {entry.terms.account, f"{entry.terms.account}/{entry.terms.name}"}
-        for line in entry.lines:
-            if line.account.startswith(HOLD):
-                hold = self._hold_named(line.account)
-                touched.add(hold.account)
-                if hold.sub_account:
-                    touched.add(f"{hold.account}/{hold.sub_account}")
-            else:
-                touched.add(line.account)
-        for account in touched:
-            self._history.setdefault(account, []).append(entry.index)
+    def _close_holds(self, entry: Entry) -> None:
+        """Forget as open what an entry has left nothing in."""
         for line in entry.lines:
             if line.account.startswith(HOLD) and self.balances.of(line.account) == 0:
-                _, session_hex, epoch = line.account.split(":")
-                self._open.pop((SessionId(bytes.fromhex(session_hex)), int(epoch)), None)
+                epoch = self._named[line.account].epoch
+                self._open.pop((SessionId(entry.session_id), epoch), None)

@@ -15,6 +15,7 @@ from plait.errors import BadSignature, LedgerError, PlaitError
 from plait.ledger.balances import Entry, EntryKind, entry_from_payload
 from plait.ledger.certs import check_key_cert
 from plait.ledger.checkpoint import Checkpoint
+from plait.ledger.exposure import NO_JUDGES, Judging, check_judged
 from plait.ledger.journal import Accepted, Books, Issue, Reserve, SetLimit, SetSubAccount
 from plait.ledger.journal_holds import Hold, has_expired, may_release
 from plait.ledger.merkle import Tree, leaf_hash
@@ -60,19 +61,24 @@ class JournalAuditor:
     """Takes a journal page by page. ``committee``: several authorities grant together.
 
     Then dates of reservations and their order in a lane are the committee's business.
+    ``judging`` is the network file's rule of escrow.
     """
 
     network_id: str
     issuer_key: bytes
     committee: bool = False
+    judging: Judging = NO_JUDGES
     tree: Tree = field(default_factory=Tree)
     causes: int = 0
     violations: list[str] = field(default_factory=list)
     books: Books = field(init=False)
+    _aside: Entry | None = None
+    """What must come next: the share of the payment before it."""
+    _returns: list[Entry] = field(default_factory=list)
     _payers: dict[SessionId, set[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.books = Books(self.network_id)
+        self.books = Books(self.network_id, self.judging.terms)
 
     def add(self, page: JournalPage) -> None:
         """Check a page's entries against what was signed."""
@@ -90,6 +96,8 @@ class JournalAuditor:
         """What was found; entries beyond the checkpoint, verified already, are newer."""
         entries, size = self.tree.size, min(self.tree.size, checkpoint.size)
         violations = list(self.violations)
+        if not violations and self._aside is not None:
+            violations.append("the share of the last payment is not in escrow")
         balanced = not violations and sum(self.books.balances.all().values()) == 0
         if entries < checkpoint.size:
             violations.append(
@@ -101,6 +109,10 @@ class JournalAuditor:
         return JournalReport(balanced, entries, size, root, self.causes, tuple(violations))
 
     def _add(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+        if self._aside is not None and entry != self._aside:
+            raise LedgerError("the share of the payment before it is not in escrow")
+        if self._returns and entry != self._returns[0]:
+            raise LedgerError("the escrow of the session before it has not gone back whole")
         if entry.kind is not EntryKind.SETTLE:  # a payment is compared whole
             reason = self.books.balances.violation(entry)
             if reason is not None:
@@ -120,6 +132,11 @@ class JournalAuditor:
                 self._settle(entry, objects)
             case EntryKind.VOID:
                 self._void(entry, objects)
+            case EntryKind.ESCROW:
+                self._post(entry, self._aside)
+                self._aside = None
+            case EntryKind.MATURE | EntryKind.FORFEIT:
+                self._end_escrow(entry, objects)
         self.causes += 1
 
     def _caused(
@@ -168,6 +185,7 @@ class JournalAuditor:
         if objects[Digest(entry.cause)].signer not in self._payers.get(session_id, ()):
             raise LedgerError("its voucher is not signed by who reserved")
         self._post(entry, self.books.payment(voucher, Digest(entry.cause), entry.posted_ms))
+        self._aside = self.books.set_aside(entry)
 
     def _void(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
         session_id = SessionId(entry.session_id)
@@ -179,6 +197,23 @@ class JournalAuditor:
         elif not hold.caps.keys() <= self._released(entry, hold, objects):
             raise LedgerError("not every payee has released the hold")
         self._post(entry, self.books.void(session_id, epoch, entry.cause, entry.posted_ms))
+
+    def _end_escrow(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+        session_id = SessionId(entry.session_id)
+        if not self._returns and session_id in self.books.escrows.due(entry.posted_ms):
+            self._returns = self.books.returns(session_id, entry.posted_ms)
+        if self._returns:
+            self._post(entry, self._returns.pop(0))
+            return
+        if entry.kind is EntryKind.MATURE:
+            raise LedgerError("the window of this escrow is not over")
+        envelope = objects.get(Digest(entry.cause))
+        if envelope is None:
+            raise LedgerError("the judgement that caused it is missing")
+        judged = check_judged(envelope, self.network_id, self.judging)
+        if self.books.escrows.forfeited(judged.session_id, judged.payee) is not None:
+            raise LedgerError("its judgement was carried out before")
+        self._post(entry, self.books.forfeit(judged, entry.posted_ms))
 
     def _released(
         self, entry: Entry, hold: Hold, objects: Mapping[Digest, SignedEnvelope]

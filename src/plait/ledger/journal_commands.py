@@ -73,10 +73,19 @@ class Decline:
 
 @dataclass(frozen=True, slots=True)
 class Expire:
-    """Void every hold whose grace time is over."""
+    """Void every hold whose grace time is over, and return escrow whose window is."""
 
 
-Command = Issue | SetLimit | SetSubAccount | Reserve | Settle | Decline | Expire
+@dataclass(frozen=True, slots=True)
+class Forfeit:
+    """A quorum of judges found a payee exposed in a session; ``digest`` is of what they signed."""
+
+    session_id: SessionId
+    payee: AccountId
+    digest: Digest
+
+
+Command = Issue | SetLimit | SetSubAccount | Reserve | Settle | Decline | Expire | Forfeit
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +100,8 @@ class Release:
 @dataclass(frozen=True, slots=True)
 class Accepted:
     """What a command did. ``value`` is the entry index of an order or a reservation (also
-    when it was booked earlier), or what the settling payee has been paid in the session."""
+    when it was booked earlier), what the settling payee has been paid in the session, or
+    what was forfeited in it."""
 
     entries: tuple[Entry, ...]
     releases: tuple[Release, ...]

@@ -1,10 +1,11 @@
-"""What nobody can deny, kept and passed on: checkpoints, fork proofs, revoked keys.
+"""What nobody can deny, kept and passed on: checkpoints, fork proofs, revoked keys, reports.
 
 A board is told notes, proofs and revocations by anybody and believes only signatures. Of
 each log it keeps some checkpoints; two of one size and different roots, or a larger one
 that is shown not to contain a smaller, are proof of a fork. Whoever signed twice is frozen
 for ever. Bounded: a note must be signed by a log of the network file, one proof is kept per
 culprit, one revocation per peer, and what was refused is remembered instead of checked again.
+Reports of exposures travel too (``exposures``): that they were made is all they prove.
 """
 
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from plait.errors import RemoteProtocolError, VerificationError
 from plait.identity import peer_id_of
 from plait.ledger.certs import check_revocation
 from plait.ledger.checkpoint import Checkpoint, open_checkpoint, parse_note
+from plait.ledger.exposures import Exposures, Reported
 from plait.ledger.fork import (
     FORK_BYTES_MAX,
     ForkProof,
@@ -31,6 +33,7 @@ from plait.ledger.merkle import Tree, verify_consistency
 from plait.network_file import Authority, NetworkFile
 from plait.types import Digest, PeerId
 from plait.v1.identity_pb2 import SignedEnvelope
+from plait.v1.log_pb2 import ExposureNotice
 
 ItemT = TypeVar("ItemT")
 
@@ -41,6 +44,7 @@ REVOCATIONS_MAX = 4_096
 REFUSED_MAX = 1_024
 PROOFS_TOLD_MAX = 8
 REVOCATIONS_TOLD_MAX = 100
+EXPOSURES_TOLD_MAX = 8
 TOLD_BYTES_MAX = 48_000
 """All that is told at a time, so that it passes a port that takes 64 KiB."""
 
@@ -73,7 +77,7 @@ class Revoked:
     serial_min: int
 
 
-Action = Frozen | Compare | Revoked
+Action = Frozen | Compare | Revoked | Reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ class Told:
     checkpoints: tuple[str, ...] = ()
     fork_proofs: tuple[bytes, ...] = ()
     revocations: tuple[SignedEnvelope, ...] = ()
+    exposures: tuple[ExposureNotice, ...] = ()
 
 
 class NoticeBoard:
@@ -101,6 +106,8 @@ class NoticeBoard:
         self._serials: dict[PeerId, int] = {}
         self._refused: OrderedDict[Digest, None] = OrderedDict()
         self._round = 0
+        self.exposures = Exposures(network.network_id)
+        """Who was reported to be exposed, by whom."""
 
     @property
     def frozen(self) -> Mapping[PeerId, str]:
@@ -136,6 +143,8 @@ class NoticeBoard:
             actions += self._quietly(envelope.SerializeToString(), self.handle_revocation, envelope)
         for data in told.fork_proofs[:PROOFS_TOLD_MAX]:
             actions += self._quietly(data, self.handle_fork_proof, data)
+        for report in told.exposures[:EXPOSURES_TOLD_MAX]:
+            actions += self._quietly(report.SerializeToString(), self.handle_exposure, report)
         for note in told.checkpoints[: CHECKPOINTS_PER_LOG_MAX * len(self._logs)]:
             actions += self._quietly(note.encode(errors="replace"), self.handle_checkpoint, note)
         return actions
@@ -179,6 +188,11 @@ class NoticeBoard:
             del self._serials[forgotten]
         self._revocations[peer], self._serials[peer] = envelope, serial_min
         return [Revoked(peer, serial_min)]
+
+    def handle_exposure(self, notice: ExposureNotice) -> list[Action]:
+        """Take a report; raises ``VerificationError`` or ``RemoteProtocolError`` if it is none."""
+        reported = self.exposures.handle(notice)
+        return [] if reported is None else [reported]
 
     def grown(self, question: Compare, hashes: tuple[bytes, ...]) -> None:
         """A consistency proof as the answer to ``Compare``: the usual case, a growing log.
@@ -233,7 +247,9 @@ class NoticeBoard:
         notes = _fitting(list(dict.fromkeys(notes)), len, room)
         turned = _turned(list(self._revocations.values()), self._round * REVOCATIONS_TOLD_MAX)
         revocations = _fitting(turned[:REVOCATIONS_TOLD_MAX], SignedEnvelope.ByteSize, room)
-        return Told(tuple(notes), tuple(proofs), tuple(revocations))
+        reports = _turned(self.exposures.notices(), self._round * EXPOSURES_TOLD_MAX)
+        exposures = _fitting(reports[:EXPOSURES_TOLD_MAX], ExposureNotice.ByteSize, room)
+        return Told(tuple(notes), tuple(proofs), tuple(revocations), tuple(exposures))
 
     def stored(self) -> Told:
         """All that must survive a restart."""
@@ -241,6 +257,7 @@ class NoticeBoard:
             tuple(note for kept in self._kept.values() for _, note in kept.values()),
             tuple(self._proofs.values()),
             tuple(self._revocations.values()),
+            tuple(self.exposures.notices()),
         )
 
     def restore(self, stored: Told) -> None:
@@ -250,6 +267,8 @@ class NoticeBoard:
         for start in range(0, len(stored.revocations), REVOCATIONS_TOLD_MAX):
             page = stored.revocations[start : start + REVOCATIONS_TOLD_MAX]
             self.handle(Told(revocations=page))
+        for report in stored.exposures:
+            self.handle(Told(exposures=(report,)))
         for note in stored.checkpoints:
             self.handle(Told(checkpoints=(note,)))
 

@@ -89,8 +89,7 @@ class StageBooks:
         self._sequence = 0
         self._earned = Microcredits(0)
         self._before: StageBooks | None = None
-        self.conflict: tuple[SignedEnvelope, SignedEnvelope] | None = None
-        """Two different vouchers with one sequence number, both signed by the client."""
+        self._conflict: tuple[SignedEnvelope, SignedEnvelope] | None = None
 
     @property
     def voucher(self) -> SignedEnvelope | None:
@@ -98,6 +97,13 @@ class StageBooks:
         if self._voucher is None and self._before is not None:
             return self._before.voucher
         return self._voucher
+
+    @property
+    def conflict(self) -> tuple[SignedEnvelope, SignedEnvelope] | None:
+        """Two different vouchers with one number of one epoch, both signed by the client."""
+        if self._conflict is None and self._before is not None:
+            return self._before.conflict
+        return self._conflict
 
     @property
     def earned(self) -> Microcredits:
@@ -274,7 +280,7 @@ class StageBooks:
         voucher = open_voucher(envelope, self._terms)
         if self._voucher is not None and voucher.sequence == self._sequence:
             if envelope.payload != self._voucher.payload:
-                self.conflict = (self._voucher, envelope)
+                self._conflict = (self._voucher, envelope)
                 raise RemoteProtocolError("the client signed two vouchers of one number")
             return
         if voucher.sequence <= self._sequence:

@@ -6,7 +6,14 @@ from itertools import pairwise
 
 from plait.envelope import decode, digest
 from plait.errors import BadProof, Overspend
-from plait.ledger.balances import Entry, EntryKind, entry_from_payload, hold_account
+from plait.ledger.balances import (
+    Entry,
+    EntryKind,
+    entry_from_payload,
+    escrow_account,
+    escrow_of,
+    hold_account,
+)
 from plait.ledger.blame import about
 from plait.ledger.bundle import BundleParts, EpochParts
 from plait.ledger.checkpoint import Checkpoint, open_checkpoint
@@ -171,6 +178,7 @@ def _replay(parts: BundleParts, entries: Sequence[Entry]) -> Counter[AccountId]:
     reserves = [entry for entry in entries if entry.kind == EntryKind.RESERVE]
     held = Counter({_filled_hold(parts, entry)[0]: 0 for entry in reserves})
     paid: Counter[AccountId] = Counter()
+    aside: Counter[AccountId] = Counter()
     voided: set[AccountId] = set()
     for entry in entries:
         debited, credited = _sides(entry)
@@ -183,6 +191,19 @@ def _replay(parts: BundleParts, entries: Sequence[Entry]) -> Counter[AccountId]:
             case EntryKind.VOID:
                 wrong = not set(debited) <= set(held) or set(credited) != {client}
                 voided |= set(debited)
+            case EntryKind.ESCROW:
+                aside += debited
+                wrong = credited != _escrow_of(parts, debited) or any(
+                    aside[one] > paid[one] for one in debited
+                )
+            case EntryKind.MATURE:
+                wrong = debited != _escrow_of(parts, credited) or _beyond(credited, aside)
+                aside -= credited
+            case EntryKind.FORFEIT:
+                back = Counter({AccountId(escrow_of(one) or ""): n for one, n in debited.items()})
+                wrong = debited != _escrow_of(parts, back) or set(credited) != {client}
+                wrong = wrong or _beyond(back, aside)
+                aside -= back
             case _:
                 raise BadProof(f"entry {entry.index} issues credit")
         if wrong:
@@ -195,6 +216,16 @@ def _replay(parts: BundleParts, entries: Sequence[Entry]) -> Counter[AccountId]:
     if left:
         raise BadProof(f"{held[left[0]]} microcredits are left in a hold that was voided")
     return paid
+
+
+def _beyond(amounts: Counter[AccountId], limits: Counter[AccountId]) -> bool:
+    return any(amount > limits[account] for account, amount in amounts.items())
+
+
+def _escrow_of(parts: BundleParts, amounts: Counter[AccountId]) -> Counter[AccountId]:
+    """The same amounts on the payees' escrow accounts of the session."""
+    session_id = parts.terms.session_id
+    return Counter({escrow_account(session_id, payee): n for payee, n in amounts.items()})
 
 
 def _sides(entry: Entry) -> tuple[Counter[AccountId], Counter[AccountId]]:

@@ -26,7 +26,7 @@ from plait.task_scope import TaskScope
 from plait.types import PeerId
 
 if TYPE_CHECKING:  # torch and the ledger's storage are imported only for their roles
-    from plait.ledger.service.authority import RunningAuthority
+    from plait.ledger.service.serving import RunningAuthority
     from plait.node.stage_node import StageNode
 
 log = get_logger(__name__)
@@ -169,7 +169,7 @@ async def _watch_writer(authority: "RunningAuthority", data_dir: Path) -> None:
 async def _start_ledger(
     config: NodeConfig, network: NetworkFile, stack: AsyncExitStack
 ) -> "RunningAuthority":
-    from plait.ledger.service.authority import AuthorityKeys, serve_authority
+    from plait.ledger.service.serving import AuthorityKeys, serve_authority
     from plait.ledger.service.witness_edge import RemoteCosigner
 
     peer = load_or_create_key(config.data_dir / "identity.key").peer_id

@@ -128,7 +128,7 @@ class Stage(FramedStage):
                 request, session, self._authorities, self._trusted(), self._clock_ms()
             )
             if request.HasField("voucher") and session.books is not None:
-                session.books.accept_voucher(request.voucher)
+                self._accept_voucher(session, session.books, request.voucher)
             if session.phase == "held":
                 session.start_at(request.cached_tokens)
         except (VerificationError, RemoteProtocolError) as error:
@@ -227,7 +227,7 @@ class Stage(FramedStage):
         try:
             check_names(request.prefix_digests, session.tokens_max)
             if request.HasField("voucher") and session.books is not None:
-                session.books.accept_voucher(request.voucher)
+                self._accept_voucher(session, session.books, request.voucher)
         except PlaitError as error:
             self._end(session, f"closed in a way that does not hold: {error}")
             raise

@@ -77,7 +77,7 @@ class FramedStage(FaultedStage):
             raise RemoteProtocolError("too many frames of one session are queued")
         books = session.require_books()
         if frame.voucher is not None:
-            books.accept_voucher(frame.voucher)
+            self._accept_voucher(session, books, frame.voucher)
         counts = session.admit_frame(frame)
         books.received(frame.traversal, frame.first_position, frame.rows, frame.payload)
         self.sessions.touch(session, self._clock_ms())

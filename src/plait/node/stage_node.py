@@ -141,6 +141,7 @@ class StageNode:
             tape=_tape(me.config, self._tape_files),
             on_step=self._speed.stepped,
             trusted=notices.board.trusted,
+            caught=lambda fork: notices.perform(notices.board.caught(fork)),
         )
 
     async def serve(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from plait.compute.port import Done, StageCompute
 from plait.errors import CapacityError, NetworkError
+from plait.ledger.fork import VoucherFork
 from plait.net.link_stream import Outbox
 from plait.network_file import Authority, NetworkFile
 from plait.node.admission import StageIdentity
@@ -132,6 +133,7 @@ class StageShell:
         tape: Tape | None = None,
         on_step: Callable[[float], None] = lambda elapsed_us: None,
         trusted: Callable[[], tuple[Authority, ...]] | None = None,
+        caught: Callable[[VoucherFork], object] | None = None,
     ) -> None:
         self.callers = CallerLinks()
         self._settler = settler
@@ -165,6 +167,7 @@ class StageShell:
             vocabulary=vocabulary,
             limits=limits,
             tape=tape,
+            caught=caught,
         )
         neighbours.on_response = self.core.on_response
         neighbours.on_broken = self.core.on_peer_lost

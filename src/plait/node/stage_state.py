@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from plait.compute.port import StageCompute
-from plait.errors import CapacityError
+from plait.errors import CapacityError, PlaitError
+from plait.ledger.fork import VoucherFork
+from plait.ledger.stage_books import StageBooks
 from plait.logs import get_logger
 from plait.network_file import Authority
 from plait.node.admission import StageIdentity
@@ -22,6 +24,7 @@ from plait.node.tape import Tape
 from plait.router.view import View
 from plait.types import PeerId
 from plait.v1 import stage_pb2
+from plait.v1.identity_pb2 import SignedEnvelope
 
 log = get_logger(__name__)
 
@@ -32,7 +35,8 @@ class StageState:
     ``identify`` gives the identity to examine against; ``speeds_us`` the microseconds of a
     decode step and of a prompt token, for predictions. ``authorities`` are the ledger's,
     ``trusted`` those of them that were not caught lying. ``tape`` keeps what audits ask for;
-    None keeps nothing, and no audit can be answered.
+    None keeps nothing, and no audit can be answered. ``caught`` is told of each client that
+    signed two vouchers under one number.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class StageState:
         vocabulary: int,
         limits: Limits,
         tape: Tape | None = None,
+        caught: Callable[[VoucherFork], object] | None = None,
     ) -> None:
         self.sessions = SessionTable(limits.sessions_max)
         self._compute = compute
@@ -71,9 +76,21 @@ class StageState:
         self._limits = limits
         self._prefixes = Prefixes(compute, limits.keep_alive_s_max)
         self.tape = tape
+        self._caught = caught
         self._queued_bytes: Counter[PeerId] = Counter()
         self._token = CostLine.guess(speeds_us()[0])
         self._draining = False
+
+    def _accept_voucher(
+        self, session: StageSession, books: StageBooks, voucher: SignedEnvelope
+    ) -> None:
+        """Take a voucher; raises what ``StageBooks.accept_voucher`` raises."""
+        try:
+            books.accept_voucher(voucher)
+        except PlaitError:
+            if books.conflict is not None and self._caught is not None:
+                self._caught(VoucherFork(books.conflict, (session.client_cert,) * 2))
+            raise
 
     @property
     def wait_us(self) -> int:

@@ -17,8 +17,19 @@ from plait.ledger.certs import make_key_cert
 from plait.ledger.checkpoint import sign_checkpoint
 from plait.ledger.client_books import ClientBooks
 from plait.ledger.cosignature import cosign
+from plait.ledger.escrow import EscrowTerms
 from plait.ledger.handoff import ids_payload
-from plait.ledger.journal import Accepted, Books, Command, Issue, Reserve, SetSubAccount, Settle
+from plait.ledger.journal import (
+    Accepted,
+    Books,
+    Command,
+    Expire,
+    Forfeit,
+    Issue,
+    Reserve,
+    SetSubAccount,
+    Settle,
+)
 from plait.ledger.merkle import Tree, leaf_hash
 from plait.ledger.opening import opening_to_message, route_digest
 from plait.ledger.progress import Progress
@@ -103,6 +114,8 @@ class Plot:
     session: str = "session"
     sub_account: str = ""
     wire_dtype: WireDtype = "fp32"
+    escrow_percent: int = 0
+    """Of what is paid; the first stage's is forfeited, the others' goes back."""
 
     @property
     def numeric_class(self) -> str:
@@ -343,7 +356,7 @@ class PaperSession:
             commands.append(_open_sub_account(self.plot.sub_account))
         commands.append(Reserve(reservation, digest(self.reservation.payload)))
         commands += [settlement_of(books) for books in self.stages]
-        return evidence_of(commands, self.terms.session_id)
+        return evidence_of(commands, self.terms.session_id, self.plot.escrow_percent)
 
     def _computed(self, index: int, frame: Frame) -> tuple[bytes, int]:
         if index == len(self.stages) - 1:
@@ -371,10 +384,17 @@ def settlement_of(books: StageBooks) -> Settle:
     )
 
 
-def evidence_of(commands: Sequence[Command], session_id: SessionId) -> Evidence:
+def evidence_of(
+    commands: Sequence[Command], session_id: SessionId, escrow_percent: int = 0
+) -> Evidence:
     """Book a session's commands in a fresh ledger, with strangers' entries around them."""
     before: list[Command] = [_issue("client", 1), _issue("stranger", 2)]
-    entries = tuple(_book([*before, *commands, _issue("stranger", 3)]))
+    after: list[Command] = [_issue("stranger", 3)]
+    if escrow_percent:
+        exposed = AccountId(key_of("stage 0").peer_id)
+        after += [Forfeit(session_id, exposed, digest(b"a judged exposure")), Expire()]
+    escrow = EscrowTerms(escrow_percent, window_ms=0)
+    entries = tuple(_book([*before, *commands, *after], escrow))
     tree = Tree(leaf_hash(entry.payload) for entry in entries)
     own = [entry for entry in entries if entry.session_id == session_id]
     log_key, origin = key_of("authority log"), paper_network().authorities[0].log_origin
@@ -415,8 +435,8 @@ def _open_sub_account(name: str) -> SetSubAccount:
     return SetSubAccount(order, Digest(digest(encode(order))))
 
 
-def _book(commands: Sequence[Command]) -> Iterator[Entry]:
-    books = Books(NETWORK_ID)
+def _book(commands: Sequence[Command], escrow: EscrowTerms) -> Iterator[Entry]:
+    books = Books(NETWORK_ID, escrow)
     for command in commands:
         outcome = books.apply(command, NOW_MS + 40_000)
         assert isinstance(outcome, Accepted), outcome

@@ -79,7 +79,7 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.books = Books(NETWORK)
+        self.books = self.new_books()
         self.now_ms = START_MS
         self.entries: list[Entry] = []
         self.causes: dict[bytes, Any] = {}
@@ -89,6 +89,10 @@ class World:
         self.released: list[tuple[SessionId, Any]] = []
         for client in CLIENTS:
             self.issue(client, 10**6)
+
+    def new_books(self) -> Books:
+        """Books in which nothing is booked."""
+        return Books(NETWORK)
 
     # Honest work.
 
@@ -394,7 +398,7 @@ class World:
         """What is on disk is whole commands: the books rebuilt from it are the same."""
         if len(self.entries) > 200 and self.rng.random() < 0.95:
             return
-        rebuilt = Books(NETWORK)
+        rebuilt = self.new_books()
         for entry in self.entries:
             rebuilt.post(entry_from_payload(entry.payload), self.causes.get(entry.cause))
         for _, release in self.released:

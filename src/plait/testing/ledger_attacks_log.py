@@ -33,7 +33,8 @@ from plait.ledger.withheld import judge_grant
 from plait.ledger.witness import CONFLICT, LogWitness, WitnessRefusal
 from plait.network_file import NetworkFile
 from plait.testing.accounting import key_of, paper_network
-from plait.testing.ledger_attacks import World, refuses
+from plait.testing.ledger_attacks import refuses
+from plait.testing.ledger_attacks_escrow import EscrowWorld
 from plait.types import PeerId
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2 import (
@@ -72,7 +73,7 @@ class MemoryWitness:
         return True
 
 
-class LogWorld(World):
+class LogWorld(EscrowWorld):
     """A ledger, its keys and its log under attack."""
 
     def __init__(self, seed: int) -> None:

@@ -14,6 +14,7 @@ from plait.errors import CapacityError, DeadlineExceeded, PeerUnreachable, Plait
 from plait.identity import SigningKey
 from plait.ledger.certs import make_key_cert
 from plait.ledger.client_books import ClientBooks
+from plait.ledger.fork import VoucherFork
 from plait.ledger.lottery import nonce_commitment
 from plait.ledger.opening import opening_to_message, route_digest
 from plait.ledger.reserve import make_reservation
@@ -131,6 +132,7 @@ class PaperNode:
         self.congested: set[PeerId] = set()
         self.draining = False
         self.unwitnessed = ""
+        self.caught: list[VoucherFork] = []
         self._swarm = swarm
         self.stage = Stage(
             compute=self.compute,
@@ -148,6 +150,7 @@ class PaperNode:
             vocabulary=VOCABULARY_SIZE,
             limits=limits,
             tape=self.tape,
+            caught=self.caught.append,
         )
 
     def _identity(self) -> StageIdentity:

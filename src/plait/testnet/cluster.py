@@ -16,7 +16,15 @@ import msgspec
 from plait.errors import ConfigError
 from plait.identity import load_key, load_or_create_key
 from plait.net.tls import load_or_create
-from plait.network_file import Authority, Bootstrap, NetworkFile, Witness
+from plait.network_file import (
+    ESCROW_PERCENT,
+    ESCROW_WINDOW_S,
+    Authority,
+    Bootstrap,
+    Judge,
+    NetworkFile,
+    Witness,
+)
 from plait.node.config import NodeConfig, Role
 from plait.testnet.control import STOP_GRACE_S
 from plait.testnet.folder import (
@@ -35,6 +43,8 @@ from plait.testnet.ports import HOST, choose_ports
 from plait.testnet.wan import Wan, private_address
 from plait.types import PeerId, Span
 
+JUDGE_KEY = "judge.key"
+"""In the issuer's folder: a testnet has one judge."""
 _BOOTSTRAP_MAX = 4
 
 
@@ -298,6 +308,10 @@ def _write_network_file(directory: Path, cluster: Cluster) -> None:
         ),
         witnesses=witnesses,
         witness_quorum=witness_quorum(len(witnesses)),
+        judges=(Judge("issuer", load_or_create_key(issuer / JUDGE_KEY).public),),
+        judge_quorum=1,
+        escrow_percent=ESCROW_PERCENT,
+        escrow_window_s=ESCROW_WINDOW_S,
         bootstrap=tuple(
             bootstrap_of(
                 data_dir(directory, member.name),

@@ -24,6 +24,9 @@ class EntryKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENTRY_KIND_VOID: _ClassVar[EntryKind]
     ENTRY_KIND_LIMIT: _ClassVar[EntryKind]
     ENTRY_KIND_SUB_ACCOUNT: _ClassVar[EntryKind]
+    ENTRY_KIND_ESCROW: _ClassVar[EntryKind]
+    ENTRY_KIND_MATURE: _ClassVar[EntryKind]
+    ENTRY_KIND_FORFEIT: _ClassVar[EntryKind]
 BUDGET_PERIOD_UNSPECIFIED: BudgetPeriod
 BUDGET_PERIOD_DAY: BudgetPeriod
 BUDGET_PERIOD_WEEK: BudgetPeriod
@@ -35,6 +38,9 @@ ENTRY_KIND_SETTLE: EntryKind
 ENTRY_KIND_VOID: EntryKind
 ENTRY_KIND_LIMIT: EntryKind
 ENTRY_KIND_SUB_ACCOUNT: EntryKind
+ENTRY_KIND_ESCROW: EntryKind
+ENTRY_KIND_MATURE: EntryKind
+ENTRY_KIND_FORFEIT: EntryKind
 
 class PayeeAmount(_message.Message):
     __slots__ = ("payee", "microcredits")
@@ -270,6 +276,28 @@ class AccountQuery(_message.Message):
     sub_account: str
     def __init__(self, network_id: _Optional[str] = ..., account: _Optional[str] = ..., issued_ms: _Optional[int] = ..., sub_account: _Optional[str] = ...) -> None: ...
 
+class ExposureJudgement(_message.Message):
+    __slots__ = ("network_id", "session_id", "payee", "receipt_digest", "evidence_digest", "issued_ms")
+    NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    PAYEE_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_MS_FIELD_NUMBER: _ClassVar[int]
+    network_id: str
+    session_id: bytes
+    payee: str
+    receipt_digest: bytes
+    evidence_digest: bytes
+    issued_ms: int
+    def __init__(self, network_id: _Optional[str] = ..., session_id: _Optional[bytes] = ..., payee: _Optional[str] = ..., receipt_digest: _Optional[bytes] = ..., evidence_digest: _Optional[bytes] = ..., issued_ms: _Optional[int] = ...) -> None: ...
+
+class JudgedExposure(_message.Message):
+    __slots__ = ("judgements",)
+    JUDGEMENTS_FIELD_NUMBER: _ClassVar[int]
+    judgements: _containers.RepeatedCompositeFieldContainer[_identity_pb2.SignedEnvelope]
+    def __init__(self, judgements: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ...) -> None: ...
+
 class AccountLimit(_message.Message):
     __slots__ = ("account", "credit_limit")
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
@@ -366,6 +394,18 @@ class SetLimitResponse(_message.Message):
     entry_index: int
     def __init__(self, entry_index: _Optional[int] = ...) -> None: ...
 
+class FileExposureRequest(_message.Message):
+    __slots__ = ("exposure",)
+    EXPOSURE_FIELD_NUMBER: _ClassVar[int]
+    exposure: _identity_pb2.SignedEnvelope
+    def __init__(self, exposure: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ...) -> None: ...
+
+class FileExposureResponse(_message.Message):
+    __slots__ = ("forfeited_microcredits",)
+    FORFEITED_MICROCREDITS_FIELD_NUMBER: _ClassVar[int]
+    forfeited_microcredits: int
+    def __init__(self, forfeited_microcredits: _Optional[int] = ...) -> None: ...
+
 class SetSubAccountRequest(_message.Message):
     __slots__ = ("order", "account_cert")
     ORDER_FIELD_NUMBER: _ClassVar[int]
@@ -415,16 +455,18 @@ class GetAccountRequest(_message.Message):
     def __init__(self, query: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., account_cert: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ...) -> None: ...
 
 class GetAccountResponse(_message.Message):
-    __slots__ = ("available_microcredits", "pending_microcredits", "next_sequence", "credit_limit")
+    __slots__ = ("available_microcredits", "pending_microcredits", "next_sequence", "credit_limit", "escrow_microcredits")
     AVAILABLE_MICROCREDITS_FIELD_NUMBER: _ClassVar[int]
     PENDING_MICROCREDITS_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CREDIT_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    ESCROW_MICROCREDITS_FIELD_NUMBER: _ClassVar[int]
     available_microcredits: int
     pending_microcredits: int
     next_sequence: int
     credit_limit: int
-    def __init__(self, available_microcredits: _Optional[int] = ..., pending_microcredits: _Optional[int] = ..., next_sequence: _Optional[int] = ..., credit_limit: _Optional[int] = ...) -> None: ...
+    escrow_microcredits: int
+    def __init__(self, available_microcredits: _Optional[int] = ..., pending_microcredits: _Optional[int] = ..., next_sequence: _Optional[int] = ..., credit_limit: _Optional[int] = ..., escrow_microcredits: _Optional[int] = ...) -> None: ...
 
 class GetHistoryRequest(_message.Message):
     __slots__ = ("query", "account_cert", "limit")

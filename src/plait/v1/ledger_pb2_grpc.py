@@ -64,6 +64,11 @@ class LedgerServiceStub:
                 request_serializer=plait_dot_v1_dot_ledger__pb2.ListSubAccountsRequest.SerializeToString,
                 response_deserializer=plait_dot_v1_dot_ledger__pb2.ListSubAccountsResponse.FromString,
                 _registered_method=True)
+        self.FileExposure = channel.unary_unary(
+                '/plait.v1.LedgerService/FileExposure',
+                request_serializer=plait_dot_v1_dot_ledger__pb2.FileExposureRequest.SerializeToString,
+                response_deserializer=plait_dot_v1_dot_ledger__pb2.FileExposureResponse.FromString,
+                _registered_method=True)
         self.GetAccount = channel.unary_unary(
                 '/plait.v1.LedgerService/GetAccount',
                 request_serializer=plait_dot_v1_dot_ledger__pb2.GetAccountRequest.SerializeToString,
@@ -132,6 +137,13 @@ class LedgerServiceServicer:
 
     def ListSubAccounts(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FileExposure(self, request, context):
+        """A quorum of judges found a payee exposed.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -207,6 +219,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.ListSubAccounts,
                     request_deserializer=plait_dot_v1_dot_ledger__pb2.ListSubAccountsRequest.FromString,
                     response_serializer=plait_dot_v1_dot_ledger__pb2.ListSubAccountsResponse.SerializeToString,
+            ),
+            'FileExposure': grpc.unary_unary_rpc_method_handler(
+                    servicer.FileExposure,
+                    request_deserializer=plait_dot_v1_dot_ledger__pb2.FileExposureRequest.FromString,
+                    response_serializer=plait_dot_v1_dot_ledger__pb2.FileExposureResponse.SerializeToString,
             ),
             'GetAccount': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAccount,
@@ -401,6 +418,33 @@ class LedgerService:
             '/plait.v1.LedgerService/ListSubAccounts',
             plait_dot_v1_dot_ledger__pb2.ListSubAccountsRequest.SerializeToString,
             plait_dot_v1_dot_ledger__pb2.ListSubAccountsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FileExposure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/plait.v1.LedgerService/FileExposure',
+            plait_dot_v1_dot_ledger__pb2.FileExposureRequest.SerializeToString,
+            plait_dot_v1_dot_ledger__pb2.FileExposureResponse.FromString,
             options,
             channel_credentials,
             insecure,

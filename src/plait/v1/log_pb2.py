@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from plait.v1 import identity_pb2 as plait_dot_v1_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12plait/v1/log.proto\x12\x08plait.v1\x1a\x17plait/v1/identity.proto\"\x1e\n\x0eGetTileRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\"\x1f\n\x0fGetTileResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"K\n\x14\x41\x64\x64\x43heckpointRequest\x12\x10\n\x08old_size\x18\x01 \x01(\x04\x12\r\n\x05proof\x18\x02 \x03(\x0c\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\"|\n\x15\x41\x64\x64\x43heckpointResponse\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\x13\n\x0b\x63osignature\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\x04size\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nfork_proof\x18\x05 \x01(\x0c\x42\x07\n\x05_size\"b\n\x07Notices\x12\x13\n\x0b\x63heckpoints\x18\x01 \x03(\t\x12\x13\n\x0b\x66ork_proofs\x18\x02 \x03(\x0c\x12-\n\x0brevocations\x18\x03 \x03(\x0b\x32\x18.plait.v1.SignedEnvelope\"I\n\x0f\x45xchangeRequest\x12\x12\n\nnetwork_id\x18\x01 \x01(\t\x12\"\n\x07notices\x18\x02 \x01(\x0b\x32\x11.plait.v1.Notices\"6\n\x10\x45xchangeResponse\x12\"\n\x07notices\x18\x01 \x01(\x0b\x32\x11.plait.v1.Notices2L\n\nLogService\x12>\n\x07GetTile\x12\x18.plait.v1.GetTileRequest\x1a\x19.plait.v1.GetTileResponse2b\n\x0eWitnessService\x12P\n\rAddCheckpoint\x12\x1e.plait.v1.AddCheckpointRequest\x1a\x1f.plait.v1.AddCheckpointResponse2R\n\rNoticeService\x12\x41\n\x08\x45xchange\x12\x19.plait.v1.ExchangeRequest\x1a\x1a.plait.v1.ExchangeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12plait/v1/log.proto\x12\x08plait.v1\x1a\x17plait/v1/identity.proto\"\x1e\n\x0eGetTileRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\"\x1f\n\x0fGetTileResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"K\n\x14\x41\x64\x64\x43heckpointRequest\x12\x10\n\x08old_size\x18\x01 \x01(\x04\x12\r\n\x05proof\x18\x02 \x03(\x0c\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\"|\n\x15\x41\x64\x64\x43heckpointResponse\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\x13\n\x0b\x63osignature\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\x04size\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nfork_proof\x18\x05 \x01(\x0c\x42\x07\n\x05_size\"\x90\x01\n\x0e\x45xposureReport\x12\x12\n\nnetwork_id\x18\x01 \x01(\t\x12)\n\x07verdict\x18\x02 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12\x17\n\x0f\x65vidence_digest\x18\x03 \x01(\x0c\x12\x13\n\x0b\x65vidence_at\x18\x04 \x01(\t\x12\x11\n\tissued_ms\x18\x05 \x01(\x04\"k\n\x0e\x45xposureNotice\x12(\n\x06report\x18\x01 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\x12/\n\rreporter_cert\x18\x02 \x01(\x0b\x32\x18.plait.v1.SignedEnvelope\"\x8f\x01\n\x07Notices\x12\x13\n\x0b\x63heckpoints\x18\x01 \x03(\t\x12\x13\n\x0b\x66ork_proofs\x18\x02 \x03(\x0c\x12-\n\x0brevocations\x18\x03 \x03(\x0b\x32\x18.plait.v1.SignedEnvelope\x12+\n\texposures\x18\x04 \x03(\x0b\x32\x18.plait.v1.ExposureNotice\"I\n\x0f\x45xchangeRequest\x12\x12\n\nnetwork_id\x18\x01 \x01(\t\x12\"\n\x07notices\x18\x02 \x01(\x0b\x32\x11.plait.v1.Notices\"6\n\x10\x45xchangeResponse\x12\"\n\x07notices\x18\x01 \x01(\x0b\x32\x11.plait.v1.Notices2L\n\nLogService\x12>\n\x07GetTile\x12\x18.plait.v1.GetTileRequest\x1a\x19.plait.v1.GetTileResponse2b\n\x0eWitnessService\x12P\n\rAddCheckpoint\x12\x1e.plait.v1.AddCheckpointRequest\x1a\x1f.plait.v1.AddCheckpointResponse2R\n\rNoticeService\x12\x41\n\x08\x45xchange\x12\x19.plait.v1.ExchangeRequest\x1a\x1a.plait.v1.ExchangeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,16 +40,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADDCHECKPOINTREQUEST']._serialized_end=197
   _globals['_ADDCHECKPOINTRESPONSE']._serialized_start=199
   _globals['_ADDCHECKPOINTRESPONSE']._serialized_end=323
-  _globals['_NOTICES']._serialized_start=325
-  _globals['_NOTICES']._serialized_end=423
-  _globals['_EXCHANGEREQUEST']._serialized_start=425
-  _globals['_EXCHANGEREQUEST']._serialized_end=498
-  _globals['_EXCHANGERESPONSE']._serialized_start=500
-  _globals['_EXCHANGERESPONSE']._serialized_end=554
-  _globals['_LOGSERVICE']._serialized_start=556
-  _globals['_LOGSERVICE']._serialized_end=632
-  _globals['_WITNESSSERVICE']._serialized_start=634
-  _globals['_WITNESSSERVICE']._serialized_end=732
-  _globals['_NOTICESERVICE']._serialized_start=734
-  _globals['_NOTICESERVICE']._serialized_end=816
+  _globals['_EXPOSUREREPORT']._serialized_start=326
+  _globals['_EXPOSUREREPORT']._serialized_end=470
+  _globals['_EXPOSURENOTICE']._serialized_start=472
+  _globals['_EXPOSURENOTICE']._serialized_end=579
+  _globals['_NOTICES']._serialized_start=582
+  _globals['_NOTICES']._serialized_end=725
+  _globals['_EXCHANGEREQUEST']._serialized_start=727
+  _globals['_EXCHANGEREQUEST']._serialized_end=800
+  _globals['_EXCHANGERESPONSE']._serialized_start=802
+  _globals['_EXCHANGERESPONSE']._serialized_end=856
+  _globals['_LOGSERVICE']._serialized_start=858
+  _globals['_LOGSERVICE']._serialized_end=934
+  _globals['_WITNESSSERVICE']._serialized_start=936
+  _globals['_WITNESSSERVICE']._serialized_end=1034
+  _globals['_NOTICESERVICE']._serialized_start=1036
+  _globals['_NOTICESERVICE']._serialized_end=1118
 # @@protoc_insertion_point(module_scope)

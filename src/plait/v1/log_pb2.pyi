@@ -43,15 +43,39 @@ class AddCheckpointResponse(_message.Message):
     fork_proof: bytes
     def __init__(self, status: _Optional[int] = ..., cosignature: _Optional[str] = ..., reason: _Optional[str] = ..., size: _Optional[int] = ..., fork_proof: _Optional[bytes] = ...) -> None: ...
 
+class ExposureReport(_message.Message):
+    __slots__ = ("network_id", "verdict", "evidence_digest", "evidence_at", "issued_ms")
+    NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_AT_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_MS_FIELD_NUMBER: _ClassVar[int]
+    network_id: str
+    verdict: _identity_pb2.SignedEnvelope
+    evidence_digest: bytes
+    evidence_at: str
+    issued_ms: int
+    def __init__(self, network_id: _Optional[str] = ..., verdict: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., evidence_digest: _Optional[bytes] = ..., evidence_at: _Optional[str] = ..., issued_ms: _Optional[int] = ...) -> None: ...
+
+class ExposureNotice(_message.Message):
+    __slots__ = ("report", "reporter_cert")
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    REPORTER_CERT_FIELD_NUMBER: _ClassVar[int]
+    report: _identity_pb2.SignedEnvelope
+    reporter_cert: _identity_pb2.SignedEnvelope
+    def __init__(self, report: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ..., reporter_cert: _Optional[_Union[_identity_pb2.SignedEnvelope, _Mapping]] = ...) -> None: ...
+
 class Notices(_message.Message):
-    __slots__ = ("checkpoints", "fork_proofs", "revocations")
+    __slots__ = ("checkpoints", "fork_proofs", "revocations", "exposures")
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     FORK_PROOFS_FIELD_NUMBER: _ClassVar[int]
     REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
+    EXPOSURES_FIELD_NUMBER: _ClassVar[int]
     checkpoints: _containers.RepeatedScalarFieldContainer[str]
     fork_proofs: _containers.RepeatedScalarFieldContainer[bytes]
     revocations: _containers.RepeatedCompositeFieldContainer[_identity_pb2.SignedEnvelope]
-    def __init__(self, checkpoints: _Optional[_Iterable[str]] = ..., fork_proofs: _Optional[_Iterable[bytes]] = ..., revocations: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ...) -> None: ...
+    exposures: _containers.RepeatedCompositeFieldContainer[ExposureNotice]
+    def __init__(self, checkpoints: _Optional[_Iterable[str]] = ..., fork_proofs: _Optional[_Iterable[bytes]] = ..., revocations: _Optional[_Iterable[_Union[_identity_pb2.SignedEnvelope, _Mapping]]] = ..., exposures: _Optional[_Iterable[_Union[ExposureNotice, _Mapping]]] = ...) -> None: ...
 
 class ExchangeRequest(_message.Message):
     __slots__ = ("network_id", "notices")

@@ -4,13 +4,9 @@ Every request is bounded, its signatures and certificates are checked, then the 
 decide. A refusal is a gRPC status with the details "code: reason".
 """
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import grpc
@@ -19,7 +15,6 @@ import grpc.aio
 from plait.envelope import decode, digest, open_envelope, seal
 from plait.errors import (
     BadSignature,
-    ConfigError,
     LedgerError,
     RemoteProtocolError,
     VerificationError,
@@ -28,10 +23,10 @@ from plait.identity import SigningKey
 from plait.ledger.balances import entry_from_payload
 from plait.ledger.certs import check_key_cert
 from plait.ledger.committee import COMMITTEE_LANE, granters
-from plait.ledger.fork import ReservationFork
+from plait.ledger.exposure import check_judged, judging_of
+from plait.ledger.fork import ReservationFork, VoucherFork
 from plait.ledger.journal import (
     FRESHNESS_MS,
-    GRACE_MS,
     Decline,
     Fork,
     Issue,
@@ -42,31 +37,22 @@ from plait.ledger.journal import (
     SetSubAccount,
     Settle,
 )
-from plait.ledger.notices import NoticeBoard, Told
+from plait.ledger.notices import NoticeBoard
 from plait.ledger.service.export import objects_behind
-from plait.ledger.service.head import HeadFile
-from plait.ledger.service.notices import NoticeExchange, NoticeFile, NoticeServicer, posts_of
-from plait.ledger.service.recorder import LogIdentity, Recorder
-from plait.ledger.service.records import LedgerStore
-from plait.ledger.service.store import open_store
-from plait.ledger.service.tiles import LogServicer, TileFolder
-from plait.ledger.service.witness import Cosigner, WitnessedLog
+from plait.ledger.service.notices import NoticeExchange
+from plait.ledger.service.recorder import Recorder
+from plait.ledger.service.witness import WitnessedLog
 from plait.ledger.sub_accounts import terms_message
 from plait.logs import get_logger
-from plait.network_file import Authority, NetworkFile
+from plait.network_file import NetworkFile
 from plait.types import U64_MAX, AccountId, Digest, PeerId, SessionId
 from plait.v1 import ledger_pb2 as pb
 from plait.v1.committee_pb2 import LearnRequest, LearnResponse
 from plait.v1.committee_pb2_grpc import (
     CommitteeServiceServicer,
-    add_CommitteeServiceServicer_to_server,
 )
 from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
-from plait.v1.ledger_pb2_grpc import LedgerServiceServicer, add_LedgerServiceServicer_to_server
-from plait.v1.log_pb2_grpc import (
-    add_LogServiceServicer_to_server,
-    add_NoticeServiceServicer_to_server,
-)
+from plait.v1.ledger_pb2_grpc import LedgerServiceServicer
 
 log = get_logger(__name__)
 
@@ -77,6 +63,10 @@ EXPIRY_INTERVAL_S = 1.0
 HISTORY_MAX = 100
 EVIDENCE_ENTRIES_MAX = 256
 EXPORT_PAGE = 64
+KEY_OVERLAP_MS = 120_000
+"""How long a replaced ledger key may still begin something."""
+VOUCHERS_COMPARED_MAX = 4_096
+"""Vouchers settled last: another under the number of one of them is seen at once."""
 _STOP_GRACE_S = 1.0
 
 _STATUS = {
@@ -94,54 +84,12 @@ Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
-class AuthorityKeys:
-    """The two keys of an authority: grants are signed by one, checkpoints by the other."""
-
-    ledger: SigningKey
-    log: SigningKey
-
-
-@dataclass(frozen=True, slots=True)
-class RunningAuthority:
-    """A serving authority. ``stopped`` is set when its disk failed and it must be restarted."""
-
-    host: str
-    port: int
-    recorder: Recorder
-    stopped: asyncio.Event = field(repr=False)
-
-
 class _Refused(Exception):
     """A request ends here with a code and a reason for the caller."""
 
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(f"{code}: {reason}")
         self.code = code
-
-
-class Clock:
-    """Wall time, and a time for expiry that no jump of the wall clock brings forward."""
-
-    def __init__(
-        self,
-        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
-        steady_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000,
-    ) -> None:
-        self._wall_ms, self._steady_ms = wall_ms, steady_ms
-        self._wall_start_ms, self._steady_start_ms = wall_ms(), steady_ms()
-
-    def now_ms(self) -> int:
-        """Wall time."""
-        return self._wall_ms()
-
-    def elapsed_ms(self) -> int:
-        """Time since the authority started."""
-        return self._steady_ms() - self._steady_start_ms
-
-    def expiry_ms(self) -> int:
-        """The earlier of wall time and start time plus what has elapsed."""
-        return min(self._wall_ms(), self._wall_start_ms + self.elapsed_ms())
 
 
 def _answered(
@@ -188,6 +136,7 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
         self._network = network
         self._key = key
         self._clock_ms = clock_ms
+        self._vouchers: OrderedDict[tuple[bytes, int, int], SignedEnvelope] = OrderedDict()
 
     @_answered
     async def Reserve(self, request: pb.ReserveRequest, context: Any) -> pb.ReserveResponse:
@@ -195,7 +144,9 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
         envelope = request.reservation
         reservation = open_envelope(envelope, pb.BudgetReservation)
         account = AccountId(reservation.account)
-        self._check_signer(envelope, request.account_cert, account)
+        # A session goes on under the key that it began with, whatever was rotated since.
+        begun = self._recorder.signed_before(SessionId(reservation.session_id), envelope.signer)
+        self._check_signer(envelope, request.account_cert, account, newest=not begun)
         statement = self._notices.board.frozen.get(PeerId(account))
         if statement is not None:
             raise _Refused("frozen", f"the account {statement}")
@@ -241,6 +192,7 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
         payers = {self._recorder.signer_of(hold.reservation) for hold in holds.values()}
         if request.voucher.signer not in payers:
             raise _Refused("signature", "the voucher is not signed by who reserved")
+        self._tell_voucher_fork(voucher, request.voucher)
         command = Settle(
             voucher, digest(request.voucher.payload), settlement, digest(request.request.payload)
         )
@@ -276,6 +228,16 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
         return pb.SetSubAccountResponse(entry_index=_accepted(outcome))
 
     @_answered
+    async def FileExposure(
+        self, request: pb.FileExposureRequest, context: Any
+    ) -> pb.FileExposureResponse:
+        """Forfeit the escrow of a payee that a quorum of judges found exposed."""
+        judging = judging_of(self._network)
+        command = check_judged(request.exposure, self._network.network_id, judging)
+        outcome = await self._recorder.apply(command, [request.exposure])
+        return pb.FileExposureResponse(forfeited_microcredits=_accepted(outcome))
+
+    @_answered
     async def ListSubAccounts(
         self, request: pb.ListSubAccountsRequest, context: Any
     ) -> pb.ListSubAccountsResponse:
@@ -303,6 +265,7 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
             pending_microcredits=self._books.pending(account),
             next_sequence=self._books.next_sequence(account, 0),
             credit_limit=self._books.balances.limit(account),
+            escrow_microcredits=self._books.escrows.of(account),
         )
 
     @_answered
@@ -390,6 +353,24 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
             proof = ReservationFork(pair, (shown.account_cert, shown.account_cert))
             self._notices.perform(self._notices.board.caught(proof))
 
+    def _tell_voucher_fork(self, voucher: pb.SessionVoucher, envelope: SignedEnvelope) -> None:
+        """Tell of an account that had another voucher under this number settled here.
+
+        Settling goes on as ever: each voucher pays what it promises, up to the caps.
+        """
+        number = (voucher.session_id, voucher.epoch, voucher.sequence)
+        earlier = self._vouchers.pop(number, envelope)
+        self._vouchers[number] = earlier
+        if len(self._vouchers) > VOUCHERS_COMPARED_MAX:
+            self._vouchers.popitem(last=False)
+        if earlier.payload == envelope.payload:
+            return
+        store = self._recorder.store
+        certs = [store.delegation(voucher.account, one.signer, 0) for one in (earlier, envelope)]
+        if certs[0] is not None and certs[1] is not None:
+            proof = VoucherFork((earlier, envelope), (certs[0], certs[1]))
+            self._notices.perform(self._notices.board.caught(proof))
+
     def _check_signer(
         self,
         envelope: SignedEnvelope,
@@ -400,7 +381,8 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
     ) -> int:
         """Check the signature by the account's ledger key; returns the certificate's serial.
 
-        With ``newest`` a key that was replaced counts no more; a revoked one never does.
+        With ``newest`` a key that was replaced counts no more, but for ``KEY_OVERLAP_MS``: what
+        another process of the account was about to send. A revoked one never does.
         """
         now_ms = self._clock_ms()
         revoked = self._notices.board.revoked
@@ -409,8 +391,13 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
         if envelope.signer != ledger_key:
             raise _Refused("signature", "it is not signed by the key the certificate names")
         serial = decode(cert.payload, NodeKeyCert).serial
-        known = self._recorder.newest_serial(peer)
-        if newest and known is not None and serial < known:
+        known = self._recorder.newest_cert(peer)
+        if (
+            newest
+            and known is not None
+            and serial < known[0]
+            and known[1] + KEY_OVERLAP_MS < now_ms
+        ):
             raise _Refused("signature", "the certificate has been replaced by a newer one")
         return serial
 
@@ -455,133 +442,6 @@ class LedgerServicer(LedgerServiceServicer, CommitteeServiceServicer):
 
     def _payload(self, index: int) -> bytes:
         return next(self._recorder.store.entries(index, 1)).payload
-
-
-@asynccontextmanager
-async def serve_authority(
-    store_path: Path,
-    network: NetworkFile,
-    authority: Authority,
-    keys: AuthorityKeys,
-    host: str,
-    port: int,
-    tls: tuple[bytes, bytes],
-    *,
-    clock: Clock | None = None,
-    cosigners: Sequence[Cosigner] = (),
-    database: str = "",
-) -> AsyncIterator[RunningAuthority]:
-    """Serve a ledger authority while the context is open.
-
-    ``tls`` is certificate and key in PEM; port 0 lets the kernel choose. ``cosigners`` are
-    ways to witnesses of the network file, asked for each checkpoint. The log is published
-    as tiles in the folder ``log`` beside the store. ``database`` is a PostgreSQL connection
-    string; empty keeps the journal in the file ``store_path``. Raises
-    ``ConfigError`` for keys that are not the network file's or an address in use, and
-    ``LedgerError`` for a store that cannot be used.
-    """
-    if (keys.ledger.public, keys.log.public) != (authority.ledger_key, authority.log_key):
-        raise ConfigError("the authority's keys are not those of the network file")
-    clock = clock or Clock()
-    store = _open_store(store_path, network.network_id, database)
-    try:
-        identity = LogIdentity(authority.log_origin, keys.log)
-        recorder = Recorder(store, network.network_id, identity, clock.now_ms)
-    except BaseException:
-        store.close()
-        raise
-    try:
-        witnessed = WitnessedLog(
-            recorder,
-            network.witnesses,
-            network.witness_quorum,
-            cosigners,
-            publish=TileFolder(store_path.with_name("log"), recorder).publish,
-        )
-        notices = _notices(network, authority, NoticeFile(store_path.with_name("notices")))
-        servicer = LedgerServicer(recorder, network, keys.ledger, clock.now_ms, witnessed, notices)
-        server, bound = _server(servicer, host, port, tls)
-        add_LogServiceServicer_to_server(LogServicer(recorder, lambda: witnessed.shown), server)
-        add_NoticeServiceServicer_to_server(NoticeServicer(notices, network.network_id), server)
-        await server.start()
-        try:
-            failure: Exception | None = None
-            async with asyncio.TaskGroup() as tasks:
-                chores = tasks.create_task(
-                    _chores(recorder, witnessed, notices, clock), name="ledger-chores"
-                )
-                telling = tasks.create_task(notices.run(), name="ledger-notices")
-                try:
-                    yield RunningAuthority(host, bound, recorder, recorder.stopped)
-                except Exception as error:  # noqa: BLE001 - raised below, out of the group's wrapping
-                    failure = error
-                finally:
-                    chores.cancel()
-                    telling.cancel()
-            if failure is not None:
-                raise failure
-        finally:
-            await server.stop(_STOP_GRACE_S)
-    finally:
-        recorder.close()
-
-
-def _notices(network: NetworkFile, authority: Authority, file: NoticeFile) -> NoticeExchange:
-    others = [one for one in network.authorities if one.peer != authority.peer]
-    board = NoticeBoard(network, own_log=authority.log_origin)
-    return NoticeExchange(board, network, lambda: posts_of(others), file=file)
-
-
-def _open_store(path: Path, network_id: str, database: str) -> LedgerStore:
-    if not database:
-        return open_store(path, network_id)
-    try:
-        from plait.ledger.service.postgres import open_postgres
-    except ImportError as error:
-        raise ConfigError(
-            "a ledger in PostgreSQL needs psycopg", remedy="pip install 'plait[postgres]'"
-        ) from error
-    return open_postgres(database, network_id, HeadFile(path.with_name(path.name + ".head")))
-
-
-def _server(
-    servicer: LedgerServicer, host: str, port: int, tls: tuple[bytes, bytes]
-) -> tuple[grpc.aio.Server, int]:
-    cert_pem, key_pem = tls
-    server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_concurrent_streams", 256),
-            ("grpc.server_handshake_timeout_ms", 3_000),
-            ("grpc.http2.min_ping_interval_without_data_ms", 300),
-            ("grpc.http2.max_ping_strikes", 0),
-        ]
-    )
-    add_LedgerServiceServicer_to_server(servicer, server)
-    add_CommitteeServiceServicer_to_server(servicer, server)
-    credentials = grpc.ssl_server_credentials([(key_pem, cert_pem)])
-    try:
-        bound = server.add_secure_port(f"{host}:{port}", credentials)
-    except RuntimeError as error:
-        raise ConfigError(f"the ledger cannot listen on {host}:{port}: {error}") from error
-    return server, bound
-
-
-async def _chores(
-    recorder: Recorder, witnessed: WitnessedLog, notices: NoticeExchange, clock: Clock
-) -> None:
-    """Sign checkpoints and void what has expired, until the recorder stops."""
-    try:
-        while True:
-            _, note = await witnessed.checkpoint(recorder.committed_size)
-            notices.take(Told(checkpoints=(note,)))
-            # After a long outage the payees get their grace time again before anything expires.
-            if clock.elapsed_ms() >= GRACE_MS:
-                await recorder.expire(clock.expiry_ms())
-            await asyncio.sleep(EXPIRY_INTERVAL_S)
-    except LedgerError as error:
-        log.error("the ledger refuses all requests until it is restarted", reason=str(error))
 
 
 def _accepted(outcome: Outcome) -> int:

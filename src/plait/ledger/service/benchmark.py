@@ -18,14 +18,15 @@ from time import perf_counter, process_time, time_ns
 from typing import TypeVar
 
 from plait.envelope import digest, open_envelope, seal
-from plait.identity import SigningKey
+from plait.identity import SigningKey, openssl_matches, verify
 from plait.ledger.certs import make_key_cert
 from plait.ledger.checkpoint import Checkpoint
 from plait.ledger.journal import Accepted, Books, Command, Issue, Reserve, Settle
 from plait.ledger.journal_audit import JournalAuditor, JournalPage, audit_journal
 from plait.ledger.merkle import leaf_hash, root_of
-from plait.ledger.service.authority import EXPORT_PAGE, AuthorityKeys, serve_authority
+from plait.ledger.service.authority import EXPORT_PAGE
 from plait.ledger.service.remote import RemoteLedger
+from plait.ledger.service.serving import AuthorityKeys, serve_authority
 from plait.ledger.service.store import Change, StoredEntry, open_store
 from plait.ledger.service.verify_ahead import verified_ahead
 from plait.net.tls import create_identity
@@ -54,7 +55,12 @@ class LedgerFigures:
     """Rates a second. A voucher pays three payees."""
 
     vouchers_verified_and_stored_per_s_per_core: int
+    signatures_verified_per_s_per_core: int
+    """By the strict check that everything here uses, each once."""
+    signatures_verified_by_openssl_per_s_per_core: int
     vouchers_audited_per_s_per_core: int
+    audit_of_signature_limit: float
+    """Vouchers audited a second of a core as a share of the signatures it can verify."""
     vouchers_audited_per_s: int
     """Of wall time, with the signatures verified ahead on the other cores, as the command does."""
     journal_entries_audited_per_s_per_core: int
@@ -145,6 +151,8 @@ def measure_ledger(
     """Measure everything on the disk of ``folder``, with so many settlements."""
     progress("vouchers")
     stored_per_s, voucher_bytes = _vouchers_stored(folder)
+    progress("signatures")
+    verified_per_s, openssl_per_s = (_verify_rate(check) for check in (verify, openssl_matches))
     progress("audit")
     vouchers_per_s, entries_per_s = _audit_rates()
     audited_per_s = _audit_rate_of_all_cores()
@@ -154,7 +162,10 @@ def measure_ledger(
     reserved, settled, cpu_ms = _service_rates(folder, settlements)
     return LedgerFigures(
         vouchers_verified_and_stored_per_s_per_core=stored_per_s,
+        signatures_verified_per_s_per_core=verified_per_s,
+        signatures_verified_by_openssl_per_s_per_core=openssl_per_s,
         vouchers_audited_per_s_per_core=vouchers_per_s,
+        audit_of_signature_limit=round(vouchers_per_s / verified_per_s, 3),
         vouchers_audited_per_s=audited_per_s,
         journal_entries_audited_per_s_per_core=entries_per_s,
         voucher_bytes=voucher_bytes,
@@ -185,6 +196,19 @@ def _vouchers_stored(folder: Path) -> tuple[int, int]:
         best = max(best, len(messages) / (process_time() - start))
     store.close()
     return round(best), size
+
+
+def _verify_rate(check: Callable[[bytes, bytes, bytes], object]) -> int:
+    """Signatures of a voucher's size that a check verifies a second of one core."""
+    key, best = _KEYS["client ledger"], 0.0
+    for round_number in range(3):
+        messages = [b"%d %d" % (round_number, n) + bytes(240) for n in range(2_048)]
+        signatures = [key.sign(message) for message in messages]
+        start = process_time()
+        for message, signature in zip(messages, signatures, strict=True):
+            check(key.public, signature, message)
+        best = max(best, len(messages) / (process_time() - start))
+    return round(best)
 
 
 def _batches(items: Sequence[bytes], size: int) -> Iterator[Sequence[bytes]]:

@@ -214,6 +214,12 @@ class RemoteCommittee:
         self._missed(heard, name, message.SerializeToString())
         return max(entries)
 
+    async def file_exposure(self, exposure: SignedEnvelope) -> int:
+        """File with all what a quorum of judges signed; who missed it needs it again."""
+        return max(
+            await self._of_quorum(lambda i: self._members[i].file_exposure(exposure), "exposure")
+        )
+
     async def sub_accounts(
         self, query: SignedEnvelope, cert: SignedEnvelope | None = None
     ) -> list[SubAccountUse]:
@@ -233,6 +239,7 @@ class RemoteCommittee:
             sorted((state.available for state in states), reverse=True)[place],
             sorted((state.pending for state in states), reverse=True)[place],
             sorted((state.next_sequence for state in states), reverse=True)[place],
+            escrow=sorted((state.escrow for state in states), reverse=True)[place],
         )
 
     async def history(

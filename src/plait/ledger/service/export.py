@@ -26,6 +26,8 @@ def _behind(store: LedgerStore, entry: Entry) -> Iterator[SignedEnvelope]:
         if entry.cause:
             yield from _releases(store, entry)
         return
+    if not entry.cause:
+        return
     cause = store.object(entry.cause)
     if cause is None:
         return

@@ -1,4 +1,4 @@
-"""A node's ledger keys in its data folder: rotation by one new file.
+"""Ledger keys in the folder of a node or client: rotation by one new file.
 
 ``ledger.key`` has the serial 1, ``ledger-2.key`` the serial 2 and so on; the newest counts.
 A rotation is one exclusive creation, so that no crash leaves half of one. The older files
@@ -30,6 +30,16 @@ def newest_ledger_key(folder: Path) -> tuple[SigningKey, int]:
     if serial == FIRST_SERIAL:
         return load_or_create_key(folder / "ledger.key"), serial
     return load_key(folder / f"ledger-{serial}.key"), serial
+
+
+def ledger_keys(folder: Path) -> list[tuple[SigningKey, int]]:
+    """All ledger keys in a folder with their serials, the newest first; raises ``ConfigError``."""
+    found = []
+    for path in folder.iterdir():
+        name = _NAME.fullmatch(path.name)
+        if name or path.name == "ledger.key":
+            found.append((load_key(path), int(name[1]) if name else FIRST_SERIAL))
+    return sorted(found, key=lambda one: -one[1])
 
 
 def rotate_ledger_key(folder: Path) -> int:

@@ -19,6 +19,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from plait.errors import BadProof, PlaitError, VerificationError
+from plait.ledger.exposures import Reported
 from plait.ledger.notices import Action, Compare, Frozen, NoticeBoard, Revoked, Told
 from plait.ledger.tiles import Tile, TileMissing, TileTree
 from plait.logs import get_logger
@@ -58,11 +59,17 @@ def _to_message(told: Told) -> log_pb2.Notices:
         checkpoints=told.checkpoints,
         fork_proofs=told.fork_proofs,
         revocations=told.revocations,
+        exposures=told.exposures,
     )
 
 
 def _from_message(message: log_pb2.Notices) -> Told:
-    return Told(tuple(message.checkpoints), tuple(message.fork_proofs), tuple(message.revocations))
+    return Told(
+        tuple(message.checkpoints),
+        tuple(message.fork_proofs),
+        tuple(message.revocations),
+        tuple(message.exposures),
+    )
 
 
 class NoticeFile:
@@ -124,6 +131,8 @@ class NoticeExchange:
             match action:
                 case Frozen():
                     log.error("signed twice", peer=action.culprit, statement=action.statement)
+                case Reported():
+                    log.warning("reported exposed", peer=action.peer, reporter=action.reporter)
                 case Revoked():
                     log.info("keys revoked", peer=action.peer, serial_min=action.serial_min)
             self._urgent.set()

@@ -19,6 +19,7 @@ from plait.errors import LedgerError, VerificationError
 from plait.identity import SigningKey
 from plait.ledger.balances import Entry, EntryKind, entry_from_payload
 from plait.ledger.checkpoint import open_checkpoint, sign_checkpoint
+from plait.ledger.escrow import NO_ESCROW, EscrowTerms
 from plait.ledger.journal import (
     Accepted,
     Books,
@@ -41,7 +42,7 @@ from plait.ledger.service.records import (
     StoredRelease,
 )
 from plait.logs import get_logger
-from plait.types import Digest, PeerId
+from plait.types import Digest, PeerId, SessionId
 from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
 from plait.v1.ledger_pb2 import BudgetReservation, IssueOrder, LimitOrder, SubAccountOrder
 
@@ -50,6 +51,18 @@ log = get_logger(__name__)
 BATCH_MAX = 1_000
 CHECKPOINT_INTERVAL_MIN_S = 0.05
 """At most so often when somebody waits for one."""
+
+
+_WITHOUT_CAUSE = frozenset(
+    {
+        EntryKind.SETTLE,
+        EntryKind.VOID,
+        EntryKind.ESCROW,
+        EntryKind.MATURE,
+        EntryKind.FORFEIT,
+    }
+)
+"""Kinds whose entry says all that the books need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +86,17 @@ class Recorder:
         network_id: str,
         identity: LogIdentity,
         clock_ms: Callable[[], int],
+        escrow: EscrowTerms = NO_ESCROW,
     ) -> None:
-        self.books = Books(network_id)
+        self.books = Books(network_id, escrow)
         self.tree = Tree()
         self.store = store
         self.clock_ms = clock_ms
         self.stopped = asyncio.Event()
         self._identity = identity
         self._signers: dict[Digest, bytes] = {}
-        self._serials: dict[PeerId, int] = {}
+        self._serials: dict[PeerId, tuple[int, int]] = {}
+        """Of the newest certificate seen of a peer: its serial, and when it began."""
         self._rebuild()
         self._applied = self._committed = 0
         self._committed_size = self.tree.size
@@ -110,9 +125,14 @@ class Recorder:
         """The ledger key that signed a granted reservation."""
         return self._signers[reservation]
 
-    def newest_serial(self, peer: PeerId) -> int | None:
-        """Serial of the newest certificate seen of a peer."""
+    def newest_cert(self, peer: PeerId) -> tuple[int, int] | None:
+        """Of the newest certificate seen of a peer: its serial, and when it began."""
         return self._serials.get(peer)
+
+    def signed_before(self, session_id: SessionId, key: bytes) -> bool:
+        """Whether the key signed a reservation of this session that was granted."""
+        holds = self.books.holds(session_id).values()
+        return any(self._signers.get(hold.reservation) == key for hold in holds)
 
     async def durable(self) -> None:
         """Wait until everything applied so far is on disk; raises ``LedgerError`` if it failed."""
@@ -253,13 +273,13 @@ class Recorder:
             return change
         opened = decode(cert.payload, NodeKeyCert)
         peer, key = PeerId(opened.peer_id), opened.ledger_key
-        newer = opened.serial > self._serials.get(peer, -1)
+        newer = opened.serial > self._serials.get(peer, (-1, 0))[0]
         if not newer and self._delegated.get((peer, key), 0) > self.clock_ms():
             return change
         self._delegated[peer, key] = opened.expires_ms
         certs = (StoredCert(peer, opened.serial, cert.SerializeToString()),) if newer else ()
         if newer:
-            self._serials[peer] = opened.serial
+            self._serials[peer] = opened.serial, opened.not_before_ms
         return replace(
             change,
             objects=(*change.objects, cert),
@@ -288,10 +308,12 @@ class Recorder:
             self.books.mark_released(Release(release.session_id, release.epoch, release.payee))
         for fork in self.store.forks():
             self.books.freeze(fork.account)
-        self._serials = {cert.peer: cert.serial for cert in self.store.certs()}
+        for cert in self.store.certs():
+            opened = decode(SignedEnvelope.FromString(cert.envelope).payload, NodeKeyCert)
+            self._serials[cert.peer] = cert.serial, opened.not_before_ms
 
     def _cause(self, entry: Entry) -> Cause:
-        if entry.kind in (EntryKind.SETTLE, EntryKind.VOID):
+        if entry.kind in _WITHOUT_CAUSE:
             return None
         envelope = self.store.object(entry.cause)
         if envelope is None or digest(envelope.payload) != entry.cause:

@@ -54,6 +54,8 @@ class AccountState:
     next_sequence: int
     credit_limit: int = 0
     """How far below zero the account may stand; part of what is available."""
+    escrow: int = 0
+    """Of what the account was paid: still in escrow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ class RemoteLedger:
             response.pending_microcredits,
             response.next_sequence,
             response.credit_limit,
+            response.escrow_microcredits,
         )
 
     async def history(
@@ -183,6 +186,12 @@ class RemoteLedger:
         request = pb.SetSubAccountRequest(order=order, account_cert=cert)
         response = await self._call(self._stub.SetSubAccount, request, pb.SetSubAccountResponse)
         return response.entry_index
+
+    async def file_exposure(self, exposure: SignedEnvelope) -> int:
+        """File what a quorum of judges signed; returns what was forfeited in its session."""
+        request = pb.FileExposureRequest(exposure=exposure)
+        response = await self._call(self._stub.FileExposure, request, pb.FileExposureResponse)
+        return response.forfeited_microcredits
 
     async def sub_accounts(
         self, query: SignedEnvelope, cert: SignedEnvelope | None = None
