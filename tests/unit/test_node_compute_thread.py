@@ -1,8 +1,6 @@
 """The compute thread: batches, order, errors and its end."""
 
 import asyncio
-import os
-import sys
 import threading
 from collections.abc import Sequence
 
@@ -63,28 +61,6 @@ async def test_what_has_queued_is_computed_together_off_the_loop() -> None:
     assert recorder.done == list(range(6))
     assert recorder.threads == {"compute"}
     assert subject.queued == 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
-async def test_the_event_loop_goes_first_where_cores_are_short() -> None:
-    seen: asyncio.Queue[int] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def step(works: Sequence[Work]) -> list[Done]:
-        nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-        loop.call_soon_threadsafe(seen.put_nowait, nice)
-        return [Done() for _ in works]
-
-    scheduler: Scheduler[int] = Scheduler(key=lambda job: job, rows=lambda job: 1)
-    subject = ComputeThread(step, scheduler, work, lambda job, done: None, lambda elapsed_us: None)
-    subject.submit(1)
-    async with asyncio.TaskGroup() as tasks:
-        running = tasks.create_task(subject.run())
-        async with asyncio.timeout(5):
-            nice = await seen.get()
-        running.cancel()
-    loop_nice = os.getpriority(os.PRIO_PROCESS, 0)
-    assert nice == min(19, loop_nice + compute_thread.STEP_BACK)
 
 
 async def test_a_step_that_raises_fails_its_own_jobs_only() -> None:

@@ -5,9 +5,7 @@ task has to wake in between, which is a good part of a hop's cost.
 """
 
 import asyncio
-import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +24,6 @@ log = get_logger(__name__)
 JobT = TypeVar("JobT")
 
 QUEUED_MAX = 1024
-STEP_BACK = 5
-"""By how much the thread is nicer than the process."""
 
 
 class ComputeThread(Generic[JobT]):
@@ -82,7 +78,6 @@ class ComputeThread(Generic[JobT]):
                 await ended
 
     def _compute(self, loop: asyncio.AbstractEventLoop, ended: "asyncio.Future[None]") -> None:
-        _step_back()
         try:
             while self._fill():
                 parts = self._scheduler.take_parts()
@@ -146,19 +141,6 @@ class ComputeThread(Generic[JobT]):
     def _deliver(self, ended: Sequence[tuple[JobT, Done]]) -> None:
         for job, done in ended:
             self._on_done(job, done)
-
-
-def _step_back() -> None:
-    """Let event loops go first where cores are short: they need little, and are waited for.
-
-    A refusal, a ping or a frame to pass on takes a fraction of a millisecond, a step many.
-    """
-    if sys.platform != "linux":
-        return  # elsewhere threads have no priority of their own
-    thread = threading.get_native_id()
-    with suppress(OSError):
-        nice = os.getpriority(os.PRIO_PROCESS, thread)
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, nice + STEP_BACK))
 
 
 class Pieces:
