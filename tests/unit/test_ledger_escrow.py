@@ -182,7 +182,7 @@ def test_the_share_does_not_depend_on_how_often_a_payee_settles() -> None:
     for paid in range(1, 96):
         often.settle("client", FIRST, paid, 0)
     once.settle("client", FIRST, 95, 0)
-    assert often.books.escrows.of(ALICE) == once.books.escrows.of(ALICE) == 9
+    assert often.books.escrows.of(ALICE) == once.books.escrows.of(ALICE) == 10
     assert often.audit().violations == ()
 
 

@@ -635,7 +635,7 @@ class BooksMachine(RuleBasedStateMachine):
         for session in range(4):
             session_id = SessionId(bytes([session]) * 16)
             for payee in PAYEES:
-                share = self.books.paid(session_id, payee) * ESCROW_TERMS.percent // 100
+                share = -(-self.books.paid(session_id, payee) * ESCROW_TERMS.percent // 100)
                 assert moved[session_id, payee] == share
                 assert self.books.escrows.standing(session_id, payee) <= share
         for payee in PAYEES:

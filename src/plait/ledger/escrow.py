@@ -25,6 +25,10 @@ class EscrowTerms:
     percent: int = 0
     window_ms: int = 0
 
+    def share(self, paid: int) -> int:
+        """What stands aside of so many microcredits: rounded up, so that every payee risks some."""
+        return -(-paid * self.percent // 100)
+
 
 NO_ESCROW = EscrowTerms()
 
@@ -77,10 +81,9 @@ class Escrows:
         ``paid`` is what each payee has been paid in the session, this payment included: the
         share is that of the sum, so that it does not depend on how often a payee settles.
         """
-        percent = self.terms.percent
         lines: list[Line] = []
         for payee, credit in _credits(payment).items():
-            share = paid[payee] * percent // 100 - (paid[payee] - credit) * percent // 100
+            share = self.terms.share(paid[payee]) - self.terms.share(paid[payee] - credit)
             if share:
                 account = escrow_account(payment.session_id, payee)
                 lines += [Line(payee, debit=share), Line(account, credit=share)]

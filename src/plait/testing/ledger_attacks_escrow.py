@@ -43,7 +43,7 @@ class EscrowWorld(World):
         paid = min(session.caps[payee], 15)
         for amount in range(1, paid + 1):
             self.settle(session, {payee: amount}, payee)
-        assert self.standing(session)[payee] == paid * TERMS.percent // 100
+        assert self.standing(session)[payee] == TERMS.share(paid)
 
     def attack_10_forfeited_twice_or_after_the_window(self) -> None:
         """Forfeited twice or after the window."""
@@ -56,7 +56,7 @@ class EscrowWorld(World):
         again, size = self.run(self.judged(session, exposed)), self.books.balances.size
         assert isinstance(again, Refusal) or again == Accepted((), (), 0)
         # Somebody else's escrow is not touched, nor can it be taken later than the window.
-        assert self.standing(session)[late] == session.caps[late] * TERMS.percent // 100
+        assert self.standing(session)[late] == TERMS.share(session.caps[late])
         assert self.books.balances.size == size
         before, due = self.books.balances.of(other.client), self.standing(other)
         self.now_ms += WINDOW_MS
@@ -74,5 +74,5 @@ class EscrowWorld(World):
         assert sum(self.books.escrows.of(payee) for payee in PAYEES) >= 0
         for session in self.sessions:
             for payee, standing in self.standing(session).items():
-                assert standing <= self.books.paid(session.id, payee) * TERMS.percent // 100
+                assert standing <= TERMS.share(self.books.paid(session.id, payee))
         assert all(not self.books.escrows.of(client) for client in CLIENTS)
