@@ -12,6 +12,9 @@ from plait.client import AsyncClient
 QUIET_TIMEOUT_S = 60.0
 """Sessions whose client is gone end by themselves; offers are repeated every 15 s."""
 
+TAPE_FOLDER = "tape"
+"""Of a node: where its frames are kept until nobody may audit them any more."""
+
 _DESCRIPTORS_SLACK = 24
 _THREADS_SLACK = 8
 """Connections and pools that a busy process keeps: more than that is called a leak."""
@@ -32,7 +35,7 @@ def holdings(status: dict[str, Any]) -> Holdings:
     supervisor = int(status["supervisor_pid"])
     pids = [supervisor, *_children(supervisor)]
     by_node = {
-        node["name"]: (node["pid"], _count(node["pid"], "task"), _count(node["pid"], "fd"))
+        node["name"]: (node["pid"], _count(node["pid"], "task"), _descriptors(node["pid"]))
         for node in status["nodes"]
         if node["pid"] is not None
     }
@@ -93,6 +96,16 @@ def _count(pid: int, what: str) -> int:
     with suppress(OSError):
         return len(list(Path(f"/proc/{pid}/{what}").iterdir()))
     return 0
+
+
+def _descriptors(pid: int) -> int:
+    """Open descriptors, but for the nameless files of what is kept for audits, by design."""
+    count = 0
+    with suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                count += entry.readlink().parent.name != TAPE_FOLDER
+    return count
 
 
 def _namespace(pid: int) -> str:
