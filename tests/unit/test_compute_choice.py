@@ -30,17 +30,14 @@ def test_every_dtype_is_timed_for_every_number_of_rows() -> None:
         assert all(us > 0 for us in timing.step_us.values())
 
 
-def test_torchs_int4_kernel_must_be_clearly_ahead() -> None:
-    from plait.compute import ort
-    from plait.compute.choice import SHARES, TORCH_INT4, Timing, faster_kernel, int4_kernel
+@pytest.mark.parametrize(("has_bf16", "kernel"), [(True, "torch"), (False, "mlas-w4a8")])
+def test_the_int4_kernel_follows_from_the_processor(
+    has_bf16: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plait.compute import choice
 
-    def timing(us: float) -> Timing:
-        return Timing("int4", "cpu", dict.fromkeys(SHARES, us))
-
-    assert faster_kernel(timing(5.0), timing(10.0)) == TORCH_INT4
-    for by_torch in (7.0, 10.0, 90.0):
-        assert faster_kernel(timing(by_torch), timing(10.0)) == ort.KERNEL
-    assert int4_kernel(64, 128) in (TORCH_INT4, ort.KERNEL)
+    monkeypatch.setattr(choice, "has_bf16", lambda: has_bf16)
+    assert choice.int4_kernel() == kernel
 
 
 def test_auto_loads_one_of_the_good_dtypes_and_says_which(

@@ -71,7 +71,7 @@ def loaded(local: LocalModel, span: Span, dtype: str, threads: int = 1) -> "Torc
     dtype, _, kernel = dtype.partition("/")
     with pytest.MonkeyPatch.context() as patch:
         if kernel:
-            patch.setattr(choice, "int4_kernel", lambda inputs, outputs: kernel)
+            patch.setattr(choice, "int4_kernel", lambda: kernel)
         return load_stage(local, span, dtype, threads)
 
 

@@ -5,8 +5,9 @@ import hashlib
 import pytest
 
 from plait.errors import CapacityError
-from plait.node.retained import Key
-from plait.node.tape import UNWRITTEN_BYTES_MAX, EpochTape, Tape
+from plait.node.open_files import OTHER_FILES, tapes_within
+from plait.node.retained import KINDS, Key
+from plait.node.tape import SESSIONS_MAX, UNWRITTEN_BYTES_MAX, EpochTape, Tape
 from plait.types import Digest, SessionId
 
 SESSION = SessionId(b"s" * 16)
@@ -88,3 +89,25 @@ def test_a_disk_that_fails_late_is_an_audit_not_answered(fails_at: str) -> None:
     with pytest.raises(CapacityError):
         tape.crossings(SESSION, 1, "input", 2, 0)
     assert tape.bytes_kept == 0
+
+
+def test_no_more_sessions_are_kept_than_files_may_be_open() -> None:
+    """The session that ended first gives way; one that runs does not."""
+    tape = Tape(FakeFiles(), bytes_max=1 << 20, window_ms=60_000, sessions_max=2)
+    first, second, third = (SessionId(bytes([number]) * 16) for number in range(3))
+    for session in (first, second):
+        assert tape.begin(session, 1, "client", b"c" * 32) is not None
+    assert tape.begin(third, 1, "client", b"c" * 32) is None
+    tape.end(second, now_ms=5)
+    assert tape.begin(third, 1, "client", b"c" * 32) is not None
+    assert len(tape) == 2
+    with pytest.raises(CapacityError):
+        tape.commitment(second)
+    assert tape.commitment(first) == b"c" * 32
+
+
+def test_sessions_kept_for_audits_leave_files_for_the_rest() -> None:
+    for files in (1, 256, 1024, 20_000, 1 << 30):
+        kept = tapes_within(files)
+        assert 1 <= kept <= SESSIONS_MAX
+        assert kept == 1 or kept * len(KINDS) + OTHER_FILES <= files

@@ -129,5 +129,5 @@ def _load_span(
         dtype = memory.device.half if accelerated else choose_dtype(weights, span)
     kernel = ""
     if dtype == "int4" and not memory.device.is_accelerator:
-        kernel = int4_kernel(weights.config.hidden_size, weights.config.feed_forward_size)
+        kernel = int4_kernel()
     return load_ragged(weights, span, dtype, progress, memory, kernel)

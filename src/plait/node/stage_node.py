@@ -30,6 +30,7 @@ from plait.node.audit_shell import Auditing
 from plait.node.config import NodeConfig
 from plait.node.neighbours import Neighbours
 from plait.node.node_self import NodeSelf, Ports, key_cert
+from plait.node.open_files import raise_file_limit, tapes_within
 from plait.node.overload import Limits
 from plait.node.own_offer import Facts, SpeedMeter, materially_different, offer_of
 from plait.node.retained import Retained
@@ -74,7 +75,12 @@ def _retained(config: NodeConfig, spill: SpillFiles) -> Retained:
 def _tape(config: NodeConfig, files: SpillFiles) -> Tape | None:
     if not config.retain_inputs:
         return None
-    return Tape(files, bytes_max=config.tape_mb * MEBIBYTE, window_ms=config.audit_window_s * 1000)
+    return Tape(
+        files,
+        bytes_max=config.tape_mb * MEBIBYTE,
+        window_ms=config.audit_window_s * 1000,
+        sessions_max=tapes_within(raise_file_limit()),
+    )
 
 
 class StageNode:

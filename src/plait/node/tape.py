@@ -76,10 +76,18 @@ class EpochTape:
 class Tape:
     """The tapes of all sessions, bounded. Sizes are in bytes, times in milliseconds."""
 
-    def __init__(self, spill: SpillStore, *, bytes_max: int, window_ms: int) -> None:
+    def __init__(
+        self,
+        spill: SpillStore,
+        *,
+        bytes_max: int,
+        window_ms: int,
+        sessions_max: int = SESSIONS_MAX,
+    ) -> None:
         self._spill = spill
         self._bytes_max = bytes_max
         self._window_ms = window_ms
+        self._sessions_max = sessions_max
         self._sessions: dict[SessionId, _Session] = {}
         self.bytes_kept = 0
 
@@ -94,7 +102,7 @@ class Tape:
             return None
         if session not in self._sessions:
             self._make_room(0, sessions=1)
-            if len(self._sessions) >= SESSIONS_MAX:
+            if len(self._sessions) >= self._sessions_max:
                 return None
             self._sessions[session] = _Session(client, commitment)
         held = self._sessions[session]
@@ -205,7 +213,7 @@ class Tape:
     def _is_full(self, size: int, sessions: int) -> bool:
         return (
             self.bytes_kept + size > self._bytes_max
-            or len(self._sessions) + sessions > SESSIONS_MAX
+            or len(self._sessions) + sessions > self._sessions_max
         )
 
     def _give_up(self, session: SessionId) -> None:
