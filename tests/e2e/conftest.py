@@ -91,32 +91,39 @@ def run_plait(
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def testnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartTestnet]:
-    """Give ``testnet(model, stages, replicas)``: a testnet of that shape, shared by the session.
+    """Give ``testnet(model, stages, replicas)``: a testnet of that shape, shared by this folder.
 
     Without ``stages`` it is the default: three spans and a second host of the first. A test
-    that leaves a testnet other than it found it asks for its own with ``fresh=True``. All end
-    with the session.
+    that leaves a testnet other than it found it asks ``own_testnet`` for one. All end with the
+    folder's last test: nodes that nobody uses would slow down what comes after.
     """
     started: dict[tuple[str, int | None, int, int], Testnet] = {}
     with contextlib.ExitStack() as ends:
 
         def start(
-            model: str = TINY,
-            stages: int | None = None,
-            replicas: int = 1,
-            *,
-            authorities: int = 1,
-            fresh: bool = False,
+            model: str = TINY, stages: int | None = None, replicas: int = 1, *, authorities: int = 1
         ) -> Testnet:
             shape = (model, stages, replicas, authorities)
-            if shape in started and not fresh:
-                return started[shape]
-            made = ends.enter_context(_running(tmp_path_factory.mktemp("testnet"), *shape))
-            if not fresh:
-                started[shape] = made
-            return made
+            if shape not in started:
+                folder = tmp_path_factory.mktemp("testnet")
+                started[shape] = ends.enter_context(_running(folder, *shape))
+            return started[shape]
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def own_testnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartTestnet]:
+    """Give ``own_testnet(…)``: as ``testnet``, another one each time; all end with the module."""
+    with contextlib.ExitStack() as ends:
+
+        def start(
+            model: str = TINY, stages: int | None = None, replicas: int = 1, *, authorities: int = 1
+        ) -> Testnet:
+            folder = tmp_path_factory.mktemp("own_testnet")
+            return ends.enter_context(_running(folder, model, stages, replicas, authorities))
 
         yield start
 

@@ -117,8 +117,8 @@ def test_a_device_that_is_not_there_is_named(
     one_clear_line(finished, says)
 
 
-def test_a_dead_network_is_not_a_missing_layer(testnet: Callable[..., Net]) -> None:
-    net = testnet(stages=1, fresh=True)
+def test_a_dead_network_is_not_a_missing_layer(own_testnet: Callable[..., Net]) -> None:
+    net = own_testnet(stages=1)
     net.control("down")
     finished = net.plait("run", MODEL, "hello", "--network", str(net.network), expect=5)
     one_clear_line(finished, "no bootstrap node")

@@ -32,9 +32,9 @@ Net = Any
 
 
 @pytest.fixture(scope="module")
-def committee(testnet: Callable[..., Net]) -> Net:
+def committee(own_testnet: Callable[..., Net]) -> Net:
     """Four authorities, of which one may fail; three witnesses, quorum two."""
-    return testnet(authorities=4, fresh=True)
+    return own_testnet(authorities=4)
 
 
 def verified(net: Net, name: str) -> None:

@@ -98,8 +98,8 @@ def test_a_lost_node_changes_no_token(
     asyncio.run(scenario())
 
 
-def test_without_a_replica_the_session_waits_and_then_says_so(testnet: StartNet) -> None:
-    net = testnet(fresh=True)
+def test_without_a_replica_the_session_waits_and_then_says_so(own_testnet: StartNet) -> None:
+    net = own_testnet()
 
     async def scenario() -> None:
         async with AsyncClient(net.network, account=net.account) as client:

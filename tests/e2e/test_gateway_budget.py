@@ -54,9 +54,9 @@ def ask(url: str, path: str, body: object, secret: str) -> Asked:
 
 
 @pytest.fixture(scope="module")
-def net(testnet: Callable[..., Net]) -> Net:
+def net(own_testnet: Callable[..., Net]) -> Net:
     """One of its own: once there are keys, other gateways of the account want one."""
-    return testnet(fresh=True)
+    return own_testnet()
 
 
 @pytest.fixture

@@ -142,8 +142,8 @@ def test_a_dead_node_is_named_by_its_layers_and_comes_back(net: Net) -> None:
     assert net.run(PROMPT, "--max-tokens", "4")["completion_tokens"] >= 1
 
 
-def test_no_process_outlives_its_supervisor(testnet: Callable[..., Net]) -> None:
-    net = testnet(stages=1, fresh=True)
+def test_no_process_outlives_its_supervisor(own_testnet: Callable[..., Net]) -> None:
+    net = own_testnet(stages=1)
     status = net.json("testnet", "status", "--dir", str(net.directory))
     pids = [node["pid"] for node in status["nodes"]]
     handles = [os.pidfd_open(pid) for pid in pids]
