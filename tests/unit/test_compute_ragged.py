@@ -15,6 +15,8 @@ from plait.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from plait.model import catalog
 from plait.model.local import LocalModel
 from plait.model.tokenizer import Tokenizer
+from plait.node.scheduler import PIECE_ROWS
+from plait.replay_cuts import cuts
 from plait.types import Sampling, SessionId, Span
 
 if TYPE_CHECKING:
@@ -147,6 +149,34 @@ def test_a_step_of_many_real_sessions(smollm2: LocalModel, dtype: str, threads: 
     alone = [inner.step([work])[0] for work in prompts]
     reserve(inner)
     assert all(map(same, inner.step(prompts), alone))
+
+
+def pieces(first: int, rows: int) -> list[tuple[int, int]]:
+    """A frame as the scheduler cuts it."""
+    starts = range(first, first + rows, PIECE_ROWS)
+    return [(start, min(PIECE_ROWS, first + rows - start)) for start in starts]
+
+
+@every_dtype
+def test_what_is_rebuilt_from_replayed_frames_is_to_the_bit_what_was(
+    smollm2: LocalModel, dtype: str
+) -> None:
+    """A prompt, then rows one by one; and the same rows as a replay brings them."""
+    stage = loaded(smollm2, Span(0, 2), dtype)
+    reserve(stage)
+    prompt, known = 150, ids(1, 191)
+
+    def computed(session: SessionId, parts: list[tuple[int, int]]) -> np.ndarray:
+        found = [
+            stage.step([Work(session, first, known[first : first + rows], None)])[0].hidden
+            for first, rows in parts
+        ]
+        return np.concatenate([rows for rows in found if rows is not None])
+
+    first = computed(SESSIONS[0], pieces(0, prompt) + [(at, 1) for at in range(prompt, 191)])
+    replayed = [piece for frame in cuts(190, prompt) for piece in pieces(*frame)]
+    again = computed(SESSIONS[1], [*replayed, (190, 1)])
+    assert np.array_equal(first, again)
 
 
 @every_dtype

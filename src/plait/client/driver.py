@@ -14,14 +14,13 @@ from typing import Literal, Protocol
 
 from plait.errors import RemoteProtocolError
 from plait.ledger.terms import DRAFTS_MAX
+from plait.replay_cuts import cuts
 
 FinishReason = Literal["stop", "length", "ended"]
 """An end token, the limit of tokens, or the client's own wish."""
 
 Top = tuple[tuple[int, float], ...]
 """(id, log-probability) of the likeliest tokens at a position, most likely first."""
-
-REPLAY_ROWS_MAX = 256
 
 
 class Drafter(Protocol):
@@ -417,12 +416,12 @@ class Driver:
             SendFrame(
                 number,
                 start,
-                known[start : start + REPLAY_ROWS_MAX],
+                known[start : start + rows],
                 sample=False,
                 close_chunk=False,
                 replay=True,
             )
-            for number, start in enumerate(range(0, len(known), REPLAY_ROWS_MAX))
+            for number, (start, rows) in enumerate(cuts(len(known), len(self.prompt_ids)))
         ]
 
     def _decode_frame(self, drafts: tuple[int, ...]) -> SendFrame:

@@ -7,7 +7,8 @@ its price: the one who is rebuilt is paid for it, not the one who sends.
 from plait.node.ports import Links
 from plait.node.retained import Key, Retained
 from plait.node.sessions import Replay, StageSession
-from plait.node.wire import replay_frame, replay_rows
+from plait.node.wire import REPLAY_BYTES_MAX, replay_frame
+from plait.replay_cuts import cut
 from plait.v1 import stage_pb2
 
 
@@ -29,7 +30,8 @@ def _send_some(
 ) -> None:
     key: Key = (session.id, "output")
     first = replay.next_position
-    rows = replay_rows(retained.row_bytes(key) or 1, replay.end - first)
+    fitting = max(1, REPLAY_BYTES_MAX // (retained.row_bytes(key) or 1))
+    rows = cut(first, replay.end, session.terms.prompt_tokens, fitting)
     data = retained.read(key, first, rows)
     session.require_books().sent(replay.traversal, first, rows, data)
     frame = replay_frame(

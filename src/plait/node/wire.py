@@ -12,6 +12,7 @@ from plait.errors import RemoteProtocolError
 from plait.ledger.handoff import ids_payload
 from plait.ledger.opening import wire_to_message
 from plait.ledger.terms import DRAFTS_MAX
+from plait.replay_cuts import PROMPT_ROWS_MAX
 from plait.types import PeerId, SessionId, WireDtype
 from plait.v1 import stage_pb2
 from plait.v1.identity_pb2 import SignedEnvelope
@@ -20,7 +21,6 @@ Activations = npt.NDArray[np.float32]
 """Hidden states, float32 ``[rows, width]``."""
 
 FRAME_ROWS_MAX = 4096
-REPLAY_ROWS_MAX = 256
 REPLAY_BYTES_MAX = 512 * 1024
 REASON_CHARACTERS_MAX = 500
 _STAGES_MAX = 64
@@ -129,11 +129,11 @@ def _check_replay(frame: StageFrame) -> None:
         return
     if frame.sample or frame.close_chunk or frame.drafts or frame.receipts or not frame.rows:
         raise RemoteProtocolError("a replayed frame only rebuilds the cache")
-    if frame.rows > REPLAY_ROWS_MAX or len(frame.payload) > max(
+    if frame.rows > PROMPT_ROWS_MAX or len(frame.payload) > max(
         REPLAY_BYTES_MAX, len(frame.payload) // frame.rows
     ):
         raise RemoteProtocolError(
-            f"a replayed frame has at most {REPLAY_ROWS_MAX} rows and {REPLAY_BYTES_MAX} bytes"
+            f"a replayed frame has at most {PROMPT_ROWS_MAX} rows and {REPLAY_BYTES_MAX} bytes"
         )
 
 
@@ -247,11 +247,6 @@ def onward_frame(
             _activations(rows, width, encode(hidden, wire_dtype), wire_dtype)
         )
     return message
-
-
-def replay_rows(row_bytes: int, rows_left: int) -> int:
-    """How many rows go into the next replayed frame."""
-    return min(rows_left, REPLAY_ROWS_MAX, max(1, REPLAY_BYTES_MAX // row_bytes))
 
 
 def replay_frame(
