@@ -68,6 +68,18 @@ class EscrowWorld(World):
         too_late = self.run(self.judged(other, late))
         assert isinstance(too_late, Refusal) or too_late == Accepted((), (), 0)
 
+    def attack_10_a_judgement_again_for_what_was_earned_since(self) -> None:
+        """A judgement again for what was earned since."""
+        session, payee = self.open(), self.rng.choice(PAYEES)
+        assert session is not None
+        self.settle(session, {payee: max(1, session.caps[payee] // 2)}, payee)
+        self.run(self.judged(session, payee))
+        self.settle(session, session.caps, payee)
+        standing, size = self.standing(session), self.books.balances.size
+        again = self.run(self.judged(session, payee))
+        assert isinstance(again, Refusal) or again == Accepted((), (), 0)
+        assert (self.standing(session), self.books.balances.size) == (standing, size)
+
     def check(self) -> None:
         """The share of what was paid is in escrow, unless it went back or was forfeited."""
         super().check()
