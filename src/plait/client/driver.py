@@ -198,6 +198,7 @@ class Driver:
         self._score = score
         self._traversal = 0
         self._prefilled = 0
+        self._cached = 0
         self._draws_in_chunk = 0
         self._first_of_epoch = False
         self._stopping = False
@@ -230,12 +231,12 @@ class Driver:
 
     def start(self, cached: int = 0) -> list[Action]:
         """Return the first frame; positions before ``cached`` are in every stage already."""
-        self._prefilled = cached
+        self._prefilled = self._cached = cached
         return [self._send(self._prefill_frame())]
 
     def forget_cached(self) -> None:
         """No result came, and not every stage of the next epoch has the cached positions."""
-        self._prefilled = 0
+        self._prefilled = self._cached = 0
 
     def resume(self, *, replay: bool) -> list[Action]:
         """Go on in a new epoch; ``replay`` feeds the first stage all ids before, too."""
@@ -412,6 +413,7 @@ class Driver:
 
     def _replay_frames(self) -> list[SendFrame]:
         known = (*self.prompt_ids, *self.drawn)[: self.position]
+        frames = cuts(len(known), len(self.prompt_ids), self._cached)
         return [
             SendFrame(
                 number,
@@ -421,7 +423,7 @@ class Driver:
                 close_chunk=False,
                 replay=True,
             )
-            for number, (start, rows) in enumerate(cuts(len(known), len(self.prompt_ids)))
+            for number, (start, rows) in enumerate(frames)
         ]
 
     def _decode_frame(self, drafts: tuple[int, ...]) -> SendFrame:

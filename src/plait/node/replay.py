@@ -31,18 +31,19 @@ def _send_some(
     key: Key = (session.id, "output")
     first = replay.next_position
     fitting = max(1, REPLAY_BYTES_MAX // (retained.row_bytes(key) or 1))
-    rows = cut(first, replay.end, session.terms.prompt_tokens, fitting)
+    terms = session.terms
+    rows = cut(first, replay.end, terms.prompt_tokens, terms.start.cached_prompt, fitting)
     data = retained.read(key, first, rows)
     session.require_books().sent(replay.traversal, first, rows, data)
     frame = replay_frame(
         session.id,
-        session.terms.epoch,
+        terms.epoch,
         replay.traversal,
         first,
         rows=rows,
         width=width,
         data=data,
-        wire_dtype=session.terms.wire_dtype,
+        wire_dtype=terms.wire_dtype,
     )
     links.send_down(session.downstream, stage_pb2.LinkRequest(frame=frame))
     replay.next_position += rows
