@@ -2,7 +2,7 @@
 
     python benchmarks/failover.py [--model smollm2-135m] [--dtype fp32] [--runs 300]
                                   [--tokens 48] [--signal KILL|STOP] [--wan PROFILE] [--seed 1]
-                                  [--minutes M] [--resume]
+                                  [--minutes M] [--resume] [--no-reuse]
 
 Two hosts for every layer, three stages, one client. In each run a random node of the route is
 hit at a random token; the answer is compared token for token with the undisturbed one, and the
@@ -112,7 +112,12 @@ class Bench:
         await usable(self.client, self.names)
         for number, prompt in enumerate(PROMPTS):
             temperature = 0.8 * (number % 2)
-            asked = Options(max_tokens=self.options.tokens, seed=number, temperature=temperature)
+            asked = Options(
+                max_tokens=self.options.tokens,
+                seed=number,
+                temperature=temperature,
+                reuse=not self.options.no_reuse,
+            )
             self.asked.append((prompt, asked))
             self.wanted.append(await self.client.generate(self.model, prompt, asked))
 
@@ -253,6 +258,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL")
     parser.add_argument("--wan")
+    parser.add_argument("--no-reuse", action="store_true", help="No prompts kept by stages.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--resume", action="store_true")
