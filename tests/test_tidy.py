@@ -23,7 +23,16 @@ GENERATED = PACKAGE / "v1"
 FILE_LINES_MAX = 800
 FUNCTION_LINES_MAX = 70
 
-CORE = {"types", "errors", "identity", "envelope", "network_file", "prices_wire", "v1"}
+CORE = {
+    "types",
+    "errors",
+    "identity",
+    "envelope",
+    "network_file",
+    "prices_wire",
+    "replay_cuts",
+    "v1",
+}
 CORES = CORE | {"router", "ledger"}
 ENGINES = CORES | {
     "heap",
@@ -44,6 +53,7 @@ ALLOWED = {
     "identity": {"types", "errors"},
     "envelope": {"types", "errors", "identity", "v1"},
     "prices_wire": {"types", "v1"},
+    "replay_cuts": set(),
     "network_file": {"types", "errors", "identity", "envelope", "v1"},
     "heap": set[str](),
     "logs": set[str](),
