@@ -5,9 +5,7 @@ lives as long as its session and is shared by its epochs.
 """
 
 import asyncio
-import math
-import struct
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 
 import grpc
 
@@ -16,14 +14,12 @@ from plait.client.actions import (
     CloseEpoch,
     CloseStages,
     ConfirmStage,
-    EpochClosed,
     Event,
     Faulted,
     GrantShown,
     LeaveStages,
     LinkLost,
     OpenStages,
-    Resulted,
     Send,
     ShowGrant,
     StageConfirmed,
@@ -31,7 +27,18 @@ from plait.client.actions import (
     StageOpened,
 )
 from plait.client.dialer import Dialer
-from plait.client.driver import Extras, Top
+from plait.client.messages import (
+    close_epoch_request,
+    close_request,
+    confirm_request,
+    epoch_closed,
+    frame_request,
+    grant_request,
+    leave_request,
+    open_request,
+    refused,
+    resulted,
+)
 from plait.errors import NetworkError, PlaitError
 from plait.logs import get_logger
 from plait.net.link_stream import OutgoingLink
@@ -47,7 +54,6 @@ OPEN_TIMEOUT_S = 2.0
 """Of a stage we are connected to: those that were quick hold their pages no longer."""
 CONFIRM_TIMEOUT_S = 6.0
 CLOSE_TIMEOUT_S = 6.0
-_FLOAT_BYTES = 4
 
 
 class Pipeline:
@@ -84,13 +90,7 @@ class Pipeline:
         self._epoch, self.peers = terms.epoch, tuple(stage.peer for stage in terms.stages)
         for index, offer in enumerate(action.offers):
             self._offers[offer.peer] = offer
-            request = session_pb2.OpenRequest(
-                session_open=action.opening,
-                client_cert=self._client_cert,
-                stage_index=index,
-                context_ids=action.context_ids if index == len(action.offers) - 1 else (),
-                prefix_digests=action.prefix,
-            )
+            request = open_request(action, index, self._client_cert)
             known = map(envelope_of, action.neighbours(index))
             request.neighbour_offers.extend(one for one in known if one is not None)
             self._spawn(
@@ -100,87 +100,43 @@ class Pipeline:
 
     def confirm(self, action: ConfirmStage) -> None:
         """Make a stage ready, with our own link to it where it is an end of the pipeline."""
-        request = session_pb2.ConfirmRequest(
-            session_id=self.session_id,
-            epoch=action.epoch,
-            reservation=action.reservation,
-            grant=action.grant,
-            voucher=action.voucher,
-            cached_tokens=action.cached_tokens,
-        )
+        request = confirm_request(self.session_id, action)
         self._spawn(self._confirm_one(action, request), f"confirm on {action.peer}")
 
     def show_grant(self, action: ShowGrant) -> None:
         """Show a stage the grant for the reservation that it started on."""
-        request = session_pb2.ConfirmRequest(
-            session_id=self.session_id,
-            epoch=action.epoch,
-            reservation=action.reservation,
-            grant=action.grant,
-        )
+        request = grant_request(self.session_id, action)
         self._spawn(self._show_one(action, request), f"grant to {action.peer}")
 
     def close_epoch(self, action: CloseEpoch) -> None:
         """Freeze the epoch on these stages."""
-        request = session_pb2.CloseEpochRequest(
-            session_id=self.session_id,
-            epoch=action.epoch,
-            traversal=action.traversal,
-            position=action.position,
-        )
+        request = close_epoch_request(self.session_id, action)
         for peer in action.peers:
             self._spawn(self._close_epoch_one(action, peer, request), f"close epoch on {peer}")
 
     def send(self, action: Send) -> None:
         """Push a frame to the first stage."""
-        frame, peer = action.frame, self.peers[0]
-        message = stage_pb2.Frame(
-            session_id=self.session_id,
-            epoch=action.epoch,
-            traversal=frame.traversal,
-            first_position=frame.first_position,
-            sample=frame.sample,
-            close_chunk=frame.close_chunk,
-            voucher=action.voucher,
-            deadline_ms=action.deadline_ms,
-            traceparent=self._traceparent,
-            replay=frame.replay,
-            draft_ids=frame.draft_ids,
-            embedding=frame.embedding,
-            score_ids=frame.scored,
-        )
-        if frame.ids:
-            message.token_ids.ids.extend(frame.ids)
+        peer, request = self.peers[0], frame_request(self.session_id, action, self._traceparent)
         try:
-            self._links[peer].outbox.put(stage_pb2.LinkRequest(frame=message))
+            self._links[peer].outbox.put(request)
         except PlaitError as error:
             self._tell(LinkLost(action.epoch, peer, str(error)))
 
     def leave(self, action: LeaveStages) -> None:
         """End the session on stages that are in it no more."""
-        self._spawn(self._leave(action), "leave stages")
+        request = leave_request(self.session_id, action)
+        self._spawn(self._leave(action.peers, request), "leave stages")
 
-    async def _leave(self, action: LeaveStages) -> None:
-        request = self._close_request(action.epoch, action.voucher, "replaced")
-        await self._end(action.peers, request)
+    async def _leave(self, peers: Sequence[PeerId], request: session_pb2.CloseRequest) -> None:
+        await self._end(peers, request)
 
     async def close(self, action: CloseStages) -> bool:
         """End the session on these stages; True when every stage has settled."""
         self._over = True
-        request = self._close_request(action.epoch, action.voucher, action.reason)
-        request.prefix_digests.extend(action.prefix)
-        request.keep_alive_s = action.keep_alive_s
-        settled = await self._end(action.peers, request)
+        settled = await self._end(action.peers, close_request(self.session_id, action))
         for link in self._links.values():
             link.outbox.close()
         return settled
-
-    def _close_request(
-        self, epoch: int, voucher: SignedEnvelope | None, reason: str
-    ) -> session_pb2.CloseRequest:
-        return session_pb2.CloseRequest(
-            session_id=self.session_id, epoch=epoch, voucher=voucher, reason=reason
-        )
 
     async def _end(self, peers: Sequence[PeerId], request: session_pb2.CloseRequest) -> bool:
         known = [self._offers[peer] for peer in peers if peer in self._offers]
@@ -202,7 +158,7 @@ class Pipeline:
             self._failed(epoch, peer, "open", error)
             return
         if response.HasField("refusal"):
-            self._refused(epoch, peer, "open", response.refusal)
+            self._tell(refused(epoch, peer, "open", response.refusal))
             return
         self._tell(StageOpened(epoch, peer, response.stage_cert, response.reusable_tokens))
 
@@ -216,7 +172,7 @@ class Pipeline:
             self._failed(action.epoch, peer, "confirm", error)
             return
         if response.HasField("refusal"):
-            self._refused(action.epoch, peer, "confirm", response.refusal)
+            self._tell(refused(action.epoch, peer, "confirm", response.refusal))
             return
         self._tell(StageConfirmed(action.epoch, peer))
 
@@ -228,7 +184,7 @@ class Pipeline:
             self._failed(action.epoch, peer, "grant", error)
             return
         if response.HasField("refusal"):
-            self._refused(action.epoch, peer, "grant", response.refusal)
+            self._tell(refused(action.epoch, peer, "grant", response.refusal))
             return
         self._tell(GrantShown(action.epoch, peer))
 
@@ -241,17 +197,7 @@ class Pipeline:
         except grpc.aio.AioRpcError as error:
             self._failed(action.epoch, peer, "close-epoch", error)
             return
-        self._tell(
-            EpochClosed(
-                epoch=action.epoch,
-                peer=peer,
-                receipt=response.receipt if response.HasField("receipt") else None,
-                positions=response.positions,
-                retained=response.retained,
-                traversals_received=response.traversals_received,
-                traversals_sent=response.traversals_sent,
-            )
-        )
+        self._tell(epoch_closed(action, peer, response))
 
     async def _close_one(self, offer: Offer, request: session_pb2.CloseRequest) -> bool:
         try:
@@ -282,7 +228,7 @@ class Pipeline:
         match message.WhichOneof("kind"):
             case "result" if message.result.session_id == self.session_id:
                 if peer == self.peers[-1]:
-                    self._tell(_result(message.result))
+                    self._tell(resulted(message.result))
             case "fault" if message.fault.session_id == self.session_id:
                 fault = message.fault
                 # Only stages of the route can be to blame; another name is the sender's word.
@@ -313,46 +259,3 @@ class Pipeline:
         if isinstance(error, grpc.aio.AioRpcError):
             reason = f"{error.code().name}: {error.details()}"
         self._tell(StageFailed(epoch, peer, call, code, reason, gone=True))
-
-    def _refused(self, epoch: int, peer: PeerId, call: Call, refusal: session_pb2.Refusal) -> None:
-        self._tell(
-            StageFailed(
-                epoch,
-                peer,
-                call,
-                refusal.code,
-                f"refused: {refusal.reason}",
-                gone=False,
-                retry_after_ms=refusal.retry_after_ms,
-            )
-        )
-
-
-def _result(message: stage_pb2.TokenResult) -> Resulted:
-    return Resulted(
-        epoch=message.epoch,
-        traversal=message.traversal,
-        ids=tuple(message.ids),
-        logprobs=tuple(message.logprobs),
-        receipts=tuple(message.receipts),
-        statement=message.draws if message.HasField("draws") else None,
-        stage_us=tuple(message.stage_us),
-        extras=_extras(message),
-    )
-
-
-def _extras(message: stage_pb2.TokenResult) -> Extras:
-    data = message.embedding
-    if len(data) % _FLOAT_BYTES:
-        # Not a number of floats: to the core it is an embedding that cannot be.
-        return Extras(embedding=(math.nan,))
-    return Extras(
-        tops=_tops(message.top_logprobs),
-        embedding=struct.unpack(f"<{len(data) // _FLOAT_BYTES}f", data),
-        scores=tuple(message.score_logprobs),
-        score_tops=_tops(message.score_tops),
-    )
-
-
-def _tops(messages: Iterable[stage_pb2.TopLogprobs]) -> tuple[Top, ...]:
-    return tuple(tuple(zip(top.ids, top.logprobs, strict=False)) for top in messages)

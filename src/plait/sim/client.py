@@ -284,7 +284,7 @@ class _Session:
             case Send():
                 self._pipeline.send(action)
             case LeaveStages():
-                self._pipeline.end_on(action.epoch, action.peers, action.voucher, "replaced")
+                self._pipeline.leave(action)
             case CloseStages():
                 if action.prefix:
                     self._host.warm.note(action.prefix, self.core.epoch.stages)

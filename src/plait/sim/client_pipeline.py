@@ -8,18 +8,29 @@ from plait.client.actions import (
     CloseEpoch,
     CloseStages,
     ConfirmStage,
-    EpochClosed,
     Event,
     Faulted,
     GrantShown,
+    LeaveStages,
     LinkLost,
     OpenStages,
-    Resulted,
     Send,
     ShowGrant,
     StageConfirmed,
     StageFailed,
     StageOpened,
+)
+from plait.client.messages import (
+    close_epoch_request,
+    close_request,
+    confirm_request,
+    epoch_closed,
+    frame_request,
+    grant_request,
+    leave_request,
+    open_request,
+    refused,
+    resulted,
 )
 from plait.errors import NetworkError, PlaitError, RemoteProtocolError
 from plait.sim.engine import MS, S, Violation
@@ -27,9 +38,8 @@ from plait.sim.host import Host
 from plait.sim.keys import cert_of
 from plait.sim.network import Connection, Wires
 from plait.sim.stage import DISHONEST, accept_link, check_fault
-from plait.types import PeerId
+from plait.types import PeerId, SessionId
 from plait.v1 import session_pb2, stage_pb2
-from plait.v1.identity_pb2 import SignedEnvelope
 
 CONFIRM_TIMEOUT_US = 6 * S
 CLOSE_TIMEOUT_US = 6 * S
@@ -48,7 +58,7 @@ class Pipeline:
         self._host, self._wires, self._addresses = host, wires, addresses
         self._report = report
         self.peers: tuple[PeerId, ...] = ()
-        self._session_id = b""
+        self._session_id = SessionId(b"")
         self._links: dict[PeerId, Connection] = {}
         self._epoch = 0
 
@@ -81,17 +91,7 @@ class Pipeline:
                 refusal = answer.refusal
                 if refusal.code in DISHONEST:
                     raise Violation("protocol", f"{self._addresses[peer]}: {refusal.reason}")
-                self._report(
-                    StageFailed(
-                        epoch,
-                        peer,
-                        call,
-                        refusal.code,
-                        f"refused: {refusal.reason}",
-                        gone=False,
-                        retry_after_ms=refusal.retry_after_ms,
-                    )
-                )
+                self._report(refused(epoch, peer, call, refusal))
             else:
                 done(answer)
 
@@ -110,13 +110,7 @@ class Pipeline:
         self._session_id, self._epoch = terms.session_id, terms.epoch
         self.peers = tuple(stage.peer for stage in terms.stages)
         for index, offer in enumerate(action.offers):
-            request = session_pb2.OpenRequest(
-                session_open=action.opening,
-                client_cert=cert_of(self._host.name),
-                stage_index=index,
-                context_ids=action.context_ids if index == len(action.offers) - 1 else (),
-                prefix_digests=action.prefix,
-            )
+            request = open_request(action, index, cert_of(self._host.name))
             peer = offer.peer
 
             def opened(answer: object, peer: PeerId = peer) -> None:
@@ -129,14 +123,7 @@ class Pipeline:
 
     def confirm(self, action: ConfirmStage) -> None:
         """Make a stage ready, with our own link to it where it is an end of the pipeline."""
-        request = session_pb2.ConfirmRequest(
-            session_id=self._session_id,
-            epoch=action.epoch,
-            reservation=action.reservation,
-            grant=action.grant,
-            voucher=action.voucher,
-            cached_tokens=action.cached_tokens,
-        )
+        request = confirm_request(self._session_id, action)
 
         def confirmed(answer: object) -> None:
             if action.link:
@@ -148,12 +135,7 @@ class Pipeline:
 
     def show(self, action: ShowGrant) -> None:
         """Show a stage the grant for the reservation that it started on."""
-        request = session_pb2.ConfirmRequest(
-            session_id=self._session_id,
-            epoch=action.epoch,
-            reservation=action.reservation,
-            grant=action.grant,
-        )
+        request = grant_request(self._session_id, action)
         self._call(
             action.epoch,
             action.peer,
@@ -165,56 +147,31 @@ class Pipeline:
 
     def close_epoch(self, action: CloseEpoch) -> None:
         """Freeze the epoch on these stages."""
-        request = session_pb2.CloseEpochRequest(
-            session_id=self._session_id,
-            epoch=action.epoch,
-            traversal=action.traversal,
-            position=action.position,
-        )
+        request = close_epoch_request(self._session_id, action)
         for peer in action.peers:
 
             def closed(answer: object, peer: PeerId = peer) -> None:
                 assert isinstance(answer, session_pb2.CloseEpochResponse)
-                self._report(
-                    EpochClosed(
-                        epoch=action.epoch,
-                        peer=peer,
-                        receipt=answer.receipt if answer.HasField("receipt") else None,
-                        positions=answer.positions,
-                        retained=answer.retained,
-                        traversals_received=answer.traversals_received,
-                        traversals_sent=answer.traversals_sent,
-                    )
-                )
+                self._report(epoch_closed(action, peer, answer))
 
             timeout_us = action.timeout_ms * MS
             self._call(action.epoch, peer, "close-epoch", request, timeout_us, closed)
 
     def close(self, action: CloseStages) -> None:
         """Nothing of this session is reported any more; the next one may have another id."""
-        self.end_on(action.epoch, action.peers, action.voucher, action.reason, prefix=action.prefix)
-        self._session_id = b""
+        self._end(action.epoch, action.peers, close_request(self._session_id, action))
+        self._session_id = SessionId(b"")
         links, self._links = self._links, {}
         for link in links.values():
             link.close(self._host.name)
 
-    def end_on(
-        self,
-        epoch: int,
-        peers: tuple[PeerId, ...],
-        voucher: SignedEnvelope | None,
-        reason: str,
-        *,
-        prefix: tuple[bytes, ...] = (),
+    def leave(self, action: LeaveStages) -> None:
+        """End the session on stages that are in it no more."""
+        self._end(action.epoch, action.peers, leave_request(self._session_id, action))
+
+    def _end(
+        self, epoch: int, peers: tuple[PeerId, ...], request: session_pb2.CloseRequest
     ) -> None:
-        """End the session on these stages."""
-        request = session_pb2.CloseRequest(
-            session_id=self._session_id,
-            epoch=epoch,
-            voucher=voucher,
-            reason=reason,
-            prefix_digests=prefix,
-        )
         for peer in peers:
             self._wires.call(
                 self._host,
@@ -259,23 +216,9 @@ class Pipeline:
 
     def send(self, action: Send) -> None:
         """Push a frame to the first stage."""
-        frame, peer = action.frame, self.peers[0]
-        message = stage_pb2.Frame(
-            session_id=self._session_id,
-            epoch=action.epoch,
-            traversal=frame.traversal,
-            first_position=frame.first_position,
-            sample=frame.sample,
-            close_chunk=frame.close_chunk,
-            voucher=action.voucher,
-            deadline_ms=action.deadline_ms,
-            replay=frame.replay,
-            draft_ids=frame.draft_ids,
-        )
-        if frame.ids:
-            message.token_ids.ids.extend(frame.ids)
+        peer, request = self.peers[0], frame_request(self._session_id, action)
         try:
-            self._links[peer].send(self._host.name, stage_pb2.LinkRequest(frame=message))
+            self._links[peer].send(self._host.name, request)
         except NetworkError as error:
             self._report(LinkLost(action.epoch, peer, str(error)))
 
@@ -285,7 +228,7 @@ class Pipeline:
         if message.WhichOneof("kind") == "result":
             result = message.result
             if result.session_id == self._session_id and peer == self.peers[-1]:
-                self._report(_result(result))
+                self._report(resulted(result))
         else:
             fault = message.fault
             if fault.session_id == self._session_id:
@@ -314,15 +257,3 @@ class _ClientEnd:
     def on_broken(self, reason: str) -> None:
         """The stage is gone."""
         self.pipeline.lost(self.peer, self.connection, reason)
-
-
-def _result(message: stage_pb2.TokenResult) -> Resulted:
-    return Resulted(
-        epoch=message.epoch,
-        traversal=message.traversal,
-        ids=tuple(message.ids),
-        logprobs=tuple(message.logprobs),
-        receipts=tuple(message.receipts),
-        statement=message.draws if message.HasField("draws") else None,
-        stage_us=tuple(message.stage_us),
-    )
