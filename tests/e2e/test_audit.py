@@ -89,8 +89,6 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     with pytest.MonkeyPatch.context() as patched:
         audited = functools.partial(NetworkFile, audit_rate_percent=100)
         patched.setattr(cluster, "NetworkFile", audited)
-        # A tenth of what so short an answer costs is less than one microcredit.
-        patched.setattr(cluster, "ESCROW_PERCENT", 100)
         process = launch.start(
             directory,
             place(layers, nodes=None, stages=STAGES, replicas=2),

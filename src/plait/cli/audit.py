@@ -93,6 +93,8 @@ def ls(network: Network = None, json_output: Json = False) -> None:
             typer.echo(f"{peer}  passed {count}")
         for one in reports:
             typer.echo(f"{one['peer']}  exposed, says {one['reporter']} ({one['reason']})")
+        if not (records or reports):
+            typer.echo("no audits yet")
     raise typer.Exit(int(any(one.outcome == "exposed" for one in records)))
 
 
@@ -186,10 +188,14 @@ def file_exposure(
     from plait.v1.identity_pb2 import SignedEnvelope
 
     trusted = load_network_file(network_path(network))
-    try:
-        signed = [SignedEnvelope.FromString(_read(path)) for path in judgements]
-    except DecodeError as error:
-        raise ConfigError("a file is no judgement") from error
+
+    def read_judgement(path: Path) -> SignedEnvelope:
+        try:
+            return SignedEnvelope.FromString(_read(path))
+        except DecodeError as error:
+            raise ConfigError(f"{path} is no judgement") from error
+
+    signed = [read_judgement(path) for path in judgements]
     exposure = combine_judgements(signed)
     judged = check_judged(exposure, trusted.network_id, judging_of(trusted))
 

@@ -5,7 +5,7 @@ The client's shell and the simulated one send the same messages.
 
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from plait.client.actions import (
     Call,
@@ -13,6 +13,7 @@ from plait.client.actions import (
     CloseStages,
     ConfirmStage,
     EpochClosed,
+    Faulted,
     LeaveStages,
     OpenStages,
     Resulted,
@@ -157,6 +158,24 @@ def resulted(message: stage_pb2.TokenResult) -> Resulted:
         stage_us=tuple(message.stage_us),
         extras=_extras(message),
     )
+
+
+def faulted(fault: stage_pb2.SessionFault, sender: PeerId, peers: Sequence[PeerId]) -> Faulted:
+    """A fault that came from ``sender``, in a pipeline of ``peers``.
+
+    Only stages of the route can be to blame. ``peers[-1]`` sends to the client: if a stage finds
+    the client out of reach, the link between these two is broken, whoever passed the fault on.
+    Of any other name it is the sender's word.
+    """
+    blamed = PeerId(fault.peer_id) if fault.peer_id in peers else sender
+    if is_our_link(fault, peers):
+        blamed = peers[-1]
+    return Faulted(fault.epoch, sender, blamed, fault.code, fault.reason)
+
+
+def is_our_link(fault: stage_pb2.SessionFault, peers: Sequence[PeerId]) -> bool:
+    """Whether the last stage finds nobody at the other end of our link to it."""
+    return fault.code == "peer-unreachable" and fault.peer_id not in peers
 
 
 def _extras(message: stage_pb2.TokenResult) -> Extras:

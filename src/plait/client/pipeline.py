@@ -15,7 +15,6 @@ from plait.client.actions import (
     CloseStages,
     ConfirmStage,
     Event,
-    Faulted,
     GrantShown,
     LeaveStages,
     LinkLost,
@@ -32,14 +31,16 @@ from plait.client.messages import (
     close_request,
     confirm_request,
     epoch_closed,
+    faulted,
     frame_request,
     grant_request,
+    is_our_link,
     leave_request,
     open_request,
     refused,
     resulted,
 )
-from plait.errors import NetworkError, PlaitError
+from plait.errors import NetworkError, PeerUnreachable, PlaitError
 from plait.logs import get_logger
 from plait.net.link_stream import OutgoingLink
 from plait.router.view import Offer
@@ -118,7 +119,7 @@ class Pipeline:
         """Push a frame to the first stage."""
         peer, request = self.peers[0], frame_request(self.session_id, action, self._traceparent)
         try:
-            self._links[peer].outbox.put(request)
+            self._linked(peer).outbox.put(request)
         except PlaitError as error:
             self._tell(LinkLost(action.epoch, peer, str(error)))
 
@@ -230,10 +231,22 @@ class Pipeline:
                 if peer == self.peers[-1]:
                     self._tell(resulted(message.result))
             case "fault" if message.fault.session_id == self.session_id:
-                fault = message.fault
-                # Only stages of the route can be to blame; another name is the sender's word.
-                blamed = PeerId(fault.peer_id) if fault.peer_id in self.peers else peer
-                self._tell(Faulted(fault.epoch, peer, blamed, fault.code, fault.reason))
+                if message.fault.epoch == self._epoch and is_our_link(message.fault, self.peers):
+                    self._drop_link(self.peers[-1])
+                self._tell(faulted(message.fault, peer, self.peers))
+
+    def _linked(self, peer: PeerId) -> OutgoingLink:
+        """Our link to a stage; raises ``PeerUnreachable`` if we dropped it."""
+        link = self._links.get(peer)
+        if link is None:
+            raise PeerUnreachable("the link is down")
+        return link
+
+    def _drop_link(self, peer: PeerId) -> None:
+        """The next call that needs a link to this stage makes one."""
+        link = self._links.pop(peer, None)
+        if link is not None:
+            link.outbox.close()
 
     # Small things -------------------------------------------------------------------
 

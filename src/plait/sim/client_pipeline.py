@@ -9,7 +9,6 @@ from plait.client.actions import (
     CloseStages,
     ConfirmStage,
     Event,
-    Faulted,
     GrantShown,
     LeaveStages,
     LinkLost,
@@ -25,14 +24,16 @@ from plait.client.messages import (
     close_request,
     confirm_request,
     epoch_closed,
+    faulted,
     frame_request,
     grant_request,
+    is_our_link,
     leave_request,
     open_request,
     refused,
     resulted,
 )
-from plait.errors import NetworkError, PlaitError, RemoteProtocolError
+from plait.errors import NetworkError, PeerUnreachable, PlaitError, RemoteProtocolError
 from plait.sim.engine import MS, S, Violation
 from plait.sim.host import Host
 from plait.sim.keys import cert_of
@@ -218,7 +219,7 @@ class Pipeline:
         """Push a frame to the first stage."""
         peer, request = self.peers[0], frame_request(self._session_id, action)
         try:
-            self._links[peer].send(self._host.name, request)
+            self._linked(peer).send(self._host.name, request)
         except NetworkError as error:
             self._report(LinkLost(action.epoch, peer, str(error)))
 
@@ -233,8 +234,20 @@ class Pipeline:
             fault = message.fault
             if fault.session_id == self._session_id:
                 check_fault(fault, self._addresses)
-                blamed = PeerId(fault.peer_id) if fault.peer_id in self.peers else peer
-                self._report(Faulted(fault.epoch, peer, blamed, fault.code, fault.reason))
+                if fault.epoch == self._epoch and is_our_link(fault, self.peers):
+                    self._drop_link(self.peers[-1])
+                self._report(faulted(fault, peer, self.peers))
+
+    def _linked(self, peer: PeerId) -> Connection:
+        link = self._links.get(peer)
+        if link is None:
+            raise PeerUnreachable("the link is down")
+        return link
+
+    def _drop_link(self, peer: PeerId) -> None:
+        link = self._links.pop(peer, None)
+        if link is not None:
+            link.close(self._host.name)
 
     def lost(self, peer: PeerId, connection: Connection, reason: str) -> None:
         """One of our links ended."""

@@ -45,9 +45,9 @@ class NodeFailed(NetworkError):
 
     def __init__(self, directory: Path, name: str) -> None:
         # Errors are shown in a few hundred characters; the cause stands last.
-        tail = log_tail(directory, name, lines=4)
+        tail = " | ".join(log_tail(directory, name, lines=4).splitlines())
         super().__init__(
-            f"{name} ended while starting" + (f"; its log ends:\n{tail}" if tail else ""),
+            f"{name} ended while starting" + (f"; its log ends: {tail}" if tail else ""),
             remedy=f"read {log_path(directory, name)}",
         )
 
