@@ -22,10 +22,7 @@ import json
 import math
 import os
 import random
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,6 +32,7 @@ from typing import Any
 
 from plait.client import Answer, AsyncClient, Options
 from plait.errors import PlaitError
+from plait.testing.testnets import running_testnet
 from plait.testnet.chaos_report import distribution
 from plait.testnet.control import await_node, request
 from plait.testnet.load import PROMPTS
@@ -66,12 +64,6 @@ class Run:
     """Whether the whole answer is the undisturbed one."""
     arrivals_s: list[float] = field(default_factory=list)
     load: float = 0.0
-
-
-def plait(*arguments: str) -> str:
-    """Run a plait command and return its standard output."""
-    command = [sys.executable, "-m", "plait", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 async def usable(client: AsyncClient, names: Mapping[PeerId, str]) -> None:
@@ -269,18 +261,10 @@ def main() -> int:
         options.history = Path(__file__).parent / "results" / name
     if not options.resume:
         options.history.unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the testnet ends with us
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch) / "net"
-        where = ("--dir", str(directory))
-        shape = ("--stages", str(STAGES), "--replicas", str(REPLICAS))
-        wan = ("--wan", options.wan) if options.wan else ()
-        named = ("--model", options.model, "--dtype", options.dtype)
-        plait("testnet", "up", "--detach", *named, *shape, *wan, *where)
-        try:
-            report = asyncio.run(measure(directory, options))
-        finally:
-            plait("testnet", "down", *where)
+    shape = ("--stages", str(STAGES), "--replicas", str(REPLICAS), "--dtype", options.dtype)
+    wan = ("--wan", options.wan) if options.wan else ()
+    with running_testnet(options.model, *shape, *wan) as net:
+        report = asyncio.run(measure(net.directory, options))
     print(json.dumps(report))
     # Only in fp32 is what follows a reroute the same text; what was delivered never changes.
     wrong = report["tokens_wrong" if options.dtype == "fp32" else "tokens_changed"]

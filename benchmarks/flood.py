@@ -14,9 +14,7 @@ import asyncio
 import contextlib
 import json
 import random
-import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from plait.client import AsyncClient, Options
 from plait.client.account import open_account
 from plait.errors import CapacityError, PlaitError
 from plait.node.control import ask
+from plait.testing.testnets import running_testnet
 
 GROUPS = Path("/sys/fs/cgroup/memory")
 CANNOT = 77
@@ -35,12 +34,6 @@ HONEST_MIN = 3
 """So many times at least the honest client asks."""
 CREDIT = 10**12
 QUESTION = "Name three rivers."
-
-
-def plait(*arguments: str) -> str:
-    """Run a plait command and return its standard output."""
-    command = [sys.executable, "-m", "plait", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 @contextlib.contextmanager
@@ -148,23 +141,15 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=600)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "net"
-        up = ("testnet", "up", "--detach", "--dir", str(folder), "--model", asked.model)
-        plait(*up, "--stages", "1", "--dtype", asked.dtype)
-        try:
-            listed = json.loads(plait("testnet", "status", "--dir", str(folder), "--json"))
-            [stage] = [one for one in listed["nodes"] if one["span"]]
-            node, pid = folder / "nodes" / stage["name"], stage["pid"]
-            limit = ask(node, "status")["kv_bytes_total"] + ALLOWANCE_MB * 2**20
-            flooder = open_account(folder / "flooder").peer
-            issue = ("ledger", "issue", flooder, str(CREDIT))
-            plait(*issue, "--network", str(folder / "network.toml"))
-            with limited(pid, limit) as group:
-                figures = asyncio.run(run(folder, node, group, pid, asked))
-            alive = Path(f"/proc/{pid}").exists()
-        finally:
-            plait("testnet", "down", "--dir", str(folder))
+    with running_testnet(asked.model, "--stages", "1", "--dtype", asked.dtype) as net:
+        [stage] = [one for one in net.nodes().values() if one["span"]]
+        node, pid = net.directory / "nodes" / stage["name"], stage["pid"]
+        limit = ask(node, "status")["kv_bytes_total"] + ALLOWANCE_MB * 2**20
+        flooder = open_account(net.directory / "flooder").peer
+        net.plait("ledger", "issue", flooder, str(CREDIT), "--network", str(net.network))
+        with limited(pid, limit) as group:
+            figures = asyncio.run(run(net.directory, node, group, pid, asked))
+        alive = Path(f"/proc/{pid}").exists()
     most = figures["most"]
     figures["limit_bytes"] = limit
     figures["held"] = (

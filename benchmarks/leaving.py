@@ -14,21 +14,20 @@ answer failed or changed, or if no round of a kind was a hit.
 import argparse
 import asyncio
 import json
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from failover import ANSWER_TIMEOUT_S, REPLICAS, STAGES, plait, usable
+from failover import ANSWER_TIMEOUT_S, REPLICAS, STAGES, usable
 
 from plait.client import Answer, AsyncClient, Options
 from plait.errors import ConfigError, NetworkError, PlaitError
 from plait.node.control import ask
+from plait.testing.testnets import running_testnet
 from plait.testnet.chaos_report import distribution
 from plait.testnet.control import await_node, request
 from plait.testnet.folder import data_dir
@@ -234,16 +233,9 @@ def main() -> int:
     if options.child:
         asyncio.run(child(options))
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the testnet ends with us
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch) / "net"
-        where = ("--dir", str(directory))
-        shape = ("--stages", str(STAGES), "--replicas", str(REPLICAS))
-        plait("testnet", "up", "--detach", "--model", options.model, *shape, *where)
-        try:
-            report = asyncio.run(measure(directory, options))
-        finally:
-            plait("testnet", "down", *where)
+    shape = ("--stages", str(STAGES), "--replicas", str(REPLICAS))
+    with running_testnet(options.model, *shape) as net:
+        report = asyncio.run(measure(net.directory, options))
     print(json.dumps(report))
     bad = report["drains_failed"] or report["answers_wrong"]
     return 1 if bad or not report["drains"] or not report["client_kills"] else 0

@@ -25,11 +25,8 @@ import asyncio
 import json
 import os
 import random
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -41,6 +38,7 @@ from plait.client import AsyncClient, Options
 from plait.errors import PlaitError
 from plait.heap import freeze_heap
 from plait.identity import load_or_create_key
+from plait.testing.testnets import Testnet, running_testnet
 from plait.testnet.load import PROMPTS
 from plait.v1 import stage_pb2_grpc
 
@@ -82,18 +80,11 @@ class Load:
     cpu_share: float = 0.0
 
 
-def plait(*arguments: str) -> str:
-    """Run a plait command and return its standard output."""
-    command = [sys.executable, "-m", "plait", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def give_account(directory: Path) -> None:
+def give_account(net: Testnet) -> None:
     """Make the second client's keys, and give it credit."""
-    (directory / SECOND).mkdir(mode=0o700)
-    peer = load_or_create_key(directory / SECOND / "identity.key").peer_id
-    network = ("--network", str(directory / "network.toml"))
-    plait("ledger", "issue", peer, str(CREDIT), *network)
+    (net.directory / SECOND).mkdir(mode=0o700)
+    peer = load_or_create_key(net.directory / SECOND / "identity.key").peer_id
+    net.plait("ledger", "issue", peer, str(CREDIT), "--network", str(net.network))
 
 
 def quantile(values: list[float], share: float) -> float | None:
@@ -432,18 +423,10 @@ def main() -> int:
     if options.second:
         asyncio.run(be_second(options.second, options))
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the testnet ends with us
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch) / "net"
-        where = ("--dir", str(directory))
-        shape = ("--stages", str(options.stages), "--replicas", str(options.replicas))
-        named = ("--model", options.model, "--dtype", options.dtype)
-        plait("testnet", "up", "--detach", *named, *shape, *where)
-        try:
-            give_account(directory)
-            report = asyncio.run(measure(directory, options))
-        finally:
-            plait("testnet", "down", *where)
+    shape = ("--stages", str(options.stages), "--replicas", str(options.replicas))
+    with running_testnet(options.model, *shape, "--dtype", options.dtype) as net:
+        give_account(net)
+        report = asyncio.run(measure(net.directory, options))
     names = ("model", "dtype", "stages", "replicas", "tokens", "qos", "slo_factor", "seed")
     shown = {name: getattr(options, name) for name in names}
     print(json.dumps({"benchmark": "overload", "cores": os.cpu_count(), **shown, **report}))

@@ -27,12 +27,11 @@ object; compare figures within one run only. Where the machine is busy, the proc
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter_ns, thread_time_ns
@@ -48,6 +47,7 @@ from plait.ledger.stage_books import StageBooks
 from plait.node.spill import SpillFiles
 from plait.node.tape import EpochTape, Tape
 from plait.testing.accounting import NOW_MS, key_of
+from plait.testing.testnets import running_testnet
 from plait.types import Microcredits
 from plait.v1.bundle_pb2 import ModelManifest
 from plait.v1.identity_pb2 import SignedEnvelope
@@ -225,12 +225,6 @@ def client_timed(watch: Stopwatch) -> Iterator[None]:
             setattr(ClientBooks, name, call)
 
 
-def plait(*arguments: str) -> None:
-    """Run a plait command."""
-    command = [sys.executable, "-m", "plait", *arguments]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-
-
 def measure(client: Client, arguments: argparse.Namespace, tape: Tape) -> list[dict[str, Any]]:
     """One row a round: an answer, then its accounting warm and cold."""
     rows, evict = [], bytearray(arguments.evict_mb << 20)
@@ -318,21 +312,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--evict-mb", type=int, default=64)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "net"
-        plait(
-            *("testnet", "up", "--detach", "--dir", str(folder), "--model", arguments.model),
-            *("--stages", "3", "--replicas", "1", "--dtype", arguments.dtype),
-        )
-        files = SpillFiles(Path(scratch) / "tape")
+    shape = ("--stages", "3", "--replicas", "1", "--dtype", arguments.dtype)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        closing(SpillFiles(Path(scratch))) as files,
+        running_testnet(arguments.model, *shape) as net,
+        Client(net.network) as client,
+    ):
         tape = Tape(files, bytes_max=TAPE_BYTES_MAX, window_ms=0)
-        try:
-            with Client(folder / "network.toml") as client:
-                client.generate(arguments.model, PROMPTS[0], Options(max_tokens=4))
-                rows = measure(client, arguments, tape)
-        finally:
-            plait("testnet", "down", "--dir", str(folder))
-            files.close()
+        client.generate(arguments.model, PROMPTS[0], Options(max_tokens=4))
+        rows = measure(client, arguments, tape)
     print(json.dumps(report(rows, arguments)))
 
 

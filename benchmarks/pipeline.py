@@ -10,30 +10,20 @@ memory of each process. Compare figures within one run only: machines are noisy.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 from contextlib import ExitStack
-from pathlib import Path
 
 import psutil
 
 from plait.client import Client, Options
+from plait.testing.testnets import Testnet, running_testnet
 
 PROMPT = "Explain in a few sentences why the sky is blue and sunsets are red."
 
 
-def plait(*arguments: str) -> str:
-    """Run a plait command and return its standard output."""
-    command = [sys.executable, "-m", "plait", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def memory_mb(folder: Path) -> dict[str, dict[str, float]]:
+def memory_mb(net: Testnet) -> dict[str, dict[str, float]]:
     """Resident and unique (unshared) megabytes of each stage's process."""
-    status = json.loads(plait("testnet", "status", "--dir", str(folder), "--json"))
     figures = {}
-    for node in status["nodes"]:
+    for node in net.nodes().values():
         if node["span"]:
             info = psutil.Process(node["pid"]).memory_full_info()
             figures[f"{node['span'][0]}:{node['span'][1]}"] = {
@@ -53,21 +43,19 @@ def main() -> None:
     options = Options(max_tokens=arguments.tokens)
     tpot_ms: dict[int, list[float]] = {1: [], 3: []}
     answers = set()
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        clients = {}
+    with ExitStack() as stack:
+        nets, clients = {}, {}
         for stages in tpot_ms:
-            folder = Path(scratch) / f"net{stages}"
-            up = ("testnet", "up", "--detach", "--dir", str(folder), "--model", arguments.model)
-            plait(*up, "--stages", str(stages), "--replicas", "1")
-            stack.callback(plait, "testnet", "down", "--dir", str(folder))
-            clients[stages] = stack.enter_context(Client(folder / "network.toml"))
+            shape = ("--stages", str(stages), "--replicas", "1")
+            nets[stages] = stack.enter_context(running_testnet(arguments.model, *shape))
+            clients[stages] = stack.enter_context(Client(nets[stages].network))
             clients[stages].generate(arguments.model, PROMPT, Options(max_tokens=4))
         for _ in range(arguments.rounds):
             for stages, client in clients.items():
                 answer = client.generate(arguments.model, PROMPT, options)
                 tpot_ms[stages].append(answer.tpot_s * 1000)
                 answers.add(answer.token_ids)
-        memory = {stages: memory_mb(Path(scratch) / f"net{stages}") for stages in tpot_ms}
+        memory = {stages: memory_mb(net) for stages, net in nets.items()}
     taxes = [three - one for one, three in zip(tpot_ms[1], tpot_ms[3], strict=True)]
     report = {
         "benchmark": "pipeline",

@@ -13,24 +13,16 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from plait.client import Client, Options
+from plait.testing.testnets import running_testnet
 
 ENDING_TOKENS = 8
 VOCABULARY = 250
 """Ids of every model's vocabulary."""
-
-
-def plait(*arguments: str) -> None:
-    """Run a plait command."""
-    command = [sys.executable, "-m", "plait", *arguments]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def say(text: str) -> None:
@@ -71,17 +63,12 @@ def first_tokens(client: Client, model: str, rounds: int, tokens: int) -> dict[s
 
 def testnet(model: str, dtype: str, rounds: int, tokens: int) -> dict[str, Any]:
     """The same on a testnet of three stages."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "net"
-        up = ("testnet", "up", "--detach", "--dir", str(folder), "--model", model)
-        plait(*up, "--stages", "3", "--dtype", dtype)
-        try:
-            network = folder / "network.toml"
-            with Client(network, account=folder / "client") as client:
-                client.generate(model, random_ids(64), Options(max_tokens=8, raw=True))
-                return first_tokens(client, model, rounds, tokens)
-        finally:
-            plait("testnet", "down", "--dir", str(folder))
+    with (
+        running_testnet(model, "--stages", "3", "--dtype", dtype) as net,
+        Client(net.network, account=net.account) as client,
+    ):
+        client.generate(model, random_ids(64), Options(max_tokens=8, raw=True))
+        return first_tokens(client, model, rounds, tokens)
 
 
 def resumed_ms(model: str, dtype: str, layers: str, rounds: int, tokens: int) -> list[float]:

@@ -18,28 +18,20 @@ import argparse
 import itertools
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plait.client import Answer, Client, Options
+from plait.testing.testnets import running_testnet
 from plait.testnet.control import request
 from plait.testnet.load import PROMPTS
 from plait.testnet.rtt import measure_links
 from plait.testnet.wan import CLIENT_LEG
 
 STAGES = 3
-
-
-def plait(*arguments: str) -> str:
-    """Run a plait command and return its standard output."""
-    command = [sys.executable, "-m", "plait", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def round_trip_ms(directory: Path, answer: Answer) -> float:
@@ -136,21 +128,13 @@ def main() -> None:
     arguments = parser.parse_args()
     rtts = [float(text) for text in arguments.rtts.split(",")]
     rounds = list[dict[float, Sample]]()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the testnet ends with us
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch) / "net"
-        where = ("--dir", str(directory))
-        shape = ("--stages", str(STAGES), "--replicas", "1", "--wan", "lan")
-        named = ("--model", arguments.model, "--dtype", arguments.dtype)
-        plait("testnet", "up", "--detach", *named, *shape, *where)
-        try:
-            backend = request(directory, "status")["wan"]["backend"]
-            measure_links(directory)  # meanwhile the nodes get to know each other
-            sweep = Sweep(directory, arguments.model, arguments.tokens)
-            for _ in range(arguments.rounds):
-                rounds.append(sweep.round(rtts))
-        finally:
-            plait("testnet", "down", *where)
+    shape = ("--stages", str(STAGES), "--replicas", "1", "--wan", "lan")
+    with running_testnet(arguments.model, *shape, "--dtype", arguments.dtype) as net:
+        backend = request(net.directory, "status")["wan"]["backend"]
+        measure_links(net.directory)  # meanwhile the nodes get to know each other
+        sweep = Sweep(net.directory, arguments.model, arguments.tokens)
+        for _ in range(arguments.rounds):
+            rounds.append(sweep.round(rtts))
     report = {
         "benchmark": "rtt_sweep",
         "model": arguments.model,

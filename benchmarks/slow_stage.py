@@ -15,22 +15,21 @@ import asyncio
 import itertools
 import json
 import os
-import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from failover import ANSWER_TIMEOUT_S, REPLICAS, STAGES, plait, usable
+from failover import ANSWER_TIMEOUT_S, REPLICAS, STAGES, usable
 from leaving import node_names
 
 from plait.client import Answer, AsyncClient, Options
 from plait.errors import PlaitError
 from plait.task_scope import TaskScope
+from plait.testing.testnets import running_testnet
 from plait.testnet.chaos_plan import Fault
 from plait.testnet.chaos_report import distribution
 from plait.testnet.control import request
@@ -210,16 +209,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--factor", type=float, default=10.0)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the testnet ends with us
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch) / "net"
-        where = ("--dir", str(directory))
-        shape = ("--stages", str(STAGES), "--replicas", str(REPLICAS))
-        plait("testnet", "up", "--detach", "--model", options.model, *shape, *where)
-        try:
-            report = asyncio.run(measure(directory, options))
-        finally:
-            plait("testnet", "down", *where)
+    shape = ("--stages", str(STAGES), "--replicas", str(REPLICAS))
+    with running_testnet(options.model, *shape) as net:
+        report = asyncio.run(measure(net.directory, options))
     print(json.dumps(report))
     return 1 if report["failed"] or report["changed"] or not report["moved"] else 0
 

@@ -8,10 +8,7 @@ transformers' ``generate`` on the unsplit model from the same file. Prints one J
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,26 +17,13 @@ from oracle import PROMPTS, STAGE_COUNTS
 from plait.model import catalog
 from plait.model.tokenizer import Tokenizer
 from plait.testing.reference import reference_model, reference_run
-
-
-def plait(*arguments: str) -> str:
-    """Run a plait command and return its standard output."""
-    command = [sys.executable, "-m", "plait", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+from plait.testing.testnets import running_testnet
 
 
 def answers(model: str, stages: int, prompts: tuple[str, ...], tokens: int) -> list[dict[str, Any]]:
     """The prompts through `plait run --json` on a testnet of that many stages."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = str(Path(scratch) / "net")
-        where = ("--dir", folder)
-        plait("testnet", "up", "--detach", "--model", model, "--stages", str(stages), *where)
-        try:
-            network = ("--network", f"{folder}/network.toml")
-            count = ("--max-tokens", str(tokens), "--json")
-            return [json.loads(plait("run", model, p, *count, *network)) for p in prompts]
-        finally:
-            plait("testnet", "down", *where)
+    with running_testnet(model, "--stages", str(stages)) as net:
+        return [net.run(prompt, "--max-tokens", str(tokens)) for prompt in prompts]
 
 
 def expected(tokens: list[int], end_ids: tuple[int, ...]) -> list[int]:

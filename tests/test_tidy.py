@@ -35,6 +35,7 @@ CORE = {
 }
 CORES = CORE | {"router", "ledger"}
 ENGINES = CORES | {
+    "durable",
     "heap",
     "logs",
     "parent",
@@ -55,6 +56,7 @@ ALLOWED = {
     "prices_wire": {"types", "v1"},
     "replay_cuts": set(),
     "network_file": {"types", "errors", "identity", "envelope", "v1"},
+    "durable": set[str](),
     "heap": set[str](),
     "logs": set[str](),
     "parent": set[str](),
@@ -65,7 +67,7 @@ ALLOWED = {
     "model": CORES,
     "compute": CORES | {"model"},
     "net": CORES | {"logs", "task_scope"},
-    "ledger.service": CORES | {"logs", "net", "task_scope"},
+    "ledger.service": CORES | {"durable", "logs", "net", "task_scope"},
     "node": ENGINES,
     "client": ENGINES | {"locate"},
     "gateway": ENGINES | {"client"},

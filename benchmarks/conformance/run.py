@@ -16,13 +16,15 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from report import Excuse, Report, merge, table
+
+from plait.testing.testnets import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = Path(__file__).resolve().parent / "suites"
@@ -101,7 +103,8 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/plait/conformance")
     options = parser.parse_args()
     reports = []
-    with _gateway(options.url, options.network) as url:
+    with _gateway(options.url, options.network) as gateway:
+        url = gateway.url
         os.environ |= {"BASE_URL": url, "PLAIT_MODEL": options.model}
         for name in SUITE_NAMES:
             if options.only in (None, name):
@@ -128,32 +131,12 @@ def _report_of(name: str, url: str, options: argparse.Namespace) -> Report:
     return run(options.cache, url, options.model, options.seconds)
 
 
-@contextmanager
 def _gateway(url: str | None, network: Path | None):
     if url is not None:
-        yield url
-        return
-    command = [sys.executable, "-m", "plait.testing.obedient"]
-    output = {"stdout": subprocess.PIPE}
+        return nullcontext(SimpleNamespace(url=url))
     if network is not None:
-        command = [sys.executable, "-m", "plait", "serve", "--port", "0", "--no-keys"]
-        command += ["--network", str(network)]
-        output = {"stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, text=True, **output)
-    try:
-        yield _address(process.stdout or process.stderr)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _address(output) -> str:
-    """The base URL that a gateway prints; its further lines are read and dropped."""
-    for line in output:
-        if found := re.search(r"http://\S+?/v1", line):
-            threading.Thread(target=output.read, daemon=True).start()
-            return found[0]
-    raise SystemExit("the gateway did not start")
+        return serving("--no-keys", "--network", str(network))
+    return serving(command=(sys.executable, "-m", "plait.testing.obedient"))
 
 
 def _environment(cache: Path, name: str, packages: list[str]) -> Path:

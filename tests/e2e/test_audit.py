@@ -6,7 +6,6 @@ The dishonest node is planted by ``plait.testing.dishonest``; every chunk is aud
 import asyncio
 import functools
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from plait.client.audit_spool import AuditRecord
 from plait.client.lottery_keeper import LotteryKeeper
 from plait.model import catalog
 from plait.network_file import NetworkFile
+from plait.testing.testnets import run_plait
 from plait.testnet import cluster, launch
 from plait.testnet.layout import place
 from plait.types import PeerId, Span
@@ -29,12 +29,6 @@ TINY = "tiny-random"
 STAGES, LAYER, END = 3, 3, 6
 TOKENS = 40
 ATTEMPTS = 6
-
-
-def run_plait(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run ``plait`` and wait for it."""
-    command = [sys.executable, "-m", "plait", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120.0, check=False)
 
 
 @dataclass(frozen=True, slots=True)

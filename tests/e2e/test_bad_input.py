@@ -11,17 +11,15 @@ from typing import Any
 import pytest
 
 from plait.model.catalog import load
+from plait.testing.testnets import Testnet
 
 MODEL = "tiny-random"
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
-Net = Any
-"""The ``Testnet`` of conftest, which pytest does not let us import."""
-
 
 @pytest.fixture(scope="module")
-def net(testnet: Callable[..., Net]) -> Net:
+def net(testnet: Callable[..., Testnet]) -> Testnet:
     """The default testnet, shared with the other tests."""
     return testnet()
 
@@ -51,12 +49,12 @@ def one_clear_line(finished: "subprocess.CompletedProcess[str]", says: str) -> N
         (["ledger", "issue", "nobody", "5"], 3, "nobody"),
     ],
 )
-def test_wrong_arguments(net: Net, arguments: list[str], exit_code: int, says: str) -> None:
+def test_wrong_arguments(net: Testnet, arguments: list[str], exit_code: int, says: str) -> None:
     finished = net.plait(*arguments, "--network", str(net.network), expect=exit_code)
     one_clear_line(finished, says)
 
 
-def start_node(net: Net, data_dir: Path, *arguments: str, **environment: str) -> Any:
+def start_node(net: Testnet, data_dir: Path, *arguments: str, **environment: str) -> Any:
     """Run a node that is expected to refuse to start."""
     return subprocess.run(
         [
@@ -71,7 +69,7 @@ def start_node(net: Net, data_dir: Path, *arguments: str, **environment: str) ->
     )
 
 
-def test_a_copied_identity_folder_is_named(net: Net, tmp_path: Path) -> None:
+def test_a_copied_identity_folder_is_named(net: Testnet, tmp_path: Path) -> None:
     own_files = shutil.ignore_patterns("*.sock")
     shutil.copytree(net.directory / "nodes" / "node-1", tmp_path / "copy", ignore=own_files)
     finished = start_node(net, tmp_path / "copy", "--span", "0:3")
@@ -79,7 +77,7 @@ def test_a_copied_identity_folder_is_named(net: Net, tmp_path: Path) -> None:
     one_clear_line(finished, "data folder was copied")
 
 
-def test_a_port_in_use_is_named(net: Net, tmp_path: Path) -> None:
+def test_a_port_in_use_is_named(net: Testnet, tmp_path: Path) -> None:
     view = net.json("peers", "--network", str(net.network))
     port = view["peers"][0]["public_address"].rpartition(":")[2]
     finished = start_node(net, tmp_path / "node", "--span", "0:3", "--public-port", port)
@@ -87,7 +85,7 @@ def test_a_port_in_use_is_named(net: Net, tmp_path: Path) -> None:
     one_clear_line(finished, f":{port}")
 
 
-def test_corrupt_weights_name_the_tensor(net: Net, tmp_path: Path) -> None:
+def test_corrupt_weights_name_the_tensor(net: Testnet, tmp_path: Path) -> None:
     local = load(MODEL)
     copy = tmp_path / "models" / MODEL
     shutil.copytree(local.weights_path.parent, copy)
@@ -102,7 +100,7 @@ def test_corrupt_weights_name_the_tensor(net: Net, tmp_path: Path) -> None:
     one_clear_line(finished, "weight")
 
 
-def test_a_span_outside_the_model_is_refused(net: Net, tmp_path: Path) -> None:
+def test_a_span_outside_the_model_is_refused(net: Testnet, tmp_path: Path) -> None:
     finished = start_node(net, tmp_path / "node", "--span", "0:99")
     assert finished.returncode == 3
     one_clear_line(finished, "0:8")
@@ -110,20 +108,20 @@ def test_a_span_outside_the_model_is_refused(net: Net, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("device", "says"), [("cuda:99", "CUDA cards"), ("gpu", "'gpu'")])
 def test_a_device_that_is_not_there_is_named(
-    net: Net, tmp_path: Path, device: str, says: str
+    net: Testnet, tmp_path: Path, device: str, says: str
 ) -> None:
     finished = start_node(net, tmp_path / "node", "--span", "0:3", "--device", device)
     assert finished.returncode == 3
     one_clear_line(finished, says)
 
 
-def test_a_dead_network_is_not_a_missing_layer(own_testnet: Callable[..., Net]) -> None:
+def test_a_dead_network_is_not_a_missing_layer(own_testnet: Callable[..., Testnet]) -> None:
     net = own_testnet(stages=1)
     net.control("down")
     finished = net.plait("run", MODEL, "hello", "--network", str(net.network), expect=5)
     one_clear_line(finished, "no bootstrap node")
 
 
-def test_nobody_was_harmed(net: Net) -> None:
+def test_nobody_was_harmed(net: Testnet) -> None:
     assert [node["state"] for node in net.nodes().values()] == ["ready"] * 5
     assert net.run("hello", "--max-tokens", "2")["completion_tokens"] >= 1

@@ -6,7 +6,6 @@ import time
 from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,6 +18,7 @@ from plait.ledger.merkle import Tree, leaf_hash
 from plait.ledger.service.remote import RemoteLedger
 from plait.ledger.service.tiles import entries_of_folder
 from plait.network_file import NetworkFile, load_network_file
+from plait.testing.testnets import Testnet
 from plait.v1.identity_pb2 import NodeKeyCert
 from plait.v1.ledger_pb2 import AccountQuery
 
@@ -27,17 +27,13 @@ PROMPT = "Why is the sky blue?"
 CERT_TYPE = payload_type(NodeKeyCert)
 
 
-Net = Any
-"""The ``Testnet`` of conftest, which pytest does not let us import."""
-
-
 @pytest.fixture(scope="module")
-def committee(own_testnet: Callable[..., Net]) -> Net:
+def committee(own_testnet: Callable[..., Testnet]) -> Testnet:
     """Four authorities, of which one may fail; three witnesses, quorum two."""
     return own_testnet(authorities=4)
 
 
-def verified(net: Net, name: str) -> None:
+def verified(net: Testnet, name: str) -> None:
     bundle = net.directory.parent / name
     answer = net.run(PROMPT, "--max-tokens", "40", "--bundle", str(bundle))
     assert len(answer["token_ids"]) == 40
@@ -47,7 +43,7 @@ def verified(net: Net, name: str) -> None:
     assert claims["witnesses"]["ok"] is True
 
 
-async def books(network: NetworkFile, net: Net) -> list[tuple[int, int, int]]:
+async def books(network: NetworkFile, net: Testnet) -> list[tuple[int, int, int]]:
     """Available and pending of the client, and entries, of each authority."""
     issuer = load_key(net.directory / "issuer" / "issuer.key")
     account = load_key(net.account / "identity.key").peer_id
@@ -63,14 +59,14 @@ async def books(network: NetworkFile, net: Net) -> list[tuple[int, int, int]]:
     return rows
 
 
-async def until_equal(network: NetworkFile, net: Net) -> list[tuple[int, int, int]]:
+async def until_equal(network: NetworkFile, net: Testnet) -> list[tuple[int, int, int]]:
     async with asyncio.timeout(60):
         while len(set(rows := await books(network, net))) > 1:  # noqa: ASYNC110 - other processes
             await asyncio.sleep(0.5)
     return rows
 
 
-def test_one_of_four_may_die_and_come_back(committee: Net) -> None:
+def test_one_of_four_may_die_and_come_back(committee: Testnet) -> None:
     network = load_network_file(committee.network)
     assert len(network.authorities) == 4
     assert (len(network.witnesses), network.witness_quorum) == (3, 2)
@@ -90,7 +86,7 @@ def test_one_of_four_may_die_and_come_back(committee: Net) -> None:
         assert tree.root() == checkpoint.root
 
 
-def test_a_ledger_key_is_rotated_and_revoked_without_a_failed_request(committee: Net) -> None:
+def test_a_ledger_key_is_rotated_and_revoked_without_a_failed_request(committee: Testnet) -> None:
     network = load_network_file(committee.network)
     folder = committee.directory / "nodes" / "node-2"
     common = ("--data-dir", str(folder))

@@ -4,19 +4,18 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from plait.client import Answer, AsyncClient, Options, TextDelta
 from plait.errors import SessionLost
 from plait.ledger.verify import verify_bundle
+from plait.testing.testnets import Testnet
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
-Net = Any
-"""The ``Testnet`` of conftest, which pytest does not let us import."""
-StartNet = Callable[..., Net]
+
+StartNet = Callable[..., Testnet]
 
 PROMPT = "Tell me about rivers."
 TOKENS = 150
@@ -30,7 +29,7 @@ def asked(seed: int = 7) -> Options:
 
 
 async def disturbed(
-    net: Net, client: AsyncClient, positions: tuple[int, ...], blow: signal.Signals
+    net: Testnet, client: AsyncClient, positions: tuple[int, ...], blow: signal.Signals
 ) -> tuple[Answer, list[str]]:
     """One answer during which the nodes at these places of the planned route are hit."""
     names = {node["peer"]: name for name, node in net.nodes().items()}

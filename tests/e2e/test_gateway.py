@@ -4,11 +4,11 @@ import asyncio
 import http.client
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ import pytest
 
 from plait.client import Answer, AsyncClient, Client, Options, TextDelta
 from plait.errors import ConfigError, LocalProtocolError
+from plait.testing.testnets import ServedGateway, Testnet, serving
 from plait.types import Sampling
 
 MODEL = "tiny-random"
 MESSAGES = [{"role": "user", "content": "Tell me about the sea."}]
-START_LINES_MAX = 50
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCHEMA = {
     "type": "object",
@@ -32,20 +32,16 @@ SCHEMA = {
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
-Net = Any
-"""The ``Testnet`` of conftest, which pytest does not let us import."""
-
 
 @dataclass(frozen=True, slots=True)
 class Served:
     """A running gateway."""
 
-    port: int
-    process: "subprocess.Popen[str]"
+    gateway: ServedGateway
 
     def connect(self) -> http.client.HTTPConnection:
         """A new connection to it."""
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        return http.client.HTTPConnection("127.0.0.1", self.gateway.port, timeout=60)
 
     def ask(
         self, method: str, path: str, body: object = None
@@ -66,38 +62,22 @@ class Served:
         return self.ask("POST", "/v1/chat/completions", body)
 
 
-def start(net: Net) -> Served:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "plait", "serve", "--port", "0", "--network", str(net.network)],
-        env=os.environ | net.environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for _ in range(START_LINES_MAX):
-        line = process.stderr.readline()
-        if found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", line):
-            return Served(int(found[1]), process)
-        if not line:
-            break
-    process.kill()
-    pytest.fail(f"the gateway did not start: {line}")
+@contextmanager
+def started(net: Testnet) -> Iterator[Served]:
+    with serving("--network", str(net.network), environment=net.environment) as gateway:
+        yield Served(gateway)
 
 
 @pytest.fixture(scope="module")
-def net(testnet: Callable[..., Net]) -> Net:
+def net(testnet: Callable[..., Testnet]) -> Testnet:
     """Four nodes: three spans and a second host of the first."""
     return testnet()
 
 
 @pytest.fixture(scope="module")
-def served(net: Net) -> Iterator[Served]:
-    gateway = start(net)
-    try:
+def served(net: Testnet) -> Iterator[Served]:
+    with started(net) as gateway:
         yield gateway
-    finally:
-        gateway.process.kill()
-        gateway.process.communicate()
 
 
 def test_models_and_readiness(served: Served) -> None:
@@ -110,7 +90,7 @@ def test_models_and_readiness(served: Served) -> None:
 
 
 def test_an_answer_is_the_same_whole_streamed_and_from_the_command_line(
-    net: Net, served: Served
+    net: Testnet, served: Served
 ) -> None:
     response, body = served.chat(max_tokens=12)
     whole = json.loads(body)
@@ -133,7 +113,7 @@ def test_an_answer_is_the_same_whole_streamed_and_from_the_command_line(
     assert printed["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 
-def test_a_bundle_can_be_fetched_and_verified(net: Net, served: Served, tmp_path: Path) -> None:
+def test_a_bundle_can_be_fetched_and_verified(net: Testnet, served: Served, tmp_path: Path) -> None:
     response, _ = served.chat(max_tokens=8, plait={"bundle": True})
     response, bundle = served.ask("GET", response.headers["x-plait-bundle"])
     assert response.status == 200
@@ -167,7 +147,7 @@ def test_logprobs_and_a_schema_come_from_the_last_stage(served: Served) -> None:
     assert json.loads(choice["message"]["content"]).keys() == {"name", "sea"}
 
 
-def test_embeddings_are_those_of_the_library(net: Net, served: Served) -> None:
+def test_embeddings_are_those_of_the_library(net: Testnet, served: Served) -> None:
     asked = {"model": MODEL, "input": ["The sea.", "The sky.", "The sea."]}
     response, body = served.ask("POST", "/v1/embeddings", asked)
     answer = json.loads(body)
@@ -184,7 +164,7 @@ def test_embeddings_are_those_of_the_library(net: Net, served: Served) -> None:
         assert found.answer.bundle is not None
 
 
-def test_a_stream_of_the_library_is_finished_in_good_order(net: Net) -> None:
+def test_a_stream_of_the_library_is_finished_in_good_order(net: Testnet) -> None:
     sampling = Sampling(temperature_micros=900_000, seed=3, top_logprobs=2)
     with Client(net.network, account=net.account) as client:
         stream = client.stream(MODEL, [40, 41, 42], Options(max_tokens=400, sampling=sampling))
@@ -207,7 +187,7 @@ def test_a_stream_of_the_library_is_finished_in_good_order(net: Net) -> None:
     assert answer.cost_microcredits > 0
 
 
-def test_layers_of_the_clients_own(net: Net) -> None:
+def test_layers_of_the_clients_own(net: Testnet) -> None:
     with Client(net.network, account=net.account) as client:
         plain = client.generate(MODEL, "The sea.", Options(max_tokens=8))
     with Client(net.network, account=net.account, host="0:2") as client:
@@ -222,7 +202,7 @@ def test_layers_of_the_clients_own(net: Net) -> None:
             client.openai()
 
 
-def test_openais_client_over_a_gateway_of_the_clients_own(net: Net) -> None:
+def test_openais_client_over_a_gateway_of_the_clients_own(net: Testnet) -> None:
     pytest.importorskip("openai")
     with Client(net.network, account=net.account) as client:
         openai = client.openai()
@@ -230,8 +210,8 @@ def test_openais_client_over_a_gateway_of_the_clients_own(net: Net) -> None:
         assert answer.usage.completion_tokens == 4
 
 
-def test_examples_run(net: Net, served: Served, tmp_path: Path) -> None:
-    account = {"PLAIT_URL": f"http://127.0.0.1:{served.port}/v1"}
+def test_examples_run(net: Testnet, served: Served, tmp_path: Path) -> None:
+    account = {"PLAIT_URL": served.gateway.url}
 
     def example(name: str, *arguments: str) -> str:
         done = subprocess.run(
@@ -252,7 +232,7 @@ def test_examples_run(net: Net, served: Served, tmp_path: Path) -> None:
     assert report["outcome"] == "verified"
 
 
-async def test_leaving_a_stream_frees_the_stages(net: Net, served: Served) -> None:
+async def test_leaving_a_stream_frees_the_stages(net: Testnet, served: Served) -> None:
     fields = {"model": MODEL, "messages": MESSAGES, "max_tokens": 1500, "stream": True, "seed": 3}
     connection = served.connect()
     async with AsyncClient(net.network) as client, asyncio.timeout(20):
@@ -287,28 +267,24 @@ def test_a_bound_that_cannot_be_kept_and_a_model_that_is_unknown(served: Served)
     assert served.chat(model="none")[0].status == 404
 
 
-def test_sigterm_ends_streams_and_the_process(net: Net) -> None:
-    gateway = start(net)
-    try:
-        connection = gateway.connect()
+def test_sigterm_ends_streams_and_the_process(net: Testnet) -> None:
+    with started(net) as served:
+        connection = served.connect()
         fields = {"model": MODEL, "messages": MESSAGES, "max_tokens": 1500, "stream": True}
         headers = {"content-type": "application/json"}
         connection.request("POST", "/v1/chat/completions", json.dumps(fields), headers)
         response = connection.getresponse()
         assert response.readline().startswith(b"data: ")
-        gateway.process.send_signal(signal.SIGTERM)
+        served.gateway.process.send_signal(signal.SIGTERM)
         rest = response.read().decode()
         assert json.loads(rest.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
         connection.close()
-        assert gateway.process.wait(20) == 0
-    finally:
-        gateway.process.kill()
-        gateway.process.communicate()
+        assert served.gateway.process.wait(20) == 0
 
 
-def test_unsafe_and_impossible_addresses_are_refused(net: Net, served: Served) -> None:
+def test_unsafe_and_impossible_addresses_are_refused(net: Testnet, served: Served) -> None:
     network = ("--network", str(net.network))
     refused = net.plait("serve", "--host", "0.0.0.0", *network, expect=3)
     assert "API keys" in refused.stderr
-    refused = net.plait("serve", "--port", str(served.port), *network, expect=3)
-    assert f"127.0.0.1:{served.port}" in refused.stderr
+    refused = net.plait("serve", "--port", str(served.gateway.port), *network, expect=3)
+    assert f"127.0.0.1:{served.gateway.port}" in refused.stderr

@@ -1,15 +1,11 @@
 """A key with a budget on a real network: 200 requests at once, a budget for 20, a real ledger."""
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +13,14 @@ import pytest
 
 from plait.client import Client, Options
 from plait.errors import LedgerError
+from plait.testing.testnets import Testnet, serving
 
 MODEL = "tiny-random"
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "The sea."}], "max_tokens": 4}
-START_LINES_MAX = 50
 REQUESTS = 200
 WORTH = 20
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
-
-Net = Any
-"""The ``Testnet`` of conftest, which pytest does not let us import."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,56 +47,38 @@ def ask(url: str, path: str, body: object, secret: str) -> Asked:
 
 
 @pytest.fixture(scope="module")
-def net(own_testnet: Callable[..., Net]) -> Net:
+def net(own_testnet: Callable[..., Testnet]) -> Testnet:
     """One of its own: once there are keys, other gateways of the account want one."""
     return own_testnet()
 
 
 @pytest.fixture
-def serve(net: Net) -> Iterator[Callable[[], str]]:
+def serve(net: Testnet) -> Iterator[Callable[[], str]]:
     """Starts a gateway with the account's keys; gives its base URL."""
-    running: list[subprocess.Popen[str]] = []
+    with ExitStack() as running:
 
-    def start() -> str:
-        for process in running:
-            process.send_signal(signal.SIGTERM)
-            process.communicate()
-        running.clear()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "plait", "serve", "--port", "0", "--network", str(net.network)],
-            env=os.environ | net.environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        running.append(process)
-        assert process.stderr is not None
-        for _ in range(START_LINES_MAX):
-            if found := re.search(r"http://\S+?/v1", process.stderr.readline()):
-                return found[0]
-        pytest.fail("the gateway did not start")
+        def start() -> str:
+            running.close()
+            arguments = ("--network", str(net.network))
+            return running.enter_context(serving(*arguments, environment=net.environment)).url
 
-    try:
         yield start
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
 
 
-def key_of(net: Net, *terms: str) -> tuple[str, str]:
+def key_of(net: Testnet, *terms: str) -> tuple[str, str]:
     """A new key's id and secret."""
     made = net.json("keys", "create", "test", *terms, "--network", str(net.network))
     return made["id"], made["key"]
 
 
-def shares(net: Net) -> dict[str, dict[str, Any]]:
+def shares(net: Testnet) -> dict[str, dict[str, Any]]:
     """Sub-accounts by name, as the ledger has them."""
     listed = net.json("ledger", "sub-accounts", "--network", str(net.network))
     return {share["name"]: share for share in listed["sub_accounts"]}
 
 
 def test_many_requests_at_once_do_not_spend_more_than_the_budget(
-    net: Net, serve: Callable[[], str]
+    net: Testnet, serve: Callable[[], str]
 ) -> None:
     _, free = key_of(net)
     url = serve()
@@ -123,7 +98,7 @@ def test_many_requests_at_once_do_not_spend_more_than_the_budget(
     assert len(answered) >= WORTH // 2
     spent = sum(one.cost for one in answered)
     assert 0 < spent <= budget
-    usage = net.json("keys", "ls", "--network", str(net.network))
+    usage: Any = net.json("keys", "ls", "--network", str(net.network))
     [own] = [key for key in usage if key["id"] == name]
     assert own["spent"] == spent
 
@@ -137,7 +112,7 @@ def test_many_requests_at_once_do_not_spend_more_than_the_budget(
 
 
 def test_the_ledger_keeps_a_budget_that_the_gateway_does_not(
-    net: Net, serve: Callable[[], str]
+    net: Testnet, serve: Callable[[], str]
 ) -> None:
     """Who draws on the key's share behind the gateway's back meets the ledger's limit."""
     name, secret = key_of(net, "--budget", "200", "--period", "total")

@@ -8,25 +8,22 @@ import select
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from plait.client import Answer, AsyncClient, Client, Options, TextDelta
 from plait.ledger.verify import verify_bundle
 from plait.network_file import load_network_file
+from plait.testing.testnets import Testnet
 
 PROMPT = "Tell me about the sea and the sky."
 MODEL = "tiny-random"
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
-Net = Any
-"""The ``Testnet`` of conftest, which pytest does not let us import."""
-
 
 @pytest.fixture(scope="module")
-def net(testnet: Callable[..., Net]) -> Net:
+def net(testnet: Callable[..., Testnet]) -> Testnet:
     """Four nodes: three spans and a second host of the first."""
     return testnet()
 
@@ -38,14 +35,14 @@ def assert_covers(spans: list[tuple[int, int]]) -> None:
     assert spans[-1][1] == 8
 
 
-def test_status_lists_nodes_and_the_ledger(net: Net) -> None:
+def test_status_lists_nodes_and_the_ledger(net: Testnet) -> None:
     nodes = net.nodes().values()
     assert [node["state"] for node in nodes] == ["ready"] * 5
     assert len([node for node in nodes if node["span"]]) == 4
     assert [node["roles"] for node in nodes if not node["span"]] == [["ledger"]]
 
 
-def test_an_answer_crosses_three_stages_is_paid_and_verifies(net: Net, tmp_path: Path) -> None:
+def test_an_answer_crosses_three_stages_is_paid_and_verifies(net: Testnet, tmp_path: Path) -> None:
     bundle = str(tmp_path / "bundle.json")
     answer = net.run(PROMPT, "--max-tokens", "40", "--bundle", bundle)
     assert_covers([(stage["start"], stage["end"]) for stage in answer["route"]])
@@ -60,7 +57,7 @@ def test_an_answer_crosses_three_stages_is_paid_and_verifies(net: Net, tmp_path:
     assert balance["available_microcredits"] < 10_000_000
 
 
-def test_a_flipped_bit_makes_a_bundle_false(net: Net, tmp_path: Path) -> None:
+def test_a_flipped_bit_makes_a_bundle_false(net: Testnet, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle.json"
     net.run(PROMPT, "--max-tokens", "8", "--bundle", str(bundle))
     data, network = bundle.read_bytes(), load_network_file(net.network)
@@ -77,7 +74,7 @@ def test_a_flipped_bit_makes_a_bundle_false(net: Net, tmp_path: Path) -> None:
     net.plait("verify", str(bundle), "--network", str(net.network), expect=1)
 
 
-def test_seeds_repeat_and_greedy_is_the_default(net: Net) -> None:
+def test_seeds_repeat_and_greedy_is_the_default(net: Testnet) -> None:
     sampled = [
         net.run(PROMPT, "--max-tokens", "12", "--temperature", "1", "--seed", seed)["token_ids"]
         for seed in ("7", "7", "8")
@@ -87,7 +84,7 @@ def test_seeds_repeat_and_greedy_is_the_default(net: Net) -> None:
     assert greedy[0] == greedy[1]
 
 
-async def test_cancelling_frees_everything(net: Net) -> None:
+async def test_cancelling_frees_everything(net: Testnet) -> None:
     async with AsyncClient(net.network) as client:
         await client.wait_settled()
         stream = client.stream(MODEL, PROMPT, Options(max_tokens=400, temperature=1.0, seed=3))
@@ -101,14 +98,14 @@ async def test_cancelling_frees_everything(net: Net) -> None:
         assert answer.completion_tokens >= 1
 
 
-async def test_many_sessions_share_the_stages_and_agree(net: Net) -> None:
+async def test_many_sessions_share_the_stages_and_agree(net: Testnet) -> None:
     async with AsyncClient(net.network) as client:
         options = Options(max_tokens=12)
         answers = await asyncio.gather(*(client.generate(MODEL, PROMPT, options) for _ in range(8)))
     assert len({answer.token_ids for answer in answers}) == 1
 
 
-def test_the_blocking_client_streams_and_names_its_route(net: Net) -> None:
+def test_the_blocking_client_streams_and_names_its_route(net: Testnet) -> None:
     with Client(net.network) as client:
         *deltas, answer = client.stream(MODEL, PROMPT, Options(max_tokens=12))
     assert isinstance(answer, Answer)
@@ -117,7 +114,7 @@ def test_the_blocking_client_streams_and_names_its_route(net: Net) -> None:
     assert_covers([(step.span.start, step.span.end) for step in answer.route])
 
 
-def test_route_says_why_each_peer_won_or_lost(net: Net) -> None:
+def test_route_says_why_each_peer_won_or_lost(net: Testnet) -> None:
     network = ("--network", str(net.network))
     account = net.json("route", MODEL, "--explain", *network)
     assert_covers([(stage["start"], stage["end"]) for stage in account["route"]])
@@ -130,7 +127,7 @@ def test_route_says_why_each_peer_won_or_lost(net: Net) -> None:
     assert [(e["peer"], e["code"]) for e in ignored["rejected"]] == [(first, "ignored")]
 
 
-def test_a_dead_node_is_named_by_its_layers_and_comes_back(net: Net) -> None:
+def test_a_dead_node_is_named_by_its_layers_and_comes_back(net: Testnet) -> None:
     stages = [node for node in net.nodes().values() if node["span"]]
     last = max(stages, key=lambda node: int(node["span"][1]))
     net.control("kill", last["name"])
@@ -142,7 +139,7 @@ def test_a_dead_node_is_named_by_its_layers_and_comes_back(net: Net) -> None:
     assert net.run(PROMPT, "--max-tokens", "4")["completion_tokens"] >= 1
 
 
-def test_no_process_outlives_its_supervisor(own_testnet: Callable[..., Net]) -> None:
+def test_no_process_outlives_its_supervisor(own_testnet: Callable[..., Testnet]) -> None:
     net = own_testnet(stages=1)
     status = net.json("testnet", "status", "--dir", str(net.directory))
     pids = [node["pid"] for node in status["nodes"]]

@@ -107,11 +107,11 @@ def measure_drafts(plan: DraftPlan, progress: Progress) -> list[DraftFigure]:
     wan = "lan" if plan.delay_ms else ""
     found: dict[str, list[tuple[Answer, Answer]]] = {task: [] for task in plan.tasks}
     with (
-        testnet(plan.model, plan.stages, plan.dtype, wan) as network,
-        Client(network, audits=False, draft=plan.draft) as client,
+        testnet(plan.model, plan.stages, plan.dtype, wan) as net,
+        Client(net.network, audits=False, draft=plan.draft) as client,
     ):
         if plan.delay_ms:
-            request(network.parent, "shape", change={"delay_s": plan.delay_ms / 1000})
+            request(net.directory, "shape", change={"delay_s": plan.delay_ms / 1000})
         for turn in range(1 + plan.rounds):
             for task in plan.tasks:
                 pair = _pair(client, plan, task, drafted_first=bool(turn % 2))

@@ -5,12 +5,9 @@ file where the package ``llama_cpp`` is installed. Compare figures of one run on
 """
 
 import asyncio
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,6 +15,7 @@ from statistics import median
 from plait.client import AsyncClient, Client, Options
 from plait.errors import DeadlineExceeded
 from plait.model import catalog
+from plait.testing.testnets import Testnet, running_testnet
 
 PROMPT = "Explain in a few sentences why the sky is blue and sunsets are red."
 _PEER_PROMPT_ROWS = 64
@@ -68,23 +66,10 @@ class BatchFigures:
     batches: list[BatchFigure]
 
 
-@contextmanager
-def testnet(model: str, stages: int, dtype: str, wan: str = "") -> Iterator[Path]:
-    """The network file of a testnet that lives as long as the context; ``wan`` is a profile."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "net"
-        _plait("testnet", "up", "--detach", "--dir", str(folder), "--model", model,
-               "--stages", str(stages), "--replicas", "1", "--dtype", dtype,
-               *(("--wan", wan) if wan else ()))  # fmt: skip
-        try:
-            yield folder / "network.toml"
-        finally:
-            _plait("testnet", "down", "--dir", str(folder))
-
-
-def _plait(*arguments: str) -> None:
-    command = [sys.executable, "-m", "plait", *arguments]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+def testnet(model: str, stages: int, dtype: str, wan: str = "") -> AbstractContextManager[Testnet]:
+    """A testnet of one host per stage that lives as long as the context; ``wan`` is a profile."""
+    shape = ("--stages", str(stages), "--replicas", "1", "--dtype", dtype)
+    return running_testnet(model, *shape, *(("--wan", wan) if wan else ()))
 
 
 def measure_pipeline(
@@ -99,8 +84,8 @@ def measure_pipeline(
     with (
         testnet(model, 1, dtype) as one,
         testnet(model, stages, dtype) as several,
-        Client(one) as one_client,
-        Client(several) as several_client,
+        Client(one.network) as one_client,
+        Client(several.network) as several_client,
     ):
         clients = ((one_client, one_ms), (several_client, several_ms))
         for client, _ in clients:
@@ -141,10 +126,11 @@ def measure_batch(
     decode: dict[int, list[float]] = {sessions: [] for sessions in batches}
     total: dict[int, list[float]] = {sessions: [] for sessions in batches}
     peer: dict[int, list[float]] = {sessions: [] for sessions in batches}
-    with testnet(model, stages, dtype) as network:
+    with testnet(model, stages, dtype) as net:
         for turn in range(rounds):
             for sessions in batches:
-                decode_rate, total_rate = asyncio.run(_together(network, model, sessions, tokens))
+                one = _together(net.network, model, sessions, tokens)
+                decode_rate, total_rate = asyncio.run(one)
                 decode[sessions].append(decode_rate)
                 total[sessions].append(total_rate)
                 steps_s = _llama_cpp_steps_s(model, sessions, threads)

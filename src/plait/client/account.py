@@ -9,12 +9,12 @@ import asyncio
 import contextlib
 import fcntl
 import json
-import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from plait.durable import replace_durably
 from plait.errors import CapacityError, ConfigError
 from plait.identity import SigningKey, load_or_create_key
 from plait.ledger.certs import make_key_cert
@@ -71,7 +71,7 @@ class Lane:
             }
         )
         try:
-            self._replace(text)
+            replace_durably(self._path, text)
         except OSError as error:
             raise ConfigError(f"cannot write {self._path}: {error.strerror}") from error
 
@@ -88,19 +88,6 @@ class Lane:
         except asyncio.CancelledError:
             await asyncio.wait([saving])
             raise
-
-    def _replace(self, text: str) -> None:
-        part = self._path.with_suffix(".part")
-        with part.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 @dataclass(frozen=True, slots=True)

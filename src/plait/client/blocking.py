@@ -170,12 +170,21 @@ class Client:
 
         future = asyncio.run_coroutine_threadsafe(attended(), self._loop)
         try:
-            return future.result()
+            return self._result(future)
         except BaseException:
             # Ctrl-C, say. The session must be closed before anything else is asked of it.
             if future.cancel():
                 ended.wait(CANCEL_TIMEOUT_S)
             raise
+
+    def _result(self, future: "concurrent.futures.Future[ResultT]") -> ResultT:
+        """What a call gives. A client whose background work broke answers nothing more."""
+        assert self._living is not None
+        either: set[concurrent.futures.Future[Any]] = {future, self._living}
+        concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
+        if not future.done():
+            raise LocalProtocolError("the client ended before it answered")
+        return future.result()
 
     async def _live(self, started: "concurrent.futures.Future[None]") -> None:
         try:

@@ -4,9 +4,9 @@ When the ledger's journal alone is restored from an old backup, the head it has 
 signed is still known, and the authority refuses to sign a second history over it.
 """
 
-import os
 from pathlib import Path
 
+from plait.durable import replace_durably
 from plait.errors import LedgerError
 
 
@@ -28,14 +28,4 @@ class HeadFile:
 
     def keep(self, note: str) -> None:
         """Replace the note durably; raises ``OSError``."""
-        part = self._path.with_suffix(".part")
-        with part.open("w") as file:
-            file.write(note)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        replace_durably(self._path, note)

@@ -7,7 +7,6 @@ caller's address may call a few times a second, and nothing false is checked twi
 
 import asyncio
 import random
-import ssl
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from google.protobuf.message import DecodeError
 from plait.errors import BadProof, PlaitError, VerificationError
 from plait.ledger.exposures import Reported
 from plait.ledger.notices import Action, Compare, Frozen, NoticeBoard, Revoked, Told
+from plait.ledger.service.channels import pinned_channel
 from plait.ledger.tiles import Tile, TileMissing, TileTree
 from plait.logs import get_logger
-from plait.net.tls import SERVER_NAME
 from plait.network_file import Authority, NetworkFile
 from plait.v1 import log_pb2, log_pb2_grpc
 from plait.v1.ledger_pb2 import GetConsistencyRequest
@@ -31,6 +30,7 @@ from plait.v1.ledger_pb2_grpc import LedgerServiceStub
 
 log = get_logger(__name__)
 
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 PERIOD_S = 5.0
 TARGETS_PER_ROUND = 3
 DEADLINE_S = 2.0
@@ -259,13 +259,4 @@ async def _fetch(stub: log_pb2_grpc.LogServiceStub, tile: Tile) -> bytes:
 
 def post_channel(post: Post) -> grpc.aio.Channel:
     """A connection to a post."""
-    root = ssl.DER_cert_to_PEM_cert(post.certificate).encode()
-    return grpc.aio.secure_channel(
-        post.address,
-        grpc.ssl_channel_credentials(root_certificates=root),
-        options=[
-            ("grpc.ssl_target_name_override", SERVER_NAME),
-            ("grpc.enable_http_proxy", 0),
-            ("grpc.use_local_subchannel_pool", 1),
-        ],
-    )
+    return pinned_channel(post.address, post.certificate, message_bytes_max=MESSAGE_BYTES_MAX)

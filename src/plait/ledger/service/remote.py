@@ -4,7 +4,6 @@ Whatever the authority signs is checked by the caller against the network file
 (``reserve.check_grant``, ``checkpoint.open_checkpoint``); this module only carries.
 """
 
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -21,6 +20,7 @@ from plait.errors import (
     RemoteProtocolError,
 )
 from plait.ledger.journal_audit import JournalPage
+from plait.ledger.service.channels import pinned_channel
 from plait.ledger.sub_accounts import SubAccountUse, terms_from
 from plait.network_file import Authority
 from plait.types import Digest, SessionId
@@ -28,7 +28,6 @@ from plait.v1 import ledger_pb2 as pb
 from plait.v1.identity_pb2 import SignedEnvelope
 from plait.v1.ledger_pb2_grpc import LedgerServiceStub
 
-TLS_NAME = "plait"
 """The DNS name in every certificate of a network; who it is, is decided by pinning."""
 
 DEADLINE_S = 5.0
@@ -79,20 +78,8 @@ class RemoteLedger:
     def __init__(self, authority: Authority, *, deadline_s: float = DEADLINE_S) -> None:
         self._authority = authority
         self._deadline_s = deadline_s
-        root = ssl.DER_cert_to_PEM_cert(authority.certificate).encode()
-        self._channel = grpc.aio.secure_channel(
-            authority.address,
-            grpc.ssl_channel_credentials(root_certificates=root),
-            options=[
-                ("grpc.ssl_target_name_override", TLS_NAME),
-                ("grpc.enable_http_proxy", 0),
-                ("grpc.use_local_subchannel_pool", 1),
-                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-                ("grpc.initial_reconnect_backoff_ms", 200),
-                ("grpc.max_reconnect_backoff_ms", 1_000),
-                ("grpc.keepalive_time_ms", 1_000),
-                ("grpc.keepalive_timeout_ms", 500),
-            ],
+        self._channel = pinned_channel(
+            authority.address, authority.certificate, message_bytes_max=MESSAGE_BYTES_MAX
         )
         self._stub = LedgerServiceStub(self._channel)
 

@@ -16,6 +16,7 @@ from plait.ledger.exposure import judging_of
 from plait.ledger.journal import GRACE_MS
 from plait.ledger.notices import NoticeBoard, Told
 from plait.ledger.service.authority import LedgerServicer
+from plait.ledger.service.channels import server_options
 from plait.ledger.service.head import HeadFile
 from plait.ledger.service.notices import NoticeExchange, NoticeFile, NoticeServicer, posts_of
 from plait.ledger.service.recorder import LogIdentity, Recorder
@@ -174,14 +175,7 @@ def _server(
 ) -> tuple[grpc.aio.Server, int]:
     cert_pem, key_pem = tls
     server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_concurrent_streams", 256),
-            ("grpc.server_handshake_timeout_ms", 3_000),
-            ("grpc.http2.min_ping_interval_without_data_ms", 300),
-            ("grpc.http2.max_ping_strikes", 0),
-        ]
+        options=server_options(message_bytes_max=MESSAGE_BYTES_MAX, streams_max=256)
     )
     add_LedgerServiceServicer_to_server(servicer, server)
     add_CommitteeServiceServicer_to_server(servicer, server)

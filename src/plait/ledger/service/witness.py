@@ -4,12 +4,12 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
-import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from plait.durable import replace_durably
 from plait.errors import LedgerError, NetworkError, ProtocolError, VerificationError
 from plait.ledger.cosignature import open_cosignatures
 from plait.ledger.service.recorder import Recorder
@@ -53,14 +53,7 @@ class WitnessFiles:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self._read(origin) != previous:
                 return False
-            path = self._path(origin)
-            part = path.with_suffix(".part")
-            with part.open("w", encoding="utf-8", newline="") as file:
-                file.write(note)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-            self._sync_folder()
+            replace_durably(self._path(origin), note)
             return True
 
     def _read(self, origin: str) -> str | None:
@@ -71,13 +64,6 @@ class WitnessFiles:
 
     def _path(self, origin: str) -> Path:
         return self._folder / f"{hashlib.sha256(origin.encode()).hexdigest()}.note"
-
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:

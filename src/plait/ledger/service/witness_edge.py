@@ -4,7 +4,6 @@ Whoever submits needs no name: a witness looks only at checkpoints that a log of
 file has signed, and everything else costs it one signature check.
 """
 
-import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,10 +21,10 @@ from plait.errors import (
 )
 from plait.identity import SigningKey
 from plait.ledger.fork import LogFork, read_fork_proof, write_fork_proof
+from plait.ledger.service.channels import pinned_channel, server_options
 from plait.ledger.service.witness import LocalCosigner, WitnessFiles
 from plait.ledger.witness import LogWitness, WitnessRefusal
 from plait.logs import get_logger
-from plait.net.tls import SERVER_NAME
 from plait.network_file import NetworkFile, Witness
 from plait.v1 import log_pb2, log_pb2_grpc
 
@@ -84,20 +83,8 @@ class RemoteCosigner:
 
     def __init__(self, witness: Witness) -> None:
         self._witness = witness
-        root = ssl.DER_cert_to_PEM_cert(witness.certificate).encode()
-        self._channel = grpc.aio.secure_channel(
-            witness.address,
-            grpc.ssl_channel_credentials(root_certificates=root),
-            options=[
-                ("grpc.ssl_target_name_override", SERVER_NAME),
-                ("grpc.enable_http_proxy", 0),
-                ("grpc.use_local_subchannel_pool", 1),
-                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-                ("grpc.initial_reconnect_backoff_ms", 200),
-                ("grpc.max_reconnect_backoff_ms", 1_000),
-                ("grpc.keepalive_time_ms", 1_000),
-                ("grpc.keepalive_timeout_ms", 500),
-            ],
+        self._channel = pinned_channel(
+            witness.address, witness.certificate, message_bytes_max=MESSAGE_BYTES_MAX
         )
         self._stub = log_pb2_grpc.WitnessServiceStub(self._channel)
 
@@ -171,14 +158,7 @@ async def serve_witness(
     """
     servicer = make_witness(folder, network, key, on_fork=on_fork)
     server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_concurrent_streams", 64),
-            ("grpc.server_handshake_timeout_ms", 3_000),
-            ("grpc.http2.min_ping_interval_without_data_ms", 300),
-            ("grpc.http2.max_ping_strikes", 0),
-        ]
+        options=server_options(message_bytes_max=MESSAGE_BYTES_MAX, streams_max=64)
     )
     log_pb2_grpc.add_WitnessServiceServicer_to_server(servicer, server)
     host, port = address
