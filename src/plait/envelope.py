@@ -42,12 +42,14 @@ _TYPE_NAMES = {
     "ExposureJudgement": "exposure-judgement",
     "ModelManifest": "model-manifest",
 }
+_PAYLOAD_TYPES = {
+    message: f"application/vnd.plait.{name}.v1" for message, name in _TYPE_NAMES.items()
+}
 
 
 def payload_type(message_class: type[Message]) -> str:
     """Return the payload type of a signed message; raises ``KeyError`` for an unsigned one."""
-    name = _TYPE_NAMES[message_class.DESCRIPTOR.name]
-    return f"application/vnd.plait.{name}.v1"
+    return _PAYLOAD_TYPES[message_class.DESCRIPTOR.name]
 
 
 def pae(type_name: str, payload: bytes) -> bytes:
@@ -76,21 +78,27 @@ def seal(key: SigningKey, message: Message) -> SignedEnvelope:
 
 
 def open_envelope(
-    envelope: SignedEnvelope, message_class: type[MessageT], *, signer: bytes | None = None
+    envelope: SignedEnvelope,
+    message_class: type[MessageT],
+    *,
+    signer: bytes | None = None,
+    verified: bool = False,
 ) -> MessageT:
     """Verify an envelope and decode its payload.
 
     ``signer`` is the public key expected; ``None`` accepts any signer (the caller then
-    checks what ``envelope.signer`` may say). Raises ``BadSignature`` for a wrong type,
-    signer or signature and ``RemoteProtocolError`` for a payload that is not the one
-    canonical encoding of a ``message_class``.
+    checks what ``envelope.signer`` may say). ``verified``: this very signature was found good
+    already. Raises ``BadSignature`` for a wrong type, signer or signature and
+    ``RemoteProtocolError`` for a payload that is not the one canonical encoding of a
+    ``message_class``.
     """
     expected = payload_type(message_class)
     if envelope.payload_type != expected:
         raise BadSignature(f"expected {expected}, not {envelope.payload_type[:80]!r}")
     if signer is not None and envelope.signer != signer:
         raise BadSignature(f"{expected} is signed by another key")
-    verify(envelope.signer, envelope.signature, pae(expected, envelope.payload))
+    if not verified:
+        verify(envelope.signer, envelope.signature, pae(expected, envelope.payload))
     return decode(envelope.payload, message_class)
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from plait.envelope import digest, seal
-from plait.identity import SigningKey
+from plait.envelope import digest, pae, seal
+from plait.errors import BadSignature
+from plait.identity import SigningKey, verify
 from plait.ledger.balances import (
     EQUITY,
     Entry,
@@ -149,7 +150,21 @@ class World:
         leaves = tuple(entry.payload for entry in entries)
         signed = Checkpoint("log", len(leaves), root_of(map(leaf_hash, leaves)))
         page = JournalPage(leaves, tuple(objects or self.objects))
-        return audit_journal(JournalAuditor(NETWORK, key_of("issuer").public), [page], signed)
+        looked_at = replace(page, sound=tuple(map(is_sound, page.objects)))
+        report, same = (
+            audit_journal(JournalAuditor(NETWORK, key_of("issuer").public), [one], signed)
+            for one in (page, looked_at)
+        )
+        assert same == report  # whoever looked at the signatures
+        return report
+
+
+def is_sound(envelope: SignedEnvelope) -> bool:
+    try:
+        verify(envelope.signer, envelope.signature, pae(envelope.payload_type, envelope.payload))
+    except BadSignature:
+        return False
+    return True
 
 
 @pytest.fixture
@@ -254,8 +269,6 @@ def test_an_authority_that_lies_is_named(world: World, lie: Callable[[World], li
 
 def resigned(envelope: SignedEnvelope, key: SigningKey) -> SignedEnvelope:
     """The same payload by another key."""
-    from plait.envelope import pae
-
     signature = key.sign(pae(envelope.payload_type, envelope.payload))
     return SignedEnvelope(
         payload_type=envelope.payload_type,

@@ -31,6 +31,14 @@ Journal = Annotated[
 ]
 From = Annotated[str, typer.Option("--from", help="First day or time, ISO 8601, UTC.")]
 Until = Annotated[str, typer.Option("--until", help="The first day or time after it, UTC.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=64,
+        help="Processes that verify signatures; by default one per core, or one for a small log.",
+    ),
+]
 Output = Annotated[Path | None, typer.Option(help="A file; by default stdout.")]
 
 
@@ -39,6 +47,7 @@ def audit(
         Path | None, typer.Argument(help="An exported journal; by default the ledger's.")
     ] = None,
     network: Network = None,
+    jobs: Jobs = None,
     json_output: Json = False,
 ) -> None:
     """Recompute the whole journal from what was signed, down to the log's signed root.
@@ -51,7 +60,7 @@ def audit(
     from plait.ledger.checkpoint import open_checkpoint
     from plait.ledger.exposure import judging_of
     from plait.ledger.journal_audit import JournalAuditor, audit_journal
-    from plait.ledger.service.verify_ahead import verified_ahead
+    from plait.ledger.service.verify_ahead import processes_for, verified_ahead
 
     named, file = authority(network), network_file(network)
     source = read_journal_file(journal) if journal else _fetch(network)
@@ -64,7 +73,8 @@ def audit(
         committee=len(file.authorities) > 1,
         judging=judging_of(file),
     )
-    report = audit_journal(auditor, verified_ahead(source.pages, _other_cores()), signed)
+    pages = verified_ahead(source.pages, jobs or processes_for(source.pages))
+    report = audit_journal(auditor, pages, signed)
     if json_output:
         emit_json(report)
     else:
@@ -74,12 +84,6 @@ def audit(
         print("\n".join(report.violations) or "the signed checkpoint holds")
     if report.violations:
         raise typer.Exit(1)
-
-
-def _other_cores() -> int:
-    import os
-
-    return min(8, (os.cpu_count() or 1) - 1)
 
 
 def export(

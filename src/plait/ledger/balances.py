@@ -35,6 +35,9 @@ class EntryKind(IntEnum):
     FORFEIT = 9
 
 
+_KINDS: dict[int, EntryKind] = {int(kind): kind for kind in EntryKind}
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One side of an entry: exactly one of debit and credit is above zero."""
@@ -120,9 +123,9 @@ def entry_from_payload(payload: bytes) -> Entry:
     """Decode a leaf; raises ``RemoteProtocolError`` or, for an unknown kind, ``LedgerError``."""
     message = decode(payload, JournalEntry)
     try:
-        kind = EntryKind(message.kind)
+        kind = _KINDS[message.kind]
         terms = terms_from(message.terms) if message.HasField("terms") else None
-    except ValueError as error:
+    except (KeyError, ValueError) as error:
         raise LedgerError(f"entry {message.index} is of no known kind: {error}") from error
     return Entry(
         network_id=message.network_id,
@@ -131,7 +134,7 @@ def entry_from_payload(payload: bytes) -> Entry:
         session_id=message.session_id,
         cause=message.cause_digest,
         lines=tuple(
-            Line(AccountId(line.account), line.debit, line.credit) for line in message.lines
+            [Line(AccountId(line.account), line.debit, line.credit) for line in message.lines]
         ),
         posted_ms=message.posted_ms,
         limit=Limit(AccountId(message.limit.account), message.limit.credit_limit)
@@ -243,16 +246,20 @@ class Balances:
 
 def _has_shape(entry: Entry) -> bool:
     """Whether the accounts of an entry's debits and credits are those its kind moves between."""
+    kind = entry.kind
+    if (entry.limit is not None) != (kind is EntryKind.LIMIT):
+        return False
+    if (entry.terms is not None) != (kind is EntryKind.SUB_ACCOUNT):
+        return False
+    if entry.sub_account and kind is not EntryKind.RESERVE:
+        return False
     hold = f"{HOLD}{entry.session_id.hex()}:"
     debits = [line.account for line in entry.lines if line.debit]
     credits = [line.account for line in entry.lines if line.credit]
-    if (entry.limit is not None) != (entry.kind is EntryKind.LIMIT):
-        return False
-    if (entry.terms is not None) != (entry.kind is EntryKind.SUB_ACCOUNT):
-        return False
-    if entry.sub_account and entry.kind is not EntryKind.RESERVE:
-        return False
-    match entry.kind:
+    match kind:
+        case EntryKind.SETTLE:  # first, since most are
+            paid = all(account.startswith(hold) for account in debits)
+            return paid and bool(credits) and not any(":" in account for account in credits)
         case EntryKind.SUB_ACCOUNT:
             return entry.terms is not None and ":" not in entry.terms.account and not entry.lines
         case EntryKind.LIMIT:
@@ -262,9 +269,6 @@ def _has_shape(entry: Entry) -> bool:
         case EntryKind.RESERVE:
             one_each = len(debits) == len(credits) == 1
             return one_each and ":" not in debits[0] and credits[0].startswith(hold)
-        case EntryKind.SETTLE:
-            paid = all(account.startswith(hold) for account in debits)
-            return paid and bool(credits) and not any(":" in account for account in credits)
         case EntryKind.VOID:
             one_each = len(debits) == len(credits) == 1
             return one_each and debits[0].startswith(hold) and ":" not in credits[0]

@@ -82,6 +82,8 @@ class Escrows:
         share is that of the sum, so that it does not depend on how often a payee settles.
         """
         lines: list[Line] = []
+        if not self.terms.percent:
+            return ()
         for payee, credit in _credits(payment).items():
             share = self.terms.share(paid[payee]) - self.terms.share(paid[payee] - credit)
             if share:

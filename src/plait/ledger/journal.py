@@ -50,6 +50,7 @@ from plait.ledger.journal_holds import (
     Hold,
     has_expired,
     may_release,
+    paid_to,
 )
 from plait.ledger.journal_rules import (
     PAYEES_MAX,
@@ -147,10 +148,7 @@ class Books:
 
     def paid(self, session_id: SessionId, payee: AccountId) -> int:
         """What the payee has been paid in a session, all epochs together."""
-        paid = 0
-        for hold in self._holds(session_id).values():
-            paid += hold.paid.get(payee, 0)
-        return paid
+        return paid_to(payee, self._holds(session_id))
 
     def holds(self, session_id: SessionId) -> Mapping[int, Hold]:
         """A session's holds by epoch; empty for an unknown session."""
@@ -197,6 +195,8 @@ class Books:
         """
         self.balances.post(entry)
         match entry.kind, cause:
+            case EntryKind.SETTLE, None:
+                self._pay(entry)
             case EntryKind.ISSUE, IssueOrder():
                 self._orders[cause.order_id] = (*order_key(cause), entry.index)
             case EntryKind.LIMIT, LimitOrder():
@@ -207,8 +207,6 @@ class Books:
                 self._sub_account_orders[Digest(entry.cause)] = entry.index
             case EntryKind.RESERVE, BudgetReservation():
                 self._open_hold(entry, cause)
-            case EntryKind.SETTLE, None:
-                self._pay(entry)
             case EntryKind.VOID, None:
                 self._give_back(entry.lines[0])
             case ((EntryKind.ESCROW | EntryKind.MATURE | EntryKind.FORFEIT), None):
@@ -382,12 +380,9 @@ class Books:
     def payment(self, voucher: SessionVoucher, voucher_digest: Digest, now_ms: int) -> Entry | None:
         """The entry, not posted, that pays everybody up to a voucher; ``None`` if all are."""
         session_id = SessionId(voucher.session_id)
-        open_holds = [
-            hold
-            for epoch, hold in sorted(self._holds(session_id).items())
-            if (session_id, epoch) in self._open
-        ]
-        lines = payment_lines(voucher, open_holds, lambda payee: self.paid(session_id, payee))
+        holds = self._holds(session_id)
+        open_holds = [holds[epoch] for epoch in sorted(holds) if (session_id, epoch) in self._open]
+        lines = payment_lines(voucher, open_holds, lambda payee: paid_to(payee, holds))
         return (
             self._entry(EntryKind.SETTLE, session_id, voucher_digest, lines, now_ms)
             if lines
@@ -396,6 +391,8 @@ class Books:
 
     def set_aside(self, payment: Entry) -> Entry | None:
         """The entry, not posted, that puts the share of a payment just posted in escrow."""
+        if not self.escrows.terms.percent:
+            return None
         session_id = SessionId(payment.session_id)
         paid = {
             line.account: self.paid(session_id, line.account)

@@ -6,7 +6,7 @@ account's certificate names, releases by the payees'. What the books then post m
 entry, byte for byte. Whether an authority left something out cannot be seen here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -37,6 +37,44 @@ class JournalPage:
 
     entries: tuple[bytes, ...]
     objects: tuple[SignedEnvelope, ...] = ()
+    sound: tuple[bool, ...] = ()
+    """Which objects' signatures the auditor has found good already; empty: it has looked at none.
+    Never from whoever sent the page."""
+
+    def __post_init__(self) -> None:
+        if self.sound and len(self.sound) != len(self.objects):
+            raise ValueError("a page needs one word per object, or none, about signatures")
+
+
+@dataclass(frozen=True, slots=True)
+class _Objects:
+    """The signed objects of a page by digest, and those whose signatures are known to be good."""
+
+    envelopes: Mapping[Digest, SignedEnvelope]
+    sound: frozenset[Digest]
+
+    @classmethod
+    def of(cls, page: JournalPage) -> "_Objects":
+        digests = [digest(envelope.payload) for envelope in page.objects]
+        envelopes = dict(zip(digests, page.objects, strict=True))
+        flags = dict(zip(digests, page.sound, strict=False))  # the last of a digest counts
+        return cls(envelopes, frozenset(one for one, good in flags.items() if good))
+
+    def open(
+        self, cause: Digest, message_class: type[MessageT], signer: bytes | None = None
+    ) -> MessageT:
+        """Verify and decode one of them; see ``open_envelope``."""
+        envelope, verified = self.envelopes[cause], cause in self.sound
+        return open_envelope(envelope, message_class, signer=signer, verified=verified)
+
+    def of_type(self, name: str) -> Iterator[tuple[Digest, SignedEnvelope]]:
+        """Those of one type, by its name in the payload type."""
+        suffix = f".{name}.v1"
+        return (
+            (cause, one)
+            for cause, one in self.envelopes.items()
+            if one.payload_type.endswith(suffix)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +120,7 @@ class JournalAuditor:
 
     def add(self, page: JournalPage) -> None:
         """Check a page's entries against what was signed."""
-        objects = {digest(envelope.payload): envelope for envelope in page.objects}
+        objects = _Objects.of(page)
         for payload in page.entries:
             index = self.tree.append(leaf_hash(payload))
             if self.violations:
@@ -108,7 +146,7 @@ class JournalAuditor:
         root = self.tree.root(size)
         return JournalReport(balanced, entries, size, root, self.causes, tuple(violations))
 
-    def _add(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+    def _add(self, entry: Entry, objects: _Objects) -> None:
         if self._aside is not None and entry != self._aside:
             raise LedgerError("the share of the payment before it is not in escrow")
         if self._returns and entry != self._returns[0]:
@@ -118,6 +156,8 @@ class JournalAuditor:
             if reason is not None:
                 raise LedgerError(reason)
         match entry.kind:
+            case EntryKind.SETTLE:  # first, since most are
+                self._settle(entry, objects)
             case EntryKind.ISSUE:
                 order = self._caused(entry, objects, IssueOrder, self.issuer_key)
                 self._decide(entry, Issue(order, Digest(entry.cause)))
@@ -128,8 +168,6 @@ class JournalAuditor:
                 self._set_sub_account(entry, objects)
             case EntryKind.RESERVE:
                 self._reserve(entry, objects)
-            case EntryKind.SETTLE:
-                self._settle(entry, objects)
             case EntryKind.VOID:
                 self._void(entry, objects)
             case EntryKind.ESCROW:
@@ -142,29 +180,28 @@ class JournalAuditor:
     def _caused(
         self,
         entry: Entry,
-        objects: Mapping[Digest, SignedEnvelope],
+        objects: _Objects,
         message_class: type[MessageT],
         signer: bytes | None = None,
     ) -> MessageT:
-        envelope = objects.get(Digest(entry.cause))
-        if envelope is None:
+        if entry.cause not in objects.envelopes:
             raise LedgerError("the signed object that caused it is missing")
-        return open_envelope(envelope, message_class, signer=signer)
+        return objects.open(Digest(entry.cause), message_class, signer)
 
     def _decide(self, entry: Entry, command: Issue | SetLimit | SetSubAccount | Reserve) -> None:
         outcome = self.books.apply(command, entry.posted_ms)
         if not isinstance(outcome, Accepted) or outcome.entries != (entry,):
             raise LedgerError("it is not what its cause says")
 
-    def _set_sub_account(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+    def _set_sub_account(self, entry: Entry, objects: _Objects) -> None:
         order = self._caused(entry, objects, SubAccountOrder)
-        signer = objects[Digest(entry.cause)].signer
+        signer = objects.envelopes[Digest(entry.cause)].signer
         self._check_key(order.terms.account, signer, entry.posted_ms, objects)
         self._decide(entry, SetSubAccount(order, Digest(entry.cause)))
 
-    def _reserve(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+    def _reserve(self, entry: Entry, objects: _Objects) -> None:
         reservation = self._caused(entry, objects, BudgetReservation)
-        signer = objects[Digest(entry.cause)].signer
+        signer = objects.envelopes[Digest(entry.cause)].signer
         self._check_key(reservation.account, signer, entry.posted_ms, objects)
         command = Reserve(
             reservation,
@@ -175,19 +212,19 @@ class JournalAuditor:
         self._decide(entry, command)
         self._payers.setdefault(SessionId(entry.session_id), set()).add(signer)
 
-    def _settle(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+    def _settle(self, entry: Entry, objects: _Objects) -> None:
         voucher = self._caused(entry, objects, SessionVoucher)
         session_id = SessionId(entry.session_id)
         holds = self.books.holds(session_id)
         named = voucher.network_id == self.network_id and voucher.session_id == session_id
         if not named or any(hold.account != voucher.account for hold in holds.values()):
             raise LedgerError("its voucher is of another network, session or account")
-        if objects[Digest(entry.cause)].signer not in self._payers.get(session_id, ()):
+        if objects.envelopes[Digest(entry.cause)].signer not in self._payers.get(session_id, ()):
             raise LedgerError("its voucher is not signed by who reserved")
         self._post(entry, self.books.payment(voucher, Digest(entry.cause), entry.posted_ms))
         self._aside = self.books.set_aside(entry)
 
-    def _void(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+    def _void(self, entry: Entry, objects: _Objects) -> None:
         session_id = SessionId(entry.session_id)
         epoch = int(entry.lines[0].account.rpartition(":")[2])
         hold = self.books.holds(session_id)[epoch]
@@ -198,7 +235,7 @@ class JournalAuditor:
             raise LedgerError("not every payee has released the hold")
         self._post(entry, self.books.void(session_id, epoch, entry.cause, entry.posted_ms))
 
-    def _end_escrow(self, entry: Entry, objects: Mapping[Digest, SignedEnvelope]) -> None:
+    def _end_escrow(self, entry: Entry, objects: _Objects) -> None:
         session_id = SessionId(entry.session_id)
         if not self._returns and session_id in self.books.escrows.due(entry.posted_ms):
             self._returns = self.books.returns(session_id, entry.posted_ms)
@@ -207,7 +244,7 @@ class JournalAuditor:
             return
         if entry.kind is EntryKind.MATURE:
             raise LedgerError("the window of this escrow is not over")
-        envelope = objects.get(Digest(entry.cause))
+        envelope = objects.envelopes.get(Digest(entry.cause))
         if envelope is None:
             raise LedgerError("the judgement that caused it is missing")
         judged = check_judged(envelope, self.network_id, self.judging)
@@ -215,17 +252,15 @@ class JournalAuditor:
             raise LedgerError("its judgement was carried out before")
         self._post(entry, self.books.forfeit(judged, entry.posted_ms))
 
-    def _released(
-        self, entry: Entry, hold: Hold, objects: Mapping[Digest, SignedEnvelope]
-    ) -> set[AccountId]:
-        if Digest(entry.cause) not in objects:
+    def _released(self, entry: Entry, hold: Hold, objects: _Objects) -> set[AccountId]:
+        if Digest(entry.cause) not in objects.envelopes:
             raise LedgerError("the request that caused it is missing")
         payees = set[AccountId]()
-        for envelope in _of_type(objects, "settlement"):
+        for cause, envelope in objects.of_type("settlement"):
             request = decode(envelope.payload, SettlementRequest)
             fits = request.network_id == self.network_id and request.release
             if request.session_id == entry.session_id and fits and may_release(hold, request):
-                open_envelope(envelope, SettlementRequest)
+                objects.open(cause, SettlementRequest)
                 self._check_key(request.payee, envelope.signer, entry.posted_ms, objects)
                 payees.add(AccountId(request.payee))
         return payees
@@ -235,22 +270,15 @@ class JournalAuditor:
             raise LedgerError("it is not what its cause says")
         self.books.post(entry, None)
 
-    def _check_key(
-        self, peer: str, key: bytes, at_ms: int, objects: Mapping[Digest, SignedEnvelope]
-    ) -> None:
+    def _check_key(self, peer: str, key: bytes, at_ms: int, objects: _Objects) -> None:
         """Raises ``LedgerError`` unless a certificate says that the key was the peer's then."""
-        for envelope in _of_type(objects, "node-key-cert"):
+        for _, envelope in objects.of_type("node-key-cert"):
             cert = decode(envelope.payload, NodeKeyCert)
             if (cert.peer_id, cert.ledger_key) == (peer, key) and at_ms < cert.expires_ms:
                 with suppress(BadSignature):  # another may be valid at this time
                     check_key_cert(envelope, self.network_id, at_ms, PeerId(peer))
                     return
         raise LedgerError(f"no certificate says that its signer is {peer}")
-
-
-def _of_type(objects: Mapping[Digest, SignedEnvelope], name: str) -> Iterable[SignedEnvelope]:
-    suffix = f".{name}.v1"
-    return (item for item in objects.values() if item.payload_type.endswith(suffix))
 
 
 def audit_journal(

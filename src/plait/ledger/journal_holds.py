@@ -31,6 +31,14 @@ class Hold:
         return self.caps.get(payee, 0) - self.paid.get(payee, 0)
 
 
+def paid_to(payee: AccountId, holds: Mapping[int, Hold]) -> int:
+    """What a payee has been paid in a session, all epochs together; ``holds`` are the session's."""
+    paid = 0
+    for hold in holds.values():
+        paid += hold.paid.get(payee, 0)
+    return paid
+
+
 def may_release(hold: Hold, request: SettlementRequest) -> bool:
     """Whether a payee's request releases a hold of its session.
 

@@ -114,20 +114,22 @@ def payment_lines(voucher: SessionVoucher, holds: Iterable[Hold], paid: Paid) ->
     What is promised beyond a cap is not paid, and is no reason to leave the other
     payees unpaid: a client cannot spoil their vouchers by overbidding one of them.
     """
-    owed = {
-        AccountId(amount.payee): amount.microcredits - paid(AccountId(amount.payee))
-        for amount in voucher.amounts
-    }
+    owed: dict[AccountId, int] = {}
+    for amount in voucher.amounts:
+        payee = AccountId(amount.payee)
+        owed[payee] = amount.microcredits - paid(payee)
     lines: list[Line] = []
     for hold in holds:
-        takes = {payee: min(sum_owed, hold.room(payee)) for payee, sum_owed in owed.items()}
-        credits = [Line(payee, credit=take) for payee, take in takes.items() if take > 0]
+        total, credits = 0, list[Line]()
+        for payee, sum_owed in owed.items():
+            take = min(sum_owed, hold.room(payee))
+            if take > 0:
+                total += take
+                credits.append(Line(payee, 0, take))
+                owed[payee] = sum_owed - take
         if credits:
-            total = sum(line.credit for line in credits)
-            account = hold_account(voucher.session_id, hold.epoch)
-            lines += [Line(account, debit=total), *credits]
-        for line in credits:
-            owed[line.account] -= line.credit
+            lines.append(Line(hold_account(voucher.session_id, hold.epoch), total))
+            lines += credits
     return lines
 
 
