@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from plait.compute.load import load_stage
@@ -17,7 +18,7 @@ from plait.model.local import LocalModel
 from plait.model.tokenizer import Tokenizer
 from plait.node.scheduler import PIECE_ROWS
 from plait.replay_cuts import cuts
-from plait.types import Sampling, SessionId, Span
+from plait.types import Sampling, SessionId, Span, WireDtype
 
 if TYPE_CHECKING:
     import torch
@@ -317,6 +318,33 @@ def test_a_split_changes_nothing(local: LocalModel, dtype: str) -> None:
         for count in (1, 3)
     ]
     assert runs[0].tokens == runs[1].tokens
+
+
+@every_dtype
+@pytest.mark.parametrize("rows", [1, 40])
+def test_an_answer_does_not_depend_on_where_the_pipeline_is_cut(
+    local: LocalModel, dtype: str, rows: int
+) -> None:
+    from plait.compute.wire_formats import decode, encode
+    from plait.testing.reference import equal_spans
+
+    wire: WireDtype = "fp32" if dtype == "fp32" else "bf16"
+
+    def last_hidden(stages: int) -> npt.NDArray[np.float32]:
+        crossing: npt.NDArray[np.float32] | None = None
+        for span in equal_spans(8, stages):
+            stage = stage_of(local, dtype, span)
+            reserve(stage)
+            given = ids(3, rows) if crossing is None else None
+            (done,) = stage.step([Work(SESSIONS[0], 0, given, crossing)])
+            assert done.hidden is not None
+            crossed = done.hidden
+            if span.end < 8:
+                crossing = decode(encode(crossed, wire), rows, stage.width, wire)
+        return crossed
+
+    whole = last_hidden(1)
+    assert all(np.array_equal(whole, last_hidden(stages)) for stages in (2, 3, 8))
 
 
 @every_dtype

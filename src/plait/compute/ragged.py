@@ -3,8 +3,10 @@
 Every matrix meets the rows of all items together; attention runs per session over exactly
 its own positions, without padding. So nothing a row is added up from, nor the order of it,
 depends on the company it is computed in; and rows of an item of at most ``NARROW_ROWS`` are
-each what they would be one at a time. ``hf.py`` is the slow oracle of this
-file.
+each what they would be one at a time. ``hf.py`` is the slow oracle of this file.
+
+Below fp32, what goes from layer to layer is rounded to bf16, as the default wire does between
+stages: so an answer does not depend on where the pipeline is cut either.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,6 +62,7 @@ class RaggedModel:
         self.memory = memory
         self.numerics = f"{dtype}/{kernel}"
         self._layers = layers
+        self._rounds = dtype != "fp32"
         self._rows = rows
         self._final_norm = final_norm
         self._head = head
@@ -83,6 +86,8 @@ class RaggedModel:
         hidden = batch.hidden
         for index in range(span.start - self.span.start, span.end - self.span.start):
             hidden = self._layer(index, hidden, batch)
+            if self._rounds:
+                hidden = hidden.bfloat16().float()
         if span.end == self.config.layers:
             assert self._final_norm is not None
             hidden = norm(hidden, self._final_norm, self._epsilon)
