@@ -6,13 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from plait.client.actions import Failed, OpenStages, Started, Ticked, Viewed
+from plait.client.actions import (
+    CloseStages,
+    Failed,
+    OpenStages,
+    StageFailed,
+    Started,
+    Ticked,
+    Viewed,
+)
 from plait.client.demand import ROUTE_LOST_MS, Demand
 from plait.client.epoch import Order, Party
 from plait.client.opening import OPEN_TIMEOUT_MS
 from plait.client.pipeline import OPEN_TIMEOUT_S
 from plait.client.session import SessionCore
-from plait.errors import NoRoute
+from plait.errors import CapacityError, NoRoute
 from plait.node.sessions import HOLD_MS
 from plait.router.request import RouteRequest
 from plait.router.view import View
@@ -104,3 +112,25 @@ def test_a_stage_that_does_not_answer_is_given_up() -> None:
 
 def test_a_connected_stage_is_waited_for_no_longer_than_the_others_hold() -> None:
     assert OPEN_TIMEOUT_S * 1000 <= HOLD_MS
+
+
+def test_one_refusal_decides_although_others_have_not_answered() -> None:
+    core = core_with(Demand())
+    (opened, _) = core.handle(Viewed(view_of(EVERYBODY)), NOW_MS)
+    assert isinstance(opened, OpenStages)
+    first, second, third = (stage.peer for stage in opened.terms.stages)
+    full = StageFailed(1, second, "open", "capacity", "full", gone=False, retry_after_ms=900)
+    let_go = [action for action in core.handle(full, NOW_MS + 3) if isinstance(action, CloseStages)]
+    assert [(action.peers, action.only_held) for action in let_go] == [((first, third), True)]
+    (failed,) = core.handle(Viewed(view_of(EVERYBODY)), NOW_MS + 4)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, CapacityError)
+    assert "full" in str(failed.error)
+
+
+def test_a_stage_out_of_reach_does_not_speak_for_the_others() -> None:
+    core = core_with(Demand())
+    (opened, _) = core.handle(Viewed(view_of(EVERYBODY)), NOW_MS)
+    assert isinstance(opened, OpenStages)
+    lost = StageFailed(1, opened.terms.stages[0].peer, "open", "", "no answer", gone=True)
+    assert core.handle(lost, NOW_MS + 3) == []

@@ -294,6 +294,8 @@ class CloseStages:
     reason: str
     last: bool = False
     """No more will be asked: the answer is over."""
+    only_held: bool = False
+    """Nothing ends but holds, which would expire by themselves: nobody waits for it."""
     prefix: tuple[bytes, ...] = ()
     """Names of the full pages of prompt and answer, to be kept for later sessions."""
     keep_alive_s: int = 0

@@ -262,7 +262,9 @@ class Generation:
             case CloseStages():
                 if action.prefix:
                     self._around.warm.note(action.prefix, self._core.epoch.stages)
-                self._closing = self._around.tasks.create_task(pipeline.close(action))
+                closing = self._around.tasks.create_task(pipeline.close(action))
+                if not action.only_held:
+                    self._closing = closing
 
     def _open(self, action: OpenStages) -> None:
         session_id = action.terms.session_id

@@ -183,7 +183,8 @@ class Opening:
         self._attempts += 1
         # Who refused holds nothing; who did not answer may.
         held = tuple(peer for peer in epoch.peers if calls.kinds.get(peer) != "refused")
-        return CloseStages(epoch.number, held, None, "not opened")
+        only_held = calls.name == "open"
+        return CloseStages(epoch.number, held, None, "not opened", only_held=only_held)
 
     @property
     def exhausted(self) -> CapacityError | None:

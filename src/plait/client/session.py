@@ -107,8 +107,13 @@ class SessionCore(Driving):
         if calls.name == "close-epoch":
             if calls.due <= self._recovery.excluded:
                 self._cut()
-        elif not calls.due:
+        elif not calls.due or self._is_refused(event):
             self._answered()
+
+    def _is_refused(self, event: Answer) -> bool:
+        """Whether one no is enough: nothing of the route is worth waiting for any more."""
+        refused = isinstance(event, StageFailed) and not event.gone
+        return refused and self._phase is Phase.OPENING and self._driven == 0
 
     def _answered(self) -> None:
         if self._calls.failed:

@@ -128,7 +128,7 @@ def terms_from_message(
             handoff_salt=message.handoff_salt,
             resume_position=message.resume_position,
             start=_counts_from_message(message.start),
-            qos=_qos_from_message(message.qos),
+            qos=qos_from_message(message.qos),
             wire_dtype=_wire_from_message(message.wire_dtype),
         )
     except ValueError as error:
@@ -175,7 +175,8 @@ def _counts_from_message(message: session_pb2.Counts) -> TokenCounts:
     )
 
 
-def _qos_from_message(value: session_pb2.Qos) -> Qos:
+def qos_from_message(value: session_pb2.Qos) -> Qos:
+    """A protobuf number's class of service; raises ``ValueError``."""
     for qos, number in _QOS_TO_MESSAGE.items():
         if number == value:
             return qos

@@ -6,6 +6,7 @@ its protobuf payload, names the model on the network; ``model/wire.py`` knows th
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 from plait.errors import ModelError
 from plait.ledger import merkle
@@ -26,7 +27,7 @@ class TensorDigest:
     sha256: Digest
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: a client asks for payload and digest at each request
 class Manifest:
     """Description of one model's weights; ``tensors`` are in ascending order of name."""
 
@@ -43,14 +44,14 @@ class Manifest:
     tensors: tuple[TensorDigest, ...]
     tensor_root: Digest
 
-    @property
+    @cached_property
     def payload(self) -> bytes:
         """The deterministic protobuf bytes that a publisher signs."""
         from plait.model import wire  # wire builds manifests, so it imports this module
 
         return wire.manifest_to_payload(self)
 
-    @property
+    @cached_property
     def digest(self) -> Digest:
         """SHA-256 of the payload: the model's name on the network."""
         return Digest(hashlib.sha256(self.payload).digest())

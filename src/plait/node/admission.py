@@ -8,18 +8,20 @@ terms for this stage: then its cache and its books go on.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from google.protobuf.message import DecodeError
+
 from plait.envelope import open_envelope
 from plait.errors import PlaitError, RemoteProtocolError
 from plait.ledger.certs import NOTHING_REVOKED, check_key_cert
 from plait.ledger.committee import check_grants
-from plait.ledger.opening import terms_from_message
+from plait.ledger.opening import qos_from_message, terms_from_message
 from plait.ledger.reserve import check_supplement
 from plait.ledger.terms import SessionTerms
 from plait.network_file import Authority
 from plait.node.sessions import HOLD_MS, StageSession
 from plait.node.wire import takes_width
 from plait.router.view import Offer, View
-from plait.types import Digest, Microcredits, ModelShape, PeerId, Sampling, SessionId
+from plait.types import Digest, Microcredits, ModelShape, PeerId, Qos, Sampling, SessionId
 from plait.v1 import session_pb2
 from plait.v1.identity_pb2 import SignedEnvelope
 
@@ -80,6 +82,28 @@ class Opening:
             self.message.client_peer_id == known.terms.client
             and self.message.epoch > known.terms.epoch
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Glimpse:
+    """What an opening asks for, of which nothing was checked: good enough to say no."""
+
+    session_id: SessionId
+    tokens: int
+    qos: Qos
+    resumes: bool
+
+
+def glimpse(request: session_pb2.OpenRequest) -> Glimpse | None:
+    """Read what a refusal for want of room takes; None if it cannot be read."""
+    message = session_pb2.SessionOpen()
+    try:
+        message.ParseFromString(request.session_open.payload)
+        qos = qos_from_message(message.qos)
+    except (DecodeError, ValueError):
+        return None
+    tokens = message.prompt_tokens + message.max_tokens
+    return Glimpse(SessionId(message.session_id), tokens, qos, resumes=message.epoch > 1)
 
 
 def read_opening(

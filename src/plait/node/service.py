@@ -1,6 +1,7 @@
 """The peer port: gRPC calls in, ``StageShell`` methods out. The TLS session says who calls."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -48,7 +49,12 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         self, request: session_pb2.OpenRequest, context: Context
     ) -> session_pb2.OpenResponse:
         """Hold a session."""
+        began_s = time.monotonic()
         caller = await self._caller(context)
+        refusal = self._stage.core.refuse(request, caller)
+        if refusal is not None:
+            self._stage.refusals.note(time.monotonic() - began_s)
+            return refusal
         # A client may know of a neighbour what gossip has not brought here yet.
         for offer in request.neighbour_offers[:NEIGHBOURS_MAX]:
             self._learn(offer)

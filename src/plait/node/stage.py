@@ -18,6 +18,7 @@ from plait.node.admission import (
     credit_of,
     examine,
     examine_next,
+    glimpse,
     read_opening,
     refusal,
 )
@@ -44,6 +45,26 @@ class Confirming:
 class Stage(FramedStage):
     """Everything behind the peer port, but for the waiting; see ``StageState`` for its making."""
 
+    def refuse(
+        self, request: session_pb2.OpenRequest, caller: PeerId
+    ) -> session_pb2.OpenResponse | None:
+        """Refuse at sight who cannot be taken, before anything is verified; None: ``open`` tells.
+
+        Most openings of an overload end here: a no costs nothing, and binds nobody.
+        """
+        seen = glimpse(request)
+        if seen is None or self._draining or self.sessions.get(seen.session_id) is not None:
+            return None
+        load = self._load(caller)
+        refused = too_much(load, self._limits, seen.qos, seen.tokens, resumes=seen.resumes)
+        if refused is None:
+            return None
+        return self._refusal(Refused("capacity", refused.reason, refused.retry_after_ms), caller)
+
+    def _refusal(self, error: Refused | CapacityError, caller: PeerId) -> session_pb2.OpenResponse:
+        log.info("session refused", peer=caller, reason=str(error))
+        return session_pb2.OpenResponse(refusal=refusal(error))
+
     def open(self, request: session_pb2.OpenRequest, caller: PeerId) -> session_pb2.OpenResponse:
         """Hold KV pages for a session, or take it into a higher epoch, or refuse."""
         now_ms = self._clock_ms()
@@ -69,8 +90,7 @@ class Stage(FramedStage):
                 session.reopen(terms, opening.stage_index, now_ms)
                 self._reserve(session, request.context_ids)
         except (Refused, CapacityError) as error:
-            log.info("session refused", peer=caller, reason=str(error))
-            return session_pb2.OpenResponse(refusal=refusal(error))
+            return self._refusal(error, caller)
         log.info(
             "session held",
             session=session.id.hex(),

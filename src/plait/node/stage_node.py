@@ -33,6 +33,7 @@ from plait.node.node_self import NodeSelf, Ports, key_cert
 from plait.node.open_files import raise_file_limit, tapes_within
 from plait.node.overload import Limits
 from plait.node.own_offer import Facts, SpeedMeter, materially_different, offer_of
+from plait.node.recent import RecentTimes
 from plait.node.retained import Retained
 from plait.node.service import StageServicer
 from plait.node.settlement import Settler
@@ -106,6 +107,7 @@ class StageNode:
         self._gossip = gossip
         self._tasks = tasks
         self._draining = False
+        self._loop_late = RecentTimes()
         self._told: Offer | None = None
         self._facts: Facts
         self._shape = local.manifest.shape
@@ -237,6 +239,11 @@ class StageNode:
             "settlements_unwitnessed": len(self._settler.awaiting),
             "unwitnessed_microcredits": self._settler.awaiting.credit,
             "links": self._stage.links,
+            "loop_late_ms_p50": self._loop_late.quantile_ms(0.5),
+            "loop_late_ms_p99": self._loop_late.quantile_ms(0.99),
+            "refusals": self._stage.refusals.count,
+            "refusal_ms_p50": self._stage.refusals.quantile_ms(0.5),
+            "refusal_ms_p99": self._stage.refusals.quantile_ms(0.99),
         }
 
     def _renew_ledger_key(self) -> None:
@@ -288,7 +295,9 @@ class StageNode:
 
     async def _expire_forever(self) -> None:
         while True:
+            due_s = time.monotonic() + EXPIRY_PERIOD_S
             await asyncio.sleep(EXPIRY_PERIOD_S)
+            self._loop_late.note(time.monotonic() - due_s)
             self._stage.core.expire()
 
     async def _park_forever(self) -> None:

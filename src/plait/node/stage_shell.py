@@ -19,6 +19,7 @@ from plait.node.compute_thread import ComputeThread
 from plait.node.neighbours import Neighbours
 from plait.node.overload import Limits
 from plait.node.ports import Job
+from plait.node.recent import RecentTimes
 from plait.node.retained import Retained
 from plait.node.scheduler import PIECE_ROWS, Scheduler
 from plait.node.settlement import Settler
@@ -136,6 +137,8 @@ class StageShell:
         caught: Callable[[VoucherFork], object] | None = None,
     ) -> None:
         self.callers = CallerLinks()
+        self.refusals = RecentTimes()
+        """Of openings refused at sight: from the call to the answer, on the event loop."""
         self._settler = settler
         self._neighbours = neighbours
         self._thread: ComputeThread[Job | AuditJob] = ComputeThread(
