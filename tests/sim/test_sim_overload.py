@@ -5,6 +5,7 @@ is an answer within five times what it takes alone, as in ``benchmarks/overload.
 """
 
 import heapq
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -34,22 +35,24 @@ class Session:
 
     began_ms: float
     again: Callable[[], None]
+    client: int
     steps_left: int = STEPS
 
 
 @dataclass
 class World:
-    """A stage, a client, and what came of its requests."""
+    """A stage, its clients, and what came of their requests."""
 
     seed: int
     qos: Qos
-    good: int = 0
+    good: Counter[int] = field(default_factory=Counter)
+    """By client."""
     answered: int = 0
     refused: int = 0
     now_ms: float = 0.0
-    demand: Demand = field(default_factory=Demand)
+    demands: dict[int, Demand] = field(default_factory=lambda: defaultdict(Demand))
     line: CostLine = field(default_factory=lambda: CostLine.guess((STEP_MS + MORE_MS) * 1000))
-    held: int = 0
+    held: Counter[int] = field(default_factory=Counter)
     live: list[Session] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -65,16 +68,17 @@ class World:
         while self.now_ms < LASTS_MS:
             self.now_ms, _, act = heapq.heappop(self._heap)
             act()
-        return self.good / (LASTS_MS - WARM_UP_MS) * 1000
+        return self.good.total() / (LASTS_MS - WARM_UP_MS) * 1000
 
-    def open_loop(self, rate: float) -> float:
-        """Arrivals that wait for nothing."""
+    def open_loop(self, *rates: float) -> float:
+        """Arrivals that wait for nothing, at a rate for each client."""
 
-        def arrive() -> None:
-            self.after(self.chance.expovariate(rate) * 1000, arrive)
-            self.ask(lambda: None)
+        def arrive(client: int) -> None:
+            self.after(self.chance.expovariate(rates[client]) * 1000, lambda: arrive(client))
+            self.ask(lambda: None, client)
 
-        arrive()
+        for client in range(len(rates)):
+            arrive(client)
         return self.run()
 
     def closed_loop(self, workers: int) -> float:
@@ -87,19 +91,21 @@ class World:
             self.after(number * REST_MS, work)
         return self.run()
 
-    def ask(self, again: Callable[[], None]) -> None:
-        now_ms = int(self.now_ms)
-        self.demand.request(now_ms)
-        if self.demand.busy(self.qos, now_ms):
+    def ask(self, again: Callable[[], None], client: int = 0) -> None:
+        now_ms, demand = int(self.now_ms), self.demands[client]
+        demand.request(now_ms)
+        if demand.busy(self.qos, now_ms):
             self.refused += 1
             again()
             return
-        self.demand.asking([STAGE], self.qos, now_ms)
-        session = Session(self.now_ms, again)
+        demand.asking([STAGE], self.qos, now_ms)
+        session = Session(self.now_ms, again, client)
         self.after(OPEN_MS, lambda: self.open(session))
 
     def open(self, session: Session) -> None:
-        sessions = self.held + len(self.live)
+        demand = self.demands[session.client]
+        of_clients = self.held + Counter(one.client for one in self.live)
+        sessions = of_clients.total()
         token_us = self.line.cost_us(sessions + 1)
         soonest = min((one.steps_left for one in self.live), default=0)
         load = Load(
@@ -107,24 +113,25 @@ class World:
             kv_tokens_free=ROOM,
             wait_ms=0,
             sessions=sessions,
-            sessions_of_client=sessions,
+            sessions_of_client=of_clients[session.client],
+            clients=len(of_clients | Counter([session.client])),
             soonest_free_ms=round(soonest * token_us) // 1000,
             token_us=token_us,
             token_alone_us=self.line.one_us,
         )
         refusal = too_much(load, Limits(), self.qos, STEPS)
         if refusal is None:
-            self.held += 1
-            self.demand.taken([STAGE], self.qos)
+            self.held[session.client] += 1
+            demand.taken([STAGE], self.qos)
             self.after(CONFIRM_MS, lambda: self.begin(session))
             return
         self.refused += 1
-        self.demand.refused(STAGE, self.qos, refusal.retry_after_ms, int(self.now_ms))
-        self.demand.let_go([STAGE], self.qos)
+        demand.refused(STAGE, self.qos, refusal.retry_after_ms, int(self.now_ms))
+        demand.let_go([STAGE], self.qos)
         session.again()
 
     def begin(self, session: Session) -> None:
-        self.held -= 1
+        self.held[session.client] -= 1
         self.live.append(session)
 
     def step(self) -> None:
@@ -134,7 +141,7 @@ class World:
             return
         slow = 1 + 2 * self.chance.random() ** 4
         took_ms = (STEP_MS + MORE_MS * len(self.live)) * slow
-        served = self.held + len(self.live)
+        served = self.held.total() + len(self.live)
         for session in tuple(self.live):
             self.line.note(served, took_ms * 1000)
             session.steps_left -= 1
@@ -144,10 +151,10 @@ class World:
         self.after(took_ms, self.step)
 
     def end(self, session: Session) -> None:
-        self.demand.ended([STAGE], self.qos)
+        self.demands[session.client].ended([STAGE], self.qos)
         if self.now_ms >= WARM_UP_MS:
             self.answered += 1
-            self.good += self.now_ms - session.began_ms <= SLO_MS
+            self.good[session.client] += self.now_ms - session.began_ms <= SLO_MS
         session.again()
 
 
@@ -172,3 +179,16 @@ def test_a_stage_that_takes_everybody_keeps_nothing() -> None:
     """The class that does not mind slow tokens is no measure of quick ones: the bar can fail."""
     best = peak(0)
     assert World(0, "batch").open_loop(4 * best) < 0.3 * best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("often", [2, 6])
+def test_who_asks_more_often_shuts_nobody_out(often: int) -> None:
+    """Two clients who each want more than half: answers come to equal parts, and no fewer."""
+    shares, parts = [], []
+    for seed in range(8):
+        world, best = World(seed, "interactive"), peak(seed)
+        shares.append(world.open_loop(often * best, 0.8 * best) / best)
+        parts.append(world.good[1] / world.good.total())
+    assert mean(shares) >= 0.9
+    assert 0.37 <= mean(parts) <= 0.55

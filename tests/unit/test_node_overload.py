@@ -15,6 +15,7 @@ IDLE = Load(
     wait_ms=0,
     sessions=0,
     sessions_of_client=0,
+    clients=1,
     soonest_free_ms=0,
     token_us=10_000.0,
     token_alone_us=10_000.0,
@@ -36,18 +37,44 @@ CLASSES: tuple[Qos, ...] = ("batch", "standard", "interactive")
         ({"kv_tokens_free": 300}, "standard", 251, "above class standard"),
         ({"wait_ms": 2_001}, "interactive", 1, "2001 ms"),
         ({"wait_ms": 2_001}, "standard", 1, ""),
-        ({"sessions": 2, "sessions_of_client": 1, "token_us": 100_001}, "standard", 1, "100 ms"),
-        ({"sessions": 2, "sessions_of_client": 1, "token_us": 100_000}, "standard", 1, ""),
-        ({"sessions": 2, "sessions_of_client": 1, "token_us": 40_001}, "interactive", 1, "40 ms"),
-        ({"sessions": 2, "sessions_of_client": 1, "token_us": 99_000}, "batch", 1, ""),
-        # Who has nothing here yet is given a little more room,
+        (
+            {"sessions": 2, "sessions_of_client": 1, "clients": 2, "token_us": 100_001},
+            "standard",
+            1,
+            "100 ms",
+        ),
+        (
+            {"sessions": 2, "sessions_of_client": 1, "clients": 2, "token_us": 100_000},
+            "standard",
+            1,
+            "",
+        ),
+        (
+            {"sessions": 2, "sessions_of_client": 1, "clients": 2, "token_us": 40_001},
+            "interactive",
+            1,
+            "40 ms",
+        ),
+        (
+            {"sessions": 2, "sessions_of_client": 1, "clients": 2, "token_us": 99_000},
+            "batch",
+            1,
+            "",
+        ),
+        # Who has less than its equal part is given a little more room,
         ({"sessions": 2, "token_us": 125_000}, "standard", 1, ""),
         ({"sessions": 2, "token_us": 125_001}, "standard", 1, "125 ms"),
         # the first sessions are always taken, or a slow moment would be believed for ever,
         ({"sessions": 1, "token_us": 900_000}, "standard", 1, ""),
         # and a stage that is very fast alone may be a little slower for everybody.
         (
-            {"sessions": 2, "sessions_of_client": 1, "token_us": 10_000, "token_alone_us": 1_000},
+            {
+                "sessions": 2,
+                "sessions_of_client": 1,
+                "clients": 2,
+                "token_us": 10_000,
+                "token_alone_us": 1_000,
+            },
             "interactive",
             1,
             "",
@@ -68,6 +95,7 @@ def test_who_is_taken(changes: dict[str, int], qos: Qos, tokens: int, reason: st
         wait_ms=st.integers(0, 60_000),
         sessions=st.integers(0, 5),
         sessions_of_client=st.integers(0, 5),
+        clients=st.integers(1, 5),
         soonest_free_ms=st.integers(0, 100_000),
         token_us=st.floats(1, 1e7),
         token_alone_us=st.floats(1, 1e5),
@@ -86,6 +114,21 @@ def test_a_refusal_names_a_bounded_time_and_more_room_never_refuses(
         roomier = replace(load, kv_tokens_free=1000, wait_ms=0, sessions=0, sessions_of_client=0)
         assert too_much(roomier, LIMITS, qos, tokens) is None
         assert too_much(load, LIMITS, qos, tokens, resumes=True) is None
+
+
+@pytest.mark.parametrize(
+    ("of_client", "clients", "taken"),
+    [(0, 2, True), (3, 2, True), (4, 2, False), (5, 2, False), (2, 3, True), (3, 3, False)],
+)
+def test_beyond_the_limit_only_who_has_less_than_an_equal_part_is_taken(
+    of_client: int, clients: int, taken: bool
+) -> None:
+    crowded = replace(IDLE, sessions=8, sessions_of_client=of_client, clients=clients)
+    limits = Limits(sessions_max=64, sessions_per_client_max=48)
+    assert too_much(replace(crowded, token_us=100_000), limits, "standard", 1) is None
+    beyond = too_much(replace(crowded, token_us=125_000), limits, "standard", 1)
+    assert (beyond is None) == taken
+    assert too_much(replace(crowded, token_us=125_001), limits, "standard", 1) is not None
 
 
 def test_what_was_begun_elsewhere_is_only_refused_for_want_of_room() -> None:

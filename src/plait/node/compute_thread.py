@@ -85,6 +85,7 @@ class ComputeThread(Generic[JobT]):
                 started_s = time.perf_counter()
                 results = self._step_safely(works)
                 elapsed_us = (time.perf_counter() - started_s) * 1e6
+                self._scheduler.stepped(parts, elapsed_us)
                 if len(works) == 1 and works[0].rows == 1:
                     loop.call_soon_threadsafe(self._on_step, elapsed_us)
                 if ended_items := self._ended(parts, results):

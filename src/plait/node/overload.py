@@ -22,9 +22,9 @@ SESSIONS_ALWAYS = 2
 """So many are taken however slow a token was: else nobody would ever measure it again."""
 TOKEN_US_UNNOTICED = 10_000
 """A stage may take so long for a token however fast it is alone."""
-NEWCOMER_SHARE = 1.25
-"""By how much a client that has no session here may lengthen a token further: those who have
-many must not shut others out."""
+BELOW_SHARE = 1.25
+"""By how much a client that has fewer sessions here than its equal part of them may lengthen a
+token further: those who have many must not shut others out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,8 @@ class Load:
     wait_ms: int
     sessions: int
     sessions_of_client: int
+    clients: int
+    """Who have sessions here, and who asks."""
     soonest_free_ms: int
     token_us: float
     token_alone_us: float
@@ -168,9 +170,14 @@ def _kept_for_others(load: Load, limits: Limits, qos: Qos, tokens: int) -> str |
 
 
 def token_us_max(load: Load, threshold: Threshold) -> float:
-    """What a token may take here once the session is taken."""
+    """What a token may take here once the session is taken.
+
+    Above what is taken of anybody, only clients with less than their equal part are: so two that
+    go on asking come to equal parts, however much more often one of them asks.
+    """
     most_us = max(TOKEN_US_UNNOTICED, load.token_alone_us * threshold.stretch_max)
-    return most_us * (1.0 if load.sessions_of_client else NEWCOMER_SHARE)
+    below = load.sessions_of_client * load.clients < load.sessions
+    return most_us * (BELOW_SHARE if below else 1.0)
 
 
 def _within(time_ms: int) -> int:

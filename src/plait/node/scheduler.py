@@ -6,16 +6,21 @@ waits for a piece at most. Frames are always cut into the same pieces, whoever e
 results must not depend on that. Frames of one session stay in order because a later one
 depends on the cache of the earlier.
 
-Among sessions, whoever has had least goes first: each client is charged the rows computed
+Among clients, whoever has had least goes first: each is charged the rows computed
 for it, in each class on its own, a class of lower priority four times as much (start-time
 fair queueing: Goyal et al., SIGCOMM 1996). Nobody waits for ever, and who was away has
-saved up nothing.
+saved up nothing. While several clients decode, a step is cut so that each gets its share of
+the stage's time (``shares``); who is alone is never held back.
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
+from itertools import islice
 from typing import Generic, TypeVar
+
+from plait.node.shares import StepLine, Want, rows_allowed
 
 T = TypeVar("T")
 
@@ -23,7 +28,9 @@ NARROW_ROWS_MAX = 32
 """Frames of at most that many rows count as decoding."""
 PIECE_ROWS = 128
 """Rows of a piece of prefill: long enough for full speed, short enough to wait for."""
-_CLASS_STEP = 4
+ABSENT_STEPS = 8
+"""A client that had rows so few steps ago is still decoding: its next ones are in other stages."""
+_CLASS_STEP = 4.0
 _CLIENTS_MAX = 1024
 
 Lane = tuple[Hashable, int]
@@ -49,6 +56,9 @@ class _Line(Generic[T]):
     started: int = 0
 
 
+_Lanes = dict[Lane, deque[tuple[Hashable, _Line[T]]]]
+
+
 @dataclass(slots=True)
 class Scheduler(Generic[T]):
     """A queue of work, ``key`` naming the session and ``rows`` the size of an item.
@@ -69,6 +79,10 @@ class Scheduler(Generic[T]):
     _clock: float = 0.0
     _arrivals: int = 0
     _size: int = 0
+    _steps: int = 0
+    _step_line: StepLine = field(default_factory=StepLine)
+    _decoding: dict[Lane, tuple[int, int]] = field(default_factory=dict)
+    """The step at which a lane last had rows of decoding to compute, and how many."""
 
     def __len__(self) -> int:
         return self._size
@@ -87,23 +101,30 @@ class Scheduler(Generic[T]):
 
     def take_parts(self) -> list[Part[T]]:
         """Remove and return the next step's parts; empty only when nothing is queued."""
+        self._steps += 1
         parts: list[Part[T]] = []
         starts: list[float] = []
-        total, wide = 0, False
-        for key, line in self._in_order():
+        narrow, wide = self._by_lane()
+        total, rows_max = 0, self._rows_allowed(narrow)
+        for key, line in self._in_turn(narrow):
             _, item = line.items[0]
-            rows = self._next_rows(item, line.started)
-            if self._is_cut(item):
-                if wide:
-                    break
-                wide = True
-            elif parts and total + rows > self.rows_max:
+            rows = self.rows(item)
+            if parts and total + rows > rows_max:
                 continue
             starts.append(self._start(self._lane(item)))
             parts.append(self._taken(key, line, rows))
             total += rows
+        for key, line in islice(self._in_turn(wide), 1):
+            _, item = line.items[0]
+            starts.append(self._start(self._lane(item)))
+            parts.append(self._taken(key, line, self._next_rows(item, line.started)))
         self._wind_clock(starts)
         return parts
+
+    def stepped(self, parts: Sequence[Part[T]], took_us: float) -> None:
+        """Note what computing the parts of a step took; pieces of long frames tell nothing here."""
+        if parts and not any(self._is_cut(part.item) for part in parts):
+            self._step_line.note(sum(part.rows for part in parts), took_us)
 
     def abandon(self, part: Part[T]) -> None:
         """Forget the rest of an item whose part failed."""
@@ -112,14 +133,43 @@ class Scheduler(Generic[T]):
         if line is not None and line.started and line.items[0][1] is part.item:
             self._drop_first(key, line)
 
-    def _in_order(self) -> list[tuple[Hashable, _Line[T]]]:
-        """Sessions by who comes first: few rows before many, then the least charged."""
+    def _by_lane(self) -> tuple[_Lanes[T], _Lanes[T]]:
+        """Whose first frame has few rows and whose has many, by lane, first come first."""
+        narrow: _Lanes[T] = {}
+        wide: _Lanes[T] = {}
+        for key, line in sorted(self._lines.items(), key=lambda entry: entry[1].items[0][0]):
+            item = line.items[0][1]
+            lanes = wide if self._is_cut(item) else narrow
+            lanes.setdefault(self._lane(item), deque()).append((key, line))
+        return narrow, wide
 
-        def place(entry: tuple[Hashable, _Line[T]]) -> tuple[bool, float, int]:
-            arrival, item = entry[1].items[0]
-            return self._is_cut(item), self._start(self._lane(item)), arrival
+    def _in_turn(self, lanes: _Lanes[T]) -> Iterator[tuple[Hashable, _Line[T]]]:
+        """Sessions in the order in which their clients are due; each that is taken is charged."""
 
-        return sorted(self._lines.items(), key=place)
+        def place(lane: Lane) -> tuple[float, int, Lane]:
+            return self._start(lane), lanes[lane][0][1].items[0][0], lane
+
+        due = [place(lane) for lane in lanes]
+        heapify(due)
+        while due:
+            lane = due[0][2]
+            yield lanes[lane].popleft()
+            if lanes[lane]:
+                heapreplace(due, place(lane))
+            else:
+                heappop(due)
+
+    def _rows_allowed(self, narrow: _Lanes[T]) -> int:
+        """Rows of decoding that the next step takes."""
+        for lane, lines in narrow.items():
+            self._decoding[lane] = self._steps, sum(self.rows(ln.items[0][1]) for _, ln in lines)
+        self._decoding = {
+            lane: (step, rows)
+            for lane, (step, rows) in self._decoding.items()
+            if self._steps - step < ABSENT_STEPS
+        }
+        wants = [Want(rows, 1 / self._price(lane)) for lane, (_, rows) in self._decoding.items()]
+        return min(self.rows_max, rows_allowed(self._step_line, wants))
 
     def _is_cut(self, item: T) -> bool:
         return self.piece_rows is not None and self.rows(item) > NARROW_ROWS_MAX
@@ -156,7 +206,10 @@ class Scheduler(Generic[T]):
 
     def _charge(self, item: T, rows: int) -> None:
         lane = self._lane(item)
-        self._charged[lane] = self._start(lane) + rows * float(_CLASS_STEP) ** lane[1]
+        self._charged[lane] = self._start(lane) + rows * self._price(lane)
+
+    def _price(self, lane: Lane) -> float:
+        return _CLASS_STEP ** lane[1]
 
     def _wind_clock(self, starts: Sequence[float]) -> None:
         """Time is when the least charged of those just served started."""

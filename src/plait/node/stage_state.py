@@ -113,6 +113,7 @@ class StageState:
             wait_ms=self.wait_us // 1000,
             sessions=len(self.sessions),
             sessions_of_client=self.sessions.count_of(client),
+            clients=len({client, *(session.terms.client for session in self.sessions)}),
             soonest_free_ms=round(min(left, default=0) * token_us) // 1000,
             token_us=token_us,
             token_alone_us=self._token.one_us,
