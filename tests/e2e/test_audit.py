@@ -8,6 +8,7 @@ import functools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,12 @@ def test_the_dishonest_node_is_exposed_and_anybody_can_judge_again(net: Stage) -
     assert code == 1 and not (net.directory / "nothing").exists()
 
 
+def stages_of(records: tuple[AuditRecord, ...]) -> dict[str, int]:
+    """How many stages of each session were audited."""
+    stages = {(one.session, one.stage) for one in records}
+    return Counter(session for session, _ in stages)
+
+
 def test_the_lottery_is_held_without_being_asked(net: Stage) -> None:
     """A client leaves a session behind; the next one of its account has it audited."""
     network = net.directory / "network.toml"
@@ -150,16 +157,21 @@ def test_the_lottery_is_held_without_being_asked(net: Stage) -> None:
     async def play() -> tuple[AuditRecord, ...]:
         options = Options(max_tokens=TOKENS, ignore=frozenset({net.honest}), raw=True)
         async with AsyncClient(network) as client:
-            await client.generate(TINY, "The sky is blue and", options)
+            for _ in range(ATTEMPTS):
+                answer = await client.generate(TINY, "The sky is blue and", options)
+                if answer.epochs == 1:
+                    break
         async with AsyncClient(network, audits=False) as client:
+            ahead_ms = 60_000
             spool, audit = client.audit_spool, client.audit
-            keeper = LotteryKeeper(spool, audit, lambda: time.time_ns() // 10**6 + 60_000)
-            while not spool.records() and await keeper.look_once():
-                pass
+            keeper = LotteryKeeper(spool, audit, lambda: time.time_ns() // 10**6 + ahead_ms)
+            while STAGES not in stages_of(spool.records()).values() and await keeper.look_once():
+                # On a busy machine an auditor may have been out of reach: it is asked again, later.
+                ahead_ms = 2 * ahead_ms + 10_000
             return spool.records()
 
     records = asyncio.run(play())
-    assert {one.stage for one in records} == set(range(STAGES))
+    assert STAGES in stages_of(records).values(), records
     for one in records:
         expected = "exposed" if one.peer == net.liar else "consistent"
         assert one.outcome == expected, one

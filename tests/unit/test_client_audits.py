@@ -169,3 +169,12 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_text("{}\n")
     with pytest.raises(ConfigError, match="damaged"):
         spool.records()
+
+
+def test_what_another_process_has_just_finished_holds_up_nothing(tmp_path: Path) -> None:
+    spool = AuditSpool(tmp_path)
+    spool.put(b"s" * 16, b"a bundle", NOW)
+    # Listed as taken, and gone when it is looked at.
+    (tmp_path / "due" / "0-0-00.taken").symlink_to(tmp_path / "gone")
+    taken = spool.take(NOW)
+    assert taken is not None and taken[2] == b"a bundle"

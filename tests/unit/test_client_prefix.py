@@ -8,10 +8,15 @@ from hypothesis import strategies as st
 from plait.client import Options
 from plait.client.epoch import Order
 from plait.client.prefix import PAGES_MAX, Reuse, Warm, WarmRoutes, agreed_start
+from plait.client.reroute import Asked, plan_first
 from plait.compute.pages import PAGE_TOKENS
 from plait.ledger.terms import SessionTerms
-from plait.testing.accounting import Plot, terms_of
+from plait.router.plan import Plan
+from plait.router.request import RouteRequest
+from plait.router.view import View
+from plait.testing.accounting import NOW_MS, Plot, key_of, terms_of
 from plait.testing.compute import FAKE_SHAPE
+from plait.testing.offers import paper_offer
 from plait.types import PeerId, Prices, Sampling, Span
 
 STAGES = ((Span(0, 2), PeerId("a")), (Span(2, 4), PeerId("b")))
@@ -65,3 +70,32 @@ def test_a_prompt_that_is_scored_asks_for_no_cached_prefix() -> None:
     assert plain.prefix == Reuse(b"salt").names(ids) != ()
     assert replace(plain, score=True).prefix == ()
     assert replace(plain, reuse=None).prefix == ()
+
+
+ALL = Span(0, FAKE_SHAPE.layers)
+QUICK, SLOW = key_of("quick").peer_id, key_of("slow").peer_id
+
+
+def routed(warm: Warm | None) -> Plan:
+    """Through one of two hosts of all layers, of which one takes half as long again."""
+    offers = {
+        key_of(name).peer_id: replace(
+            paper_offer(name, ALL), decode_us=token_us, prefill_us_per_token=token_us
+        )
+        for name, token_us in (("quick", 1_000), ("slow", 1_500))
+    }
+    request = RouteRequest(prompt_tokens=512, max_tokens=8, sort="latency")
+    me = key_of("me").peer_id
+    return plan_first(Asked(FAKE_SHAPE, request, me), View(offers, {}), (), NOW_MS, warm)
+
+
+def test_the_warm_route_is_taken_where_it_saves_more_than_it_costs() -> None:
+    assert routed(None).stages[0].offer.peer == QUICK
+    assert routed(Warm(((ALL, SLOW),), 448)).stages[0].offer.peer == SLOW
+    assert routed(Warm(((ALL, SLOW),), 32)).stages[0].offer.peer == QUICK
+
+
+def test_where_the_best_route_is_warm_it_is_planned_once() -> None:
+    chosen = routed(Warm(((ALL, QUICK),), 448))
+    assert chosen.stages[0].offer.peer == QUICK
+    assert chosen.request.pin == ()  # nothing had to be compared with what is pinned

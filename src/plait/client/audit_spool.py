@@ -142,8 +142,9 @@ class AuditSpool:
 
     def _return_abandoned(self, now_ms: int) -> None:
         for path in self._due.glob("*.taken"):
-            if path.stat().st_mtime_ns // 10**6 + _ABANDONED_MS <= now_ms:
-                path.rename(path.with_suffix(".bundle"))
+            with contextlib.suppress(FileNotFoundError):  # another process is done with it
+                if path.stat().st_mtime_ns // 10**6 + _ABANDONED_MS <= now_ms:
+                    path.rename(path.with_suffix(".bundle"))
 
     @staticmethod
     def _bound(folder: Path, files_max: int, bytes_max: int) -> None:

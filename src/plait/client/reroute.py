@@ -14,7 +14,7 @@ from plait.ledger.terms import SessionTerms, StageTerms
 from plait.router.plan import Plan, PlannedStage, plan
 from plait.router.request import RouteRequest
 from plait.router.view import Offer, View
-from plait.types import Microcredits, ModelShape, PeerId, TokenCounts
+from plait.types import Microcredits, ModelShape, PeerId, Span, TokenCounts
 
 _AMPLE_KV_TOKENS = 2**40
 _NEVER_MS = 2**60
@@ -53,7 +53,7 @@ def plan_first(
         return plan(view, asked.model, request, source=asked.source, now_ms=now_ms, alternates=0)
 
     cold = best(request)
-    if warm is None:
+    if warm is None or _stages(cold) == frozenset(warm.stages):
         return cold
     same = replace(request, pin=request.pin + warm.stages)
     left = max(1, request.prompt_tokens - warm.tokens)
@@ -62,6 +62,10 @@ def plan_first(
         return best(same) if _cost(hot) <= _cost(cold) else cold
     except NoRoute:
         return cold
+
+
+def _stages(chosen: Plan) -> frozenset[tuple[Span, PeerId]]:
+    return frozenset((stage.span, stage.offer.peer) for stage in chosen.stages)
 
 
 def _cost(chosen: Plan) -> float:
