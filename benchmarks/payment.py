@@ -9,13 +9,15 @@ keys of its own. Every call that the programs make for accounting is timed, on o
 
   client       hash of what is sent and drawn, receipts checked, voucher signed
   stages       counts, voucher checked, hand-off hashes, receipts and draw statements signed
-  tape         frames kept for audits, in files (a part of the stages' time)
   carriage     receipts, statements and vouchers put in messages and taken out at each hop
+  behind       what a stage hashes and keeps when the frame has left it already
+  tape         frames kept for audits, in files (a part of the stages' time, and of behind)
 
-All of it lies on a token's path: a receipt or a statement rides the result, a voucher the next
-frame. So ``path_us_per_token`` is the sum, and ``share`` is that over the time per token of the
-answer beside it. What is not on the path, and not in the sum: the reservation (before the first
-token), settlement, log, witnesses and audits (after the last).
+The first three lie on a token's path: a receipt or a statement rides the result, a voucher the
+next frame. So ``path_us_per_token`` is their sum, and ``share_of_tpot`` is that over the time per
+token of the answer beside it; ``cpu_share_of_tpot`` is the processor's time of all, also behind.
+What is not in the sums: the reservation (before the first token), settlement, log, witnesses and
+audits (after the last).
 
 ``warm`` plays the frames one after another; ``cold`` walks over ``--evict-mb`` of memory before
 each process's turn, as if the model's weights had taken its caches. ``client_in_answer_us`` is
@@ -30,10 +32,11 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from secrets import token_bytes
 from time import perf_counter_ns, thread_time_ns
 from typing import Any, TypeVar
 
@@ -48,7 +51,7 @@ from plait.node.spill import SpillFiles
 from plait.node.tape import EpochTape, Tape
 from plait.testing.accounting import NOW_MS, key_of
 from plait.testing.testnets import running_testnet
-from plait.types import Microcredits
+from plait.types import Microcredits, SessionId
 from plait.v1.bundle_pb2 import ModelManifest
 from plait.v1.identity_pb2 import SignedEnvelope
 
@@ -58,26 +61,38 @@ PROMPTS = (
     "How does a bicycle stay upright? Explain it to a child.",
 )
 TAPE_BYTES_MAX = 1 << 30
+CACHE_LINE_BYTES = 64
+PATH = ("client", "stages", "carriage")
+"""The parts that make up the path."""
+PARTS = (*PATH, "behind")
+"""All parts; the tape's time is within the stages' and behind, and taken apart."""
+Clock = Callable[[], int]
 Result = TypeVar("Result")
 
 
 class Stopwatch:
-    """Nanoseconds by part: of the clock, and of the processor."""
+    """Nanoseconds by part, less what reading the clock takes; the calls of other parts run untimed.
 
-    def __init__(self) -> None:
+    Reading the processor's clock is a system call that takes longer than some of the calls.
+    """
+
+    def __init__(self, clock: Clock, parts: Collection[str]) -> None:
         self.ns: Counter[str] = Counter()
-        self.cpu_ns: Counter[str] = Counter()
         self.on = True
+        self._clock = clock
+        self._parts = parts
+        reads = sorted(-clock() + clock() for _ in range(1_000))
+        self._read_ns = statistics.median(reads)
 
     def time(self, part: str, call: Callable[..., Result], *given: Any, **named: Any) -> Result:
         """Make a call and add its time to a part."""
-        start, cpu = perf_counter_ns(), thread_time_ns()
+        if not self.on or part not in self._parts:
+            return call(*given, **named)
+        start = self._clock()
         try:
             return call(*given, **named)
         finally:
-            if self.on:
-                self.cpu_ns[part] += thread_time_ns() - cpu
-                self.ns[part] += perf_counter_ns() - start
+            self.ns[part] += self._clock() - start - self._read_ns
 
 
 class TimedTape:
@@ -103,7 +118,7 @@ class TimedTape:
 class Replay:
     """The accounting of one answer, played again."""
 
-    def __init__(self, parts: BundleParts, tape: Tape, number: int, evict: bytearray) -> None:
+    def __init__(self, parts: BundleParts, tape: Tape, evict: bytearray, watch: Stopwatch) -> None:
         epoch = parts.epochs[0]
         self.frames = epoch.frames
         self.sequence = (*parts.prompt_ids, *parts.token_ids)
@@ -113,13 +128,12 @@ class Replay:
         )
         client_key = key_of("client")
         self.terms = replace(epoch.terms, stages=stages, client_ledger_key=client_key.public)
-        self.watch = Stopwatch()
+        self.watch = watch
         self.client = ClientBooks(self.terms, client_key)
         self.stages = []
         self.progress = [Progress(self.terms, self.frames[0][1]) for _ in stages]
         for index, _ in enumerate(stages):
-            session = number.to_bytes(8, "big") + index.to_bytes(8, "big")
-            kept = tape.begin(session, 1, "client", b"c" * 32)  # type: ignore[arg-type]
+            kept = tape.begin(SessionId(token_bytes(16)), 1, "client", b"c" * 32)
             assert kept is not None
             key, cap = key_of(f"stage {index}"), Microcredits(10**15)
             self.stages.append(StageBooks(self.terms, index, key, cap, TimedTape(kept, self.watch)))
@@ -129,14 +143,14 @@ class Replay:
         self.tokens = 0
         self._evict = evict
 
-    def play(self) -> float:
-        """Play all frames; returns microseconds per decoded token."""
+    def play(self) -> dict[str, float]:
+        """Play all frames; returns microseconds per decoded token by part."""
         for frame, after in zip(self.frames, (*self.frames[1:], None), strict=True):
             self.watch.on = frame[1] >= self.terms.prompt_tokens
             drawn = self._drawn(frame, after)
             self.tokens += len(drawn) if self.watch.on else 0
             self._traverse(frame, drawn)
-        return sum(self.watch.ns.values()) / 1000 / self.tokens
+        return {part: ns / 1000 / self.tokens for part, ns in self.watch.ns.items()}
 
     def _drawn(self, frame: Frame, after: Frame | None) -> tuple[int, ...]:
         if not frame[4]:
@@ -171,6 +185,7 @@ class Replay:
     def _stage(self, index: int, frame: Frame, payload: bytes, drawn: tuple[int, ...]) -> bytes:
         traversal, position, rows, drafts, sample, closes, _ = frame
         time, books = self.watch.time, self.stages[index]
+        after = "stages" if closes else "behind"
         counts = time(
             "stages",
             self.progress[index].take,
@@ -187,10 +202,11 @@ class Replay:
             size = wire_bytes(rows, self.width, self.terms.wire_dtype) if rows else 0
             payload = (b"\x5a" + traversal.to_bytes(7, "big")) * (size // 8 + 1)
             payload = payload[:size]
-            time("stages", books.sent, traversal, position, rows, payload)
+            time(after, books.sent, traversal, position, rows, payload)
             return payload
         state, out = bytes(4 * self.width * rows + 8 * len(drawn)), ids_payload(drawn)
-        time("stages", books.sent, traversal, position, len(drawn), out, state)
+        time("stages", books.sent, traversal, position, len(drawn), out)
+        time(after, books.drew_from, traversal, position, len(drawn), state)
         return out
 
     def _close(self, index: int, traversal: int) -> SignedEnvelope:
@@ -199,7 +215,7 @@ class Replay:
 
     def _cool(self) -> None:
         """Read every line of a buffer that is larger than the caches."""
-        self._evict.count(1)
+        _ = self._evict[::CACHE_LINE_BYTES]
 
 
 def carried(envelope: SignedEnvelope) -> SignedEnvelope:
@@ -225,12 +241,22 @@ def client_timed(watch: Stopwatch) -> Iterator[None]:
             setattr(ClientBooks, name, call)
 
 
+def played(parts: BundleParts, tape: Tape, evict: bytearray) -> dict[str, dict[str, float]]:
+    """Microseconds per token by part, of the clock and of the processor."""
+    out: dict[str, dict[str, float]] = {}
+    for name, clock in (("us", perf_counter_ns), ("cpu_us", thread_time_ns)):
+        out[name] = {}
+        for timed in (PARTS, ("tape",)):
+            out[name] |= Replay(parts, tape, evict, Stopwatch(clock, timed)).play()
+    return out
+
+
 def measure(client: Client, arguments: argparse.Namespace, tape: Tape) -> list[dict[str, Any]]:
     """One row a round: an answer, then its accounting warm and cold."""
     rows, evict = [], bytearray(arguments.evict_mb << 20)
     options = Options(max_tokens=arguments.tokens, drafts=False, bundle=True)
     for number in range(arguments.rounds):
-        inside = Stopwatch()
+        inside = Stopwatch(perf_counter_ns, PATH)
         with client_timed(inside):
             answer = client.generate(arguments.model, PROMPTS[number % len(PROMPTS)], options)
         assert answer.bundle is not None
@@ -238,23 +264,12 @@ def measure(client: Client, arguments: argparse.Namespace, tape: Tape) -> list[d
         if len(parts.epochs) > 1:
             print(f"round {number + 1}: rerouted, left out", file=sys.stderr)
             continue
-        warm = Replay(parts, tape, 2 * number, bytearray())
-        cold = Replay(parts, tape, 2 * number + 1, evict)
-        tpot_us = answer.tpot_s * 1e6
         row = {
             "tokens": len(answer.token_ids),
-            "tpot_us": tpot_us,
-            "warm_us": warm.play(),
-            "cold_us": cold.play(),
+            "tpot_us": answer.tpot_s * 1e6,
             "client_in_answer_us": inside.ns["client"] / 1000 / len(answer.token_ids),
-            "parts": {
-                name: {p: ns / 1000 / one.tokens for p, ns in one.watch.ns.items()}
-                for name, one in (("warm", warm), ("cold", cold))
-            },
-            "cpu": {
-                name: {p: ns / 1000 / one.tokens for p, ns in one.watch.cpu_ns.items()}
-                for name, one in (("warm", warm), ("cold", cold))
-            },
+            "warm": played(parts, tape, bytearray()),
+            "cold": played(parts, tape, evict),
             "wire": parts.terms.wire_dtype,
         }
         rows.append(row)
@@ -280,27 +295,28 @@ def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[st
         "client_in_answer_us": round(median(lambda row: row["client_in_answer_us"]), 1),
     }
     for name in ("warm", "cold"):
-        # The tape's time is inside the stages' calls: it is shown apart, and counted once.
-        path = {
-            part: round(median(lambda row: row["parts"][name][part]), 1)  # noqa: B023
-            for part in ("client", "stages", "carriage", "tape")
-        }
-        total = median(lambda row: row[f"{name}_us"] - row["parts"][name]["tape"])  # noqa: B023
-        share = median(
-            lambda row: (row[f"{name}_us"] - row["parts"][name]["tape"]) / row["tpot_us"]  # noqa: B023
-        )
-        cpu = {
-            part: round(median(lambda row: row["cpu"][name][part]), 1)  # noqa: B023
-            for part in path
-        }
         out[name] = {
-            "us_per_token": path,
-            "cpu_us_per_token": cpu,
-            "path_us_per_token": round(total, 1),
-            "share_of_tpot": round(share, 5),
+            f"{kind}_per_token": {
+                part: round(median(lambda row: row[name][kind][part]), 1)  # noqa: B023
+                for part in (*PARTS, "tape")
+            }
+            for kind in ("us", "cpu_us")
         }
+        path = [path_us(row[name]["us"]) for row in rows]
+        shares = [us / row["tpot_us"] for us, row in zip(path, rows, strict=True)]
+        out[name]["path_us_per_token"] = round(statistics.median(path), 1)
+        out[name]["share_of_tpot"] = round(statistics.median(shares), 5)
+        cpu = [sum(row[name]["cpu_us"][part] for part in PARTS) for row in rows]
+        shares = [us / row["tpot_us"] for us, row in zip(cpu, rows, strict=True)]
+        out[name]["all_cpu_us_per_token"] = round(statistics.median(cpu), 1)
+        out[name]["cpu_share_of_tpot"] = round(statistics.median(shares), 5)
     out["tpot_without_ms"] = round(out["tpot_ms"] - out["cold"]["path_us_per_token"] / 1000, 3)
     return out
+
+
+def path_us(parts: dict[str, float]) -> float:
+    """The sum of what lies on a token's path."""
+    return sum(parts[part] for part in PATH)
 
 
 def main() -> None:

@@ -243,6 +243,47 @@ def test_a_receipt_needs_both_ends() -> None:
         books.close_chunk(1, TokenCounts(prompt=2), NOW_MS)
 
 
+def test_a_last_stage_commits_to_what_it_draws_from() -> None:
+    session = PaperSession(Plot())
+    first, last = session.stages[0], session.stages[-1]
+    last.received(0, 0, 3, b"activations")
+    last.sent(0, 0, 0, b"")
+    with pytest.raises(LocalProtocolError, match="draws from"):
+        last.close_chunk(0, TokenCounts(prompt=3), NOW_MS)
+    last.drew_from(0, 0, 0, b"hidden states")
+    last.close_chunk(0, TokenCounts(prompt=3), NOW_MS)
+    with pytest.raises(LocalProtocolError, match="only a last stage"):
+        first.drew_from(0, 0, 0, b"hidden states")
+
+
+@given(
+    cap=st.integers(0, 40),
+    prices=st.builds(Prices, output=st.integers(0, 10**6), rejected_draft=st.integers(0, 10**6)),
+    steps=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=4, max_size=12),
+    granted_at=st.integers(0, 6),
+)
+def test_a_stage_works_exactly_up_to_its_cap(
+    cap: int, prices: Prices, steps: list[tuple[int, int]], granted_at: int
+) -> None:
+    terms = PaperSession(Plot(prices=prices, max_tokens=40, chunk_tokens=32)).terms
+    books = StageBooks(terms, 0, key_of("stage 0 ledger"), None)
+    counts = TokenCounts()
+    for number, (drawn, rejected) in enumerate(steps):
+        if number == granted_at:
+            books.grant(Microcredits(cap))
+        limit = cap if number >= granted_at else terms.price_max(0)
+        counts = replace(
+            counts,
+            output=counts.output + drawn,
+            rejected_draft=counts.rejected_draft + rejected,
+        )
+        if terms.price(0, counts) > limit:
+            with pytest.raises(Overspend, match=f"the cap is {limit}"):
+                books.admit(FrameCounts(counts, counts))
+        else:
+            books.admit(FrameCounts(counts, counts))
+
+
 def test_a_settlement_asks_for_the_best_voucher() -> None:
     session = PaperSession(Plot())
     assert session.stages[1].settlement(NOW_MS, True) is None

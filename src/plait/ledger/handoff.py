@@ -11,6 +11,7 @@ from anybody who could guess the ids.
 import hashlib
 from array import array
 from collections.abc import Sequence
+from struct import Struct
 from sys import byteorder
 
 from plait.errors import RemoteProtocolError
@@ -18,6 +19,8 @@ from plait.ledger.terms import SessionTerms
 from plait.types import Digest
 
 _START = b"plait.handoff.v1\0"
+_NUMBERS = Struct(">QII")
+"""Traversal, first position, rows."""
 
 PENDING_FRAMES_MAX = 1024
 """Frames remembered between two closed chunks; an honest chunk has at most 256."""
@@ -63,12 +66,7 @@ class HandoffChain:
             raise RemoteProtocolError(f"traversal {traversal} follows {self.traversal}")
         if len(self._pending) >= PENDING_FRAMES_MAX:
             raise RemoteProtocolError("a chunk has too many frames")
-        numbers = (
-            traversal.to_bytes(8, "big")
-            + first_position.to_bytes(4, "big")
-            + rows.to_bytes(4, "big")
-        )
-        link = self.commit + numbers + payload_digest
+        link = self.commit + _NUMBERS.pack(traversal, first_position, rows) + payload_digest
         self.commit = Digest(hashlib.sha256(link).digest())
         self.traversal = traversal
         self._pending[traversal] = self.commit

@@ -109,7 +109,9 @@ class Progress:
         worst = terms.counts_at(self.next_position, self._cached, self._rejected)
         if worst.output > terms.max_tokens:
             raise RemoteProtocolError(f"no answer token is drawn at position {first_position}")
-        counts = terms.counts_at(first_position + 1, self._cached, self._rejected)
+        counts = worst
+        if drafts:
+            counts = terms.counts_at(first_position + 1, self._cached, self._rejected)
         return FrameCounts(counts, worst)
 
     def _take_end(self, first_position: int) -> FrameCounts:

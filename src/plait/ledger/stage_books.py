@@ -7,7 +7,8 @@ for the chunk that was cut; ``next_epoch`` goes on with the books of a stage tha
 """
 
 import hashlib
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from plait.envelope import digest, open_envelope, seal
@@ -88,6 +89,8 @@ class StageBooks:
         self._voucher: SignedEnvelope | None = None
         self._sequence = 0
         self._earned = Microcredits(0)
+        self._affordable: TokenCounts | None = None
+        """Counts whose price is known to be within the limit."""
         self._before: StageBooks | None = None
         self._conflict: tuple[SignedEnvelope, SignedEnvelope] | None = None
 
@@ -128,6 +131,7 @@ class StageBooks:
         """The ledger granted the reservation that the stage started on."""
         if self._cap is None:
             self._cap = cap
+            self._affordable = None
 
     def admit(self, frame: FrameCounts) -> None:
         """Decide whether to compute a frame.
@@ -142,9 +146,8 @@ class StageBooks:
         prompt = worst.prompt + worst.cached_prompt
         if prompt > terms.prompt_tokens or worst.output > terms.max_tokens:
             raise Overspend("the work is beyond the session's terms")
-        price = terms.price(self._stage_index, worst)
-        if price > self._limit:
-            raise Overspend(f"the work would cost {price} microcredits, the cap is {self._limit}")
+        if not _within(worst, self._affordable):
+            self._check_price(worst)
 
     def received(self, traversal: int, first_position: int, rows: int, payload: bytes) -> None:
         """Note a frame that came in.
@@ -170,31 +173,29 @@ class StageBooks:
         self._next = first_position + rows
         self._fed[traversal] = (first_position, self._next, self._rejected)
 
-    def sent(
-        self,
-        traversal: int,
-        first_position: int,
-        rows: int,
-        payload: bytes,
-        state: bytes | None = None,
-    ) -> None:
+    def sent(self, traversal: int, first_position: int, rows: int, payload: bytes) -> None:
         """Note what went out for a frame, also if it is empty.
 
         The last stage notes the drawn ids (``handoff.ids_payload``) with their number as
-        ``rows`` and the first position of the frame, and in ``state`` what it drew them from;
-        raises ``LocalProtocolError`` if that is missing.
+        ``rows`` and the first position of the frame, and with ``drew_from`` what it drew them
+        from. A frame that closes no chunk may be on its way already.
         """
         hashed = Digest(hashlib.sha256(payload).digest())
         self._output.add_digest(traversal, first_position, rows, hashed)
         if self._frames is not None:
             self._frames.sent(traversal, first_position, rows, payload, hashed)
-        if self._state is not None:
-            if state is None:
-                raise LocalProtocolError("a last stage commits to what it draws from")
-            hashed = Digest(hashlib.sha256(state).digest())
-            self._state.add_digest(traversal, first_position, rows, hashed)
-            if self._frames is not None:
-                self._frames.drew_from(traversal, first_position, rows, state, hashed)
+
+    def drew_from(self, traversal: int, first_position: int, rows: int, state: bytes) -> None:
+        """Note what the last stage drew a frame's ids from.
+
+        Raises ``LocalProtocolError`` at another stage.
+        """
+        if self._state is None:
+            raise LocalProtocolError("only a last stage draws")
+        hashed = Digest(hashlib.sha256(state).digest())
+        self._state.add_digest(traversal, first_position, rows, hashed)
+        if self._frames is not None:
+            self._frames.drew_from(traversal, first_position, rows, state, hashed)
 
     def draw_statement(self, traversal: int) -> SignedEnvelope:
         """Sign all ids drawn up to a traversal, for the last stage.
@@ -345,6 +346,17 @@ class StageBooks:
         # Live frames of an epoch are numbered from its resume position on.
         return self._terms.epoch > 1 and traversal < self._terms.resume_position
 
+    def _check_price(self, worst: TokenCounts) -> None:
+        terms, index = self._terms, self._stage_index
+        price = terms.price(index, worst)
+        if price > self._limit:
+            raise Overspend(f"the work would cost {price} microcredits, the cap is {self._limit}")
+        # More tokens never cost less: look one chunk ahead, so that not every frame is priced.
+        ahead = replace(worst, output=worst.output + terms.chunk_tokens)
+        with suppress(Overspend):
+            if terms.price(index, ahead) <= self._limit:
+                self._affordable = ahead
+
     def _check_window(self, worst: TokenCounts, since: TokenCounts, what: str) -> None:
         terms = self._terms
         prompt = worst.prompt - since.prompt
@@ -384,7 +396,9 @@ class StageBooks:
         output_commit = self._output.commit_at(traversal)
         if input_commit is None or output_commit is None:
             raise LocalProtocolError(f"traversal {traversal} has not passed this stage")
-        state_commit = self._state.commit_at(traversal) if self._state is not None else None
+        state_commit = self._state.commit_at(traversal) if self._state is not None else b""
+        if state_commit is None:
+            raise LocalProtocolError("a last stage commits to what it draws from")
         close = ChunkClose(chunk, traversal, counts)
         receipt = receipt_message(
             self._terms,
@@ -394,7 +408,7 @@ class StageBooks:
             output_commit=output_commit,
             previous_digest=previous,
             issued_ms=now_ms,
-            state_commit=state_commit or b"",
+            state_commit=state_commit,
         )
         return _Signed(close, seal(self._key, receipt))
 
@@ -432,3 +446,14 @@ class StageBooks:
         if amount != price:
             raise RemoteProtocolError(f"the voucher pays {amount} microcredits, not {price}")
         return amount
+
+
+def _within(counts: TokenCounts, most: TokenCounts | None) -> bool:
+    """Whether no count is above another's; ``replayed`` is the stage's, not the session's."""
+    return (
+        most is not None
+        and counts.output <= most.output
+        and counts.prompt <= most.prompt
+        and counts.cached_prompt <= most.cached_prompt
+        and counts.rejected_draft <= most.rejected_draft
+    )

@@ -140,27 +140,33 @@ class FramedStage(FaultedStage):
 
     def _pass_on(self, job: Job, onward: stage_pb2.Frame) -> None:
         session, frame, books = job.session, job.frame, job.session.require_books()
-        payload = onward.activations.data
-        books.sent(frame.traversal, frame.first_position, frame.rows, payload)
-        onward.receipts.extend(self._receipt(job))
+        place = frame.traversal, frame.first_position, frame.rows
+        if frame.close_chunk:
+            books.sent(*place, onward.activations.data)
+            onward.receipts.append(self._receipt(job))
         request = stage_pb2.LinkRequest(frame=onward)
         self._send(job, lambda: self._links.send_down(session.downstream, request))
+        if not frame.close_chunk:  # the next stage need not wait for what nobody signs yet
+            books.sent(*place, onward.activations.data)
 
     def _answer(self, job: Job, done: Done, residence_us: int) -> None:
         session, frame, books = job.session, job.frame, job.session.require_books()
         ids = done.drawn.ids if done.drawn is not None else ()
-        place = frame.traversal, frame.first_position
-        books.sent(*place, len(ids), ids_payload(ids), state_of(done))
-        receipts = [*frame.receipts, *self._receipt(job)]
+        place = frame.traversal, frame.first_position, len(ids)
+        books.sent(*place, ids_payload(ids))
+        receipts = list(frame.receipts)
+        if frame.close_chunk:
+            books.drew_from(*place, state_of(done))
+            receipts.append(self._receipt(job))
         draws = books.draw_statement(frame.traversal) if ids else None
         answer = result_message(frame, done.drawn, receipts, draws, residence_us, done.scored)
         self._send(job, lambda: self._links.send_up(session.terms.client, answer))
+        if not frame.close_chunk:  # the client need not wait for what nobody signs yet
+            books.drew_from(*place, state_of(done))
 
-    def _receipt(self, job: Job) -> list[SignedEnvelope]:
-        if not job.frame.close_chunk:
-            return []
+    def _receipt(self, job: Job) -> SignedEnvelope:
         books, now_ms = job.session.require_books(), self._clock_ms()
-        return [books.close_chunk(job.frame.traversal, job.counts.counts, now_ms)]
+        return books.close_chunk(job.frame.traversal, job.counts.counts, now_ms)
 
     def _send(self, job: Job, send: Callable[[], None]) -> None:
         session = job.session

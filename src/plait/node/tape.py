@@ -9,6 +9,7 @@ an audit then, which makes it suspect and nothing worse.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from plait.errors import CapacityError
 from plait.ledger.audit_rules import Crossing
@@ -32,13 +33,19 @@ class _Session:
     given_up: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """Where the bytes of a crossing are."""
+class _Mark(NamedTuple):
+    """A crossing, and where its bytes are."""
 
-    crossing: Crossing
+    traversal: int
+    first_position: int
+    rows: int
+    hashed: Digest
     offset: int
     size: int
+
+    def crossing(self, payload: bytes | None = None) -> Crossing:
+        """What an audit compares."""
+        return Crossing(self.traversal, self.first_position, self.rows, self.hashed, payload)
 
 
 class EpochTape:
@@ -53,24 +60,24 @@ class EpochTape:
         self, traversal: int, first_position: int, rows: int, payload: bytes, hashed: Digest
     ) -> None:
         """Keep a frame that came; ``hashed`` is its payload's SHA-256."""
-        self._keep("input", Crossing(traversal, first_position, rows, hashed), payload)
+        self._keep("input", (traversal, first_position, rows, hashed), payload)
 
     def sent(
         self, traversal: int, first_position: int, rows: int, payload: bytes, hashed: Digest
     ) -> None:
         """Keep what went out for a frame."""
-        self._keep("output", Crossing(traversal, first_position, rows, hashed), payload)
+        self._keep("output", (traversal, first_position, rows, hashed), payload)
 
     def drew_from(
         self, traversal: int, first_position: int, rows: int, payload: bytes, hashed: Digest
     ) -> None:
         """Keep what the last stage drew ``rows`` ids from."""
-        self._keep("state", Crossing(traversal, first_position, rows, hashed), payload)
+        self._keep("state", (traversal, first_position, rows, hashed), payload)
 
-    def _keep(self, kind: Kind, crossing: Crossing, payload: bytes) -> None:
+    def _keep(self, kind: Kind, place: tuple[int, int, int, Digest], payload: bytes) -> None:
         offset = self._tape.append((self._session, kind), payload)
         if offset is not None:
-            self.marks[kind].append(_Mark(crossing, offset, len(payload)))
+            self.marks[kind].append(_Mark(*place, offset, len(payload)))
 
 
 class Tape:
@@ -140,32 +147,36 @@ class Tape:
         self._write_all(session, held)
         return [
             self._opened((session, kind), mark)
-            if mark.crossing.traversal >= opened_from
+            if mark.traversal >= opened_from
             # The bytes before the chunk are hashed, not compared.
-            else mark.crossing
+            else mark.crossing()
             for mark in tape.marks[kind]
-            if mark.crossing.traversal <= until
+            if mark.traversal <= until
         ]
 
     def append(self, key: Key, data: bytes) -> int | None:
         """Keep bytes; returns where they begin, None if they are not kept."""
-        held = self._sessions.get(key[0])
+        session, kind = key
+        held, size = self._sessions.get(session), len(data)
         if held is None or held.given_up:
             return None
-        self._make_room(len(data))
-        offset = held.sizes.get(key[1], 0)
+        if self.bytes_kept + size > self._bytes_max:
+            self._make_room(size)
+        offset = held.sizes.get(kind, 0)
         try:
-            if self.bytes_kept + len(data) > self._bytes_max:
+            if self.bytes_kept + size > self._bytes_max:
                 raise CapacityError("no room is left for the tape")
-            waiting = held.unwritten.setdefault(key[1], bytearray())
+            waiting = held.unwritten.get(kind)
+            if waiting is None:
+                waiting = held.unwritten[kind] = bytearray()
             waiting += data
             if len(waiting) >= UNWRITTEN_BYTES_MAX:
                 self._write(key, held)
         except (OSError, CapacityError):
-            self._give_up(key[0])
+            self._give_up(session)
             return None
-        held.sizes[key[1]] = offset + len(data)
-        self.bytes_kept += len(data)
+        held.sizes[kind] = offset + size
+        self.bytes_kept += size
         return offset
 
     def _write_all(self, session: SessionId, held: _Session) -> None:
@@ -185,9 +196,7 @@ class Tape:
             payload = self._spill.read(key, mark.offset, mark.size) if mark.size else b""
         except OSError as error:
             raise CapacityError(f"the tape cannot be read: {error}") from error
-        one = mark.crossing
-        hashed = one.payload_digest
-        return Crossing(one.traversal, one.first_position, one.rows, hashed, payload)
+        return mark.crossing(payload)
 
     def _known(self, session: SessionId) -> _Session:
         held = self._sessions.get(session)

@@ -302,8 +302,9 @@ class PaperSession:
             books.admit(taken)
             books.received(traversal, first_position, rows, payload)
             payload, sent_rows = self._computed(index, frame)
-            state = b"what was drawn from" if index == len(self.stages) - 1 else None
-            books.sent(traversal, first_position, sent_rows, payload, state)
+            books.sent(traversal, first_position, sent_rows, payload)
+            if index == len(self.stages) - 1:
+                books.drew_from(traversal, first_position, sent_rows, b"what was drawn from")
             if close_chunk:
                 now_ms = NOW_MS + 10 * traversal
                 receipts.append(books.close_chunk(traversal, taken.counts, now_ms))

@@ -369,8 +369,10 @@ class PaperCourse:
             last = index == len(epoch.books) - 1
             payload = ids_payload(ids) if last else _activations(index, frame)
             rows = len(ids) if last else frame.rows
-            state = _activations(index, frame) if last else None
-            books.sent(frame.traversal, frame.first_position, rows, payload, state)
+            books.sent(frame.traversal, frame.first_position, rows, payload)
+            if last:
+                state = _activations(index, frame)
+                books.drew_from(frame.traversal, frame.first_position, rows, state)
             if frame.close_chunk:
                 receipts.append(books.close_chunk(frame.traversal, taken.counts, NOW_MS))
         return ids, receipts
