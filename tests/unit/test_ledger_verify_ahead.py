@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 
@@ -72,7 +73,8 @@ class Journal:
     def audit(self, processes: int) -> JournalReport:
         signed = Checkpoint("log", len(self._leaves), root_of(map(leaf_hash, self._leaves)))
         auditor = JournalAuditor(NETWORK, KEY.public)
-        return audit_journal(auditor, verified_ahead(self.pages, processes), signed)
+        pages = verified_ahead(self.pages, processes, from_the_first=True)
+        return audit_journal(auditor, pages, signed)
 
 
 @pytest.mark.parametrize("bad", [[], [(5, 7)], [(9, 0), (6, 69)]])
@@ -103,7 +105,7 @@ def test_pages_come_in_order_with_true_words_and_not_all_at_once() -> None:
             yield one
 
     found = []
-    for given in verified_ahead(source(), 2):
+    for given in verified_ahead(source(), 2, from_the_first=True):
         found.append(given)
         seen = sum(len(one.objects) for one in found)
         assert taken - seen <= ahead + sizes[2]
@@ -121,8 +123,18 @@ def test_with_one_process_the_audit_verifies_for_itself() -> None:
 
 
 @pytest.mark.slow
+def test_nobody_waits_for_the_processes_to_start() -> None:
+    pages = [page(number, 1) for number in range(3)]
+    assert list(verified_ahead(pages, 2)) == pages  # gone before they could
+    started = verified_ahead((page(number, 64) for number in count()), 2)
+    given = next(one for one in started if one.sound)
+    assert given.sound == (True,) * 64
+
+
+@pytest.mark.slow
 def test_a_process_that_ends_early_is_named() -> None:
-    found = verified_ahead((page(number, 64) for number in range(100)), 2)
+    pages = (page(number, 64) for number in range(100))
+    found = verified_ahead(pages, 2, from_the_first=True)
     next(found)
     for process in multiprocessing.active_children():
         process.kill()

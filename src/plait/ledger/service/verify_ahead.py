@@ -10,7 +10,7 @@ for the interpreter after every signature.
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import cycle
@@ -39,22 +39,42 @@ def processes_for(pages: Sequence[JournalPage]) -> int:
     return min(PROCESSES_MAX, os.cpu_count() or 1)
 
 
-def verified_ahead(pages: Iterable[JournalPage], processes: int) -> Iterator[JournalPage]:
+def verified_ahead(
+    pages: Iterable[JournalPage], processes: int, *, from_the_first: bool = False
+) -> Iterator[JournalPage]:
     """The same pages, each with word of which of its objects' signatures are good.
 
-    With one process nothing is done: the audit verifies for itself. Raises ``LedgerError``
-    if one of the processes ends early.
+    Without such word the audit verifies for itself: with one process, and while the processes
+    start, unless ``from_the_first`` page on they are to be waited for. Raises ``LedgerError`` if
+    one of the processes ends early.
     """
     if processes < 2:
         yield from pages
         return
     with _verifiers(processes) as connections:
         try:
-            yield from _verified(pages, connections)
+            rest = iter(pages)
+            if not from_the_first and not (yield from _while_starting(rest, connections)):
+                return
+            for connection in connections:
+                connection.recv_bytes()  # it has started
+            yield from _verified(rest, connections)
         except (EOFError, OSError) as error:
             raise LedgerError(
                 "a process that verifies signatures has ended", remedy="audit with --jobs 1"
             ) from error
+
+
+def _while_starting(
+    pages: Iterator[JournalPage], connections: Sequence[Connection]
+) -> Generator[JournalPage, None, bool]:
+    """Pages as they are until all processes have started; whether they have."""
+    while not all(connection.poll() for connection in connections):
+        page = next(pages, None)
+        if page is None:
+            return False
+        yield page
+    return True
 
 
 @dataclass(slots=True)

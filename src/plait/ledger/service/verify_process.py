@@ -12,9 +12,13 @@ from plait.v1.ledger_pb2 import ExportResponse
 
 
 def verify_all(asked: Connection) -> None:
-    """Answer each export page with one byte per object, 1 for a good signature, to its end."""
+    """Say that we have started, then answer each export page, to the end of the pipe.
+
+    An answer has one byte per object: 1 for a good signature.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started us ends us
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        asked.send_bytes(b"started")
         while True:
             page = ExportResponse.FromString(asked.recv_bytes())
             asked.send_bytes(bytes(map(_is_sound, page.objects)))
