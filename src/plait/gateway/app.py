@@ -5,15 +5,11 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from plait.errors import PlaitError
-from plait.gateway import failure, messages_api, openapi, page, responses_api
+from plait.gateway import messages_api, openapi, page, responses_api
 from plait.gateway.answering import Answering, Desk
 from plait.gateway.bundles import BundleStore
 from plait.gateway.config import GatewayConfig
@@ -47,6 +43,7 @@ from plait.gateway.requests import (
     plain_messages,
 )
 from plait.gateway.responses_api import ResponsesDialect, ResponsesRequest
+from plait.gateway.routing import Routes
 from plait.gateway.running import InProgress
 from plait.gateway.shares import Shares
 from plait.gateway.shelf import Shelf, Shelved, facts_of
@@ -118,18 +115,8 @@ class Gateway:
             "/tokenize": self.tokenize,
             "/detokenize": self.detokenize,
         }
-        routes = Starlette(
-            # Tried one after the other: what is asked most stands first.
-            routes=[Route(path, handler, methods=["POST"]) for path, handler in writes.items()]
-            + [Route(path, handler, methods=["GET"]) for path, handler in reads.items()],
-            exception_handlers={
-                ApiError: _on_error,
-                PlaitError: _on_error,
-                HTTPException: _on_http_error,
-                ClientDisconnect: _on_disconnect,
-                Exception: _on_error,
-            },
-        )
+        # Tried one after the other: what is asked most stands first.
+        routes = Routes(writes.items(), reads.items())
         return Doorman(routes, self._config, self._metrics, self.cashier)
 
     def close(self) -> None:
@@ -342,20 +329,3 @@ def _include_usage(body: Generating) -> bool:
 
 def _clock_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-async def _on_error(request: Request, error: Exception) -> Response:
-    return failure.of(error).response(request.url.path)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    response = ApiError(error.status_code, message, code=code).response(request.url.path)
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_disconnect(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # Nobody reads it.

@@ -2,6 +2,7 @@
 
 import ipaddress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from plait.errors import ConfigError
@@ -60,6 +61,7 @@ class GatewayConfig:
         return is_loopback(self.host)
 
 
+@lru_cache(maxsize=64)  # every request names one
 def is_loopback(host: str) -> bool:
     """Whether a host name or address is this machine's own."""
     if host == "localhost":

@@ -26,7 +26,8 @@ BROWSER_PATHS = frozenset({"/", "/page.css", "/metrics"})
 
 
 class Doorman:
-    """ASGI middleware; puts ``request_id``, ``owner`` and ``key`` into the request's state."""
+    """ASGI middleware; puts ``request_id``, ``owner`` and ``key`` into the request's state, and
+    ``begun`` once its response has."""
 
     def __init__(
         self, app: ASGIApp, config: GatewayConfig, metrics: Metrics, cashier: Cashier | None
@@ -47,6 +48,7 @@ class Doorman:
 
         async def marked(message: Message) -> None:
             if message["type"] == "http.response.start":
+                state["begun"] = True
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"

@@ -24,6 +24,7 @@ from plait.gateway.benchmark import offset_s
 from plait.gateway.config import GatewayConfig
 from plait.gateway.port import Ask
 from plait.gateway.server import listen, server_config
+from plait.heap import freeze_heap
 from plait.model import catalog
 from plait.model.tokenizer import Tokenizer
 from plait.testing.bare import bare_app
@@ -146,6 +147,7 @@ async def serve(options: argparse.Namespace, announce: Any = print) -> None:
         app = Gateway(upstream, "conformance", GatewayConfig(version="conformance")).app()
     listener = listen("127.0.0.1", options.port)
     server = uvicorn.Server(server_config(app))
+    freeze_heap()  # as `plait serve` does
     announce(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", flush=True)
     await server.serve(sockets=[listener])
 
