@@ -33,7 +33,8 @@ SUITE_NAMES = [
     "openai",
     "openai with plait",
     "anthropic",
-    "langchain-tests",
+    "langchain-tests on chat",
+    "langchain-tests on responses",
     "llm",
     "curl",
     "schemathesis",
@@ -52,9 +53,52 @@ class Suite:
     options: list[str] = field(default_factory=list)
     excuses: tuple[Excuse, ...] = ()
     """For a network with random weights."""
+    only: str = ""
+    """The class of a suite that takes long, which is run alone."""
+    title: str = ""
+    """In the table; the package if empty."""
+
+    @property
+    def name_shown(self) -> str:
+        """What stands in the table, and after --only."""
+        return self.title or self.package
 
 
 _ASYNC = ["-o", "asyncio_mode=auto", "-o", "asyncio_default_test_loop_scope=session"]
+_LANGCHAIN_EXCUSES = (
+    Excuse(
+        "json_mode",
+        r"OutputParserException|ValidationError",
+        "JSON mode promises JSON; members of certain names are the model's to write",
+    ),
+    Excuse(
+        "structured_output",
+        r"LengthFinishReasonError|ValidationError|assert False",
+        "random weights do not end a text: the limit of 256 tokens cuts the form, "
+        "and the answer says so",
+    ),
+    Excuse(
+        "tool|agent_loop|runnables",
+        r"assert 0 == 1|assert \[\]|assert False|assert \{|tool call, got 0",
+        "random weights call no tool unless they must, with arguments of their own, "
+        "or ones that the limit of 256 tokens cuts",
+    ),
+)
+
+
+def _langchain(api: str, only: str) -> Suite:
+    return Suite(
+        "langchain_client",
+        ["langchain-openai", "langchain-tests", *_PYTEST],
+        "langchain-tests",
+        f"langchain's standard integration tests, over the API of {api}",
+        _ASYNC,
+        excuses=_LANGCHAIN_EXCUSES,
+        only=only,
+        title=f"langchain-tests on {api}",
+    )
+
+
 PYTESTS = [
     Suite(
         "openai_client",
@@ -63,32 +107,8 @@ PYTESTS = [
         "chat, streams, tools, json_schema, logprobs, completions, responses, embeddings, errors",
     ),
     Suite("anthropic_client", ["anthropic", *_PYTEST], "anthropic", "messages, streams, tools"),
-    Suite(
-        "langchain_client",
-        ["langchain-openai", "langchain-tests", *_PYTEST],
-        "langchain-tests",
-        "langchain's standard integration tests, on chat completions and on responses",
-        _ASYNC,
-        excuses=(
-            Excuse(
-                "json_mode",
-                r"OutputParserException|ValidationError",
-                "JSON mode promises JSON; members of certain names are the model's to write",
-            ),
-            Excuse(
-                "structured_output",
-                r"LengthFinishReasonError|ValidationError|assert False",
-                "random weights do not end a text: the limit of 256 tokens cuts the form, "
-                "and the answer says so",
-            ),
-            Excuse(
-                "tool|agent_loop|runnables",
-                r"assert 0 == 1|assert \[\]|assert False|assert \{|tool call, got 0",
-                "random weights call no tool unless they must, with arguments of their own, "
-                "or ones that the limit of 256 tokens cuts",
-            ),
-        ),
-    ),
+    _langchain("chat", "TestChat"),
+    _langchain("responses", "TestResponses"),
 ]
 
 
@@ -119,9 +139,9 @@ def main() -> int:
 
 
 def _report_of(name: str, url: str, options: argparse.Namespace) -> Report:
-    by_package = {suite.package: suite for suite in PYTESTS}
-    if name in by_package:
-        return _run_pytest(by_package[name], options)
+    by_name = {suite.name_shown: suite for suite in PYTESTS}
+    if name in by_name:
+        return _run_pytest(by_name[name], options)
     run = {
         "openai with plait": partial(_run_with_openai, network=options.network),
         "llm": _run_llm,
@@ -156,10 +176,10 @@ def _version(python: Path, package: str) -> str:
 
 def _run_pytest(suite: Suite, options: argparse.Namespace) -> Report:
     python = _environment(options.cache, suite.name, suite.packages)
-    report = Report(suite.package, _version(python, suite.package), suite.what)
+    report = Report(suite.name_shown, _version(python, suite.package), suite.what)
     command = [str(python), "-m", "pytest", "-q", "-rfEs", "--tb=line", "-c", os.devnull]
     command += ["-p", "no:cacheprovider", "--import-mode=importlib", f"--rootdir={SUITES}"]
-    command += [*suite.options, str(SUITES / f"{suite.name}.py")]
+    command += [*suite.options, str(SUITES / f"{suite.name}.py"), "-k", suite.only]
     os.environ["COLUMNS"] = "400"  # or pytest cuts off why a test failed
     output = _bounded(command, options.seconds)
     found = re.search(r"(\d+) passed", output)
