@@ -24,6 +24,7 @@ from plait.net.tls import create_identity
 from plait.network_file import NetworkFile
 from plait.router.view import Offer
 from plait.router.wire import seal_offer
+from plait.testing.offers import plain_offer
 from plait.types import Digest, PeerId, Prices, Span
 
 NETWORK_ID = "bench"
@@ -96,29 +97,20 @@ class Host:
 
 
 def _offer(key: SigningKey) -> Offer:
-    return Offer(
-        peer=key.peer_id,
-        model_digest=MODEL,
-        span=Span(0, 12),
+    return plain_offer(
+        key.peer_id,
+        MODEL,
+        Span(0, 12),
         incarnation=time.time_ns(),
-        sequence=0,
-        issued_ms=0,
-        expires_ms=0,
-        state="ready",
-        evidence="stage-receipts",
         prices=Prices(prompt=5_000, output=20_000),
-        numeric_class="fp32",
         region="eu",
         kv_tokens_total=16_384,
         kv_tokens_free=16_384,
-        sessions_active=0,
-        decode_us=0,
         prefill_us_per_token=400,
         public_address="127.0.0.1:4001",
         peer_address="127.0.0.1:4002",
         certificate=create_identity(key.peer_id).cert_der,
         multiaddrs=(f"/ip4/127.0.0.1/tcp/4003/p2p/{key.peer_id}",),
-        digest=Digest(b""),
     )
 
 

@@ -19,6 +19,7 @@ from plait.errors import NoRoute, RouteError
 from plait.router.plan import plan
 from plait.router.request import RouteRequest
 from plait.router.view import Offer, View
+from plait.testing.offers import plain_offer
 from plait.types import Digest, Microcredits, ModelShape, PeerId, Prices, Span
 
 NOW_MS = 1_000_000
@@ -51,29 +52,18 @@ def _random_offer(rng: random.Random, peer: PeerId, model: ModelShape, at: int) 
     span = Span(start, min(model.layers, start + length))
     layer_us = rng.choice([150, 400, 1200, 3000])
     layers = model.priced_layers(span)
-    return Offer(
-        peer=peer,
-        model_digest=model.digest,
-        span=span,
-        incarnation=1,
-        sequence=1,
+    return plain_offer(
+        peer,
+        model.digest,
+        span,
         issued_ms=NOW_MS,
         expires_ms=NOW_MS + 60_000,
-        state="ready",
-        evidence="stage-receipts",
         prices=Prices(prompt=rng.randint(1000, 9000), output=rng.randint(5000, 40_000)),
-        numeric_class="fp32",
-        region="",
         kv_tokens_total=100_000,
         kv_tokens_free=100_000,
         sessions_active=rng.randint(0, 6),
         decode_us=layer_us * layers,
         prefill_us_per_token=layer_us * layers // 10,
-        public_address="127.0.0.1:1",
-        peer_address="127.0.0.1:2",
-        certificate=b"",
-        multiaddrs=(),
-        digest=Digest(b"d" * 32),
     )
 
 

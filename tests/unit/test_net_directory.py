@@ -28,7 +28,8 @@ from plait.network_file import Bootstrap, NetworkFile
 from plait.router.view import Offer, View
 from plait.task_scope import TaskScope
 from plait.testing.net import MemoryNetwork
-from plait.types import Digest, PeerId, Prices, Span
+from plait.testing.offers import plain_offer
+from plait.types import Digest, PeerId, Span
 from plait.v1 import offer_pb2, offer_pb2_grpc
 
 NOW_MS = 1_800_000_000_000
@@ -42,29 +43,15 @@ def clock_ms() -> int:
 
 
 def offer_of(key: SigningKey, address: str, certificate: bytes) -> Offer:
-    return Offer(
-        peer=key.peer_id,
-        model_digest=MODEL,
-        span=Span(0, 4),
-        incarnation=1,
-        sequence=0,
+    return plain_offer(
+        key.peer_id,
+        MODEL,
+        Span(0, 4),
         issued_ms=0,
         expires_ms=0,
-        state="ready",
-        evidence="stage-receipts",
-        prices=Prices(prompt=1, output=2),
-        numeric_class="fp32",
-        region="",
-        kv_tokens_total=10,
-        kv_tokens_free=10,
-        sessions_active=0,
-        decode_us=100,
-        prefill_us_per_token=10,
         public_address=address,
         peer_address=address,
         certificate=certificate,
-        multiaddrs=(),
-        digest=Digest(b""),
     )
 
 

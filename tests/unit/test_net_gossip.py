@@ -17,7 +17,8 @@ from plait.router.view import Offer
 from plait.router.wire import seal_offer
 from plait.task_scope import TaskScope
 from plait.testing.net import MemoryControlPlane, MemoryNetwork
-from plait.types import Digest, Prices, Span
+from plait.testing.offers import plain_offer
+from plait.types import Digest, Span
 
 NOW_MS = 1_800_000_000_000
 INCARNATION = NOW_MS * 1_000_000
@@ -39,30 +40,8 @@ FRONT, BACK = Span(0, 4), Span(4, 8)
 
 
 def offer_of(key: SigningKey, *, span: Span = FRONT) -> Offer:
-    return Offer(
-        peer=key.peer_id,
-        model_digest=MODEL,
-        span=span,
-        incarnation=0,
-        sequence=0,
-        issued_ms=0,
-        expires_ms=0,
-        state="ready",
-        evidence="stage-receipts",
-        prices=Prices(prompt=1, output=2),
-        numeric_class="fp32",
-        region="",
-        kv_tokens_total=10,
-        kv_tokens_free=10,
-        sessions_active=0,
-        decode_us=100,
-        prefill_us_per_token=10,
-        public_address="127.0.0.1:1",
-        peer_address="127.0.0.1:2",
-        certificate=b"c",
-        multiaddrs=(f"/ip4/127.0.0.1/tcp/9/p2p/{key.peer_id}", f"/x/p2p/{KEYS[2].peer_id}"),
-        digest=Digest(b""),
-    )
+    addresses = (f"/ip4/127.0.0.1/tcp/9/p2p/{key.peer_id}", f"/x/p2p/{KEYS[2].peer_id}")
+    return plain_offer(key.peer_id, MODEL, span, certificate=b"c", multiaddrs=addresses)
 
 
 def gossip_of(control: MemoryControlPlane, key: SigningKey, clock: Clock) -> Gossip:

@@ -21,7 +21,8 @@ from plait.net.membership import (
 from plait.network_file import NetworkFile
 from plait.router.view import LinkReport, MeasuredLink, Offer
 from plait.router.wire import offer_from_message, offer_to_message, seal_link_report, seal_offer
-from plait.types import Digest, PeerId, Prices, Span
+from plait.testing.offers import plain_offer
+from plait.types import Digest, PeerId, Span
 from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
 
 NOW_MS = 1_800_000_000_000
@@ -32,31 +33,10 @@ OPEN = NetworkFile("net-1", ALICE.peer_id, "open", b"i" * 32, (), ())
 
 def offer_of(key: SigningKey = ALICE, **changes: Any) -> Offer:
     """An offer issued now for a minute."""
-    offer = Offer(
-        peer=key.peer_id,
-        model_digest=Digest(b"m" * 32),
-        span=Span(0, 4),
-        incarnation=STARTED_NS,
-        sequence=1,
-        issued_ms=NOW_MS,
-        expires_ms=NOW_MS + 60_000,
-        state="ready",
-        evidence="stage-receipts",
-        prices=Prices(prompt=1, output=2),
-        numeric_class="fp32",
-        region="eu",
-        kv_tokens_total=10,
-        kv_tokens_free=10,
-        sessions_active=0,
-        decode_us=100,
-        prefill_us_per_token=10,
-        public_address="127.0.0.1:1",
-        peer_address="127.0.0.1:2",
-        certificate=b"c",
-        multiaddrs=(),
-        digest=Digest(b""),
-    )
-    return replace(offer, **changes)
+    given: dict[str, Any] = {"incarnation": STARTED_NS, "issued_ms": NOW_MS}
+    given |= {"expires_ms": NOW_MS + 60_000, "region": "eu"}
+    given |= {"kv_tokens_total": 10, "kv_tokens_free": 10}
+    return replace(plain_offer(key.peer_id, Digest(b"m" * 32), Span(0, 4), **given), **changes)
 
 
 def signed(key: SigningKey = ALICE, network_id: str = "net-1", **changes: Any) -> SignedEnvelope:

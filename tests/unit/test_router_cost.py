@@ -9,6 +9,7 @@ from plait.router import cost
 from plait.router.cost import Link, Totals
 from plait.router.request import RouteRequest
 from plait.router.view import Offer, View
+from plait.testing.offers import plain_offer
 from plait.types import Digest, ModelShape, PeerId, Prices, Span, TokenCounts
 
 MODEL = ModelShape("toy", Digest(b"m" * 32), 10, 2, 3, bytes_per_row=1000)
@@ -19,12 +20,9 @@ REQUEST = RouteRequest(prompt_tokens=300, max_tokens=50)
 def make_offer(peer: PeerId, span: Span, **changes: Any) -> Offer:
     """An idle offer of 2 ms decode and 0.5 ms prefill per cost layer."""
     layers = MODEL.priced_layers(span)
-    offer = Offer(
-        peer, MODEL.digest, span, 1, 1, 0, 1, "ready", "stage-receipts",
-        Prices(prompt=5_000, output=20_000), "fp32", "eu", 1, 1, 0,
-        2000 * layers, 500 * layers, "h:1", "h:2", b"", (), Digest(b"d"),
-    )  # fmt: skip
-    return replace(offer, **changes)
+    given = {"decode_us": 2000 * layers, "prefill_us_per_token": 500 * layers}
+    prices = Prices(prompt=5_000, output=20_000)
+    return replace(plain_offer(peer, MODEL.digest, span, prices=prices, **given), **changes)
 
 
 def test_a_stage_is_charged_for_its_share_of_the_cost_layers() -> None:

@@ -12,6 +12,7 @@ from plait.router.placement import choose_span, layer_throughput
 from plait.router.plan import plan
 from plait.router.request import RouteRequest
 from plait.router.view import Offer, View
+from plait.testing.offers import plain_offer
 from plait.types import Digest, ModelShape, PeerId, Prices, Span
 
 MODEL = ModelShape("toy", Digest(b"m" * 32), 6, 0, 0, bytes_per_row=1000)
@@ -22,12 +23,10 @@ REQUEST = RouteRequest(prompt_tokens=10, max_tokens=10)
 def make_offer(peer: PeerId, start: int, end: int, **changes: Any) -> Offer:
     """An offer of 1 ms per layer."""
     layers = end - start
-    offer = Offer(
-        peer, MODEL.digest, Span(start, end), 1, 1, 0, 100, "ready", "stage-receipts",
-        Prices(prompt=100_000, output=100_000), "fp32", "eu", 99, 99, 0,
-        1000 * layers, 100 * layers, "h:1", "h:2", b"", (), Digest(b"d"),
-    )  # fmt: skip
-    return replace(offer, **changes)
+    given: dict[str, Any] = {"issued_ms": 0, "expires_ms": 100, "region": "eu"}
+    given |= {"prices": Prices(prompt=100_000, output=100_000)}
+    given |= {"decode_us": 1000 * layers, "prefill_us_per_token": 100 * layers}
+    return replace(plain_offer(peer, MODEL.digest, Span(start, end), **given), **changes)
 
 
 def view_of(*offers: Offer) -> View:

@@ -19,6 +19,7 @@ from plait.router.request import RouteRequest, Sort
 from plait.router.search import best_route, goal_of
 from plait.router.view import Offer, View
 from plait.router.wire_choice import on_wire, rounds
+from plait.testing.offers import plain_offer
 from plait.types import Digest, Microcredits, ModelShape, PeerId, Prices, Span, WireDtype
 
 MODEL = ModelShape("toy", Digest(b"m" * 32), 6, 1, 2, bytes_per_row=4096)
@@ -30,31 +31,11 @@ P, Q, R, S, T = (PeerId(name) for name in "pqrst")
 def make_offer(peer: PeerId, start: int, end: int, **changes: Any) -> Offer:
     """An eligible offer of 1 ms per cost layer and 1 microcredit per layer and token."""
     span = Span(start, end)
-    offer = Offer(
-        peer=peer,
-        model_digest=MODEL.digest,
-        span=span,
-        incarnation=1,
-        sequence=1,
-        issued_ms=NOW_MS,
-        expires_ms=NOW_MS + 60_000,
-        state="ready",
-        evidence="stage-receipts",
-        prices=Prices(prompt=1_000_000, output=1_000_000),
-        numeric_class="fp32",
-        region="eu-west",
-        kv_tokens_total=10_000,
-        kv_tokens_free=10_000,
-        sessions_active=0,
-        decode_us=1000 * MODEL.priced_layers(span),
-        prefill_us_per_token=100 * MODEL.priced_layers(span),
-        public_address="h:1",
-        peer_address="h:2",
-        certificate=b"",
-        multiaddrs=(),
-        digest=Digest(b"d" * 32),
-    )
-    return replace(offer, **changes)
+    layers = MODEL.priced_layers(span)
+    given: dict[str, Any] = {"issued_ms": NOW_MS, "expires_ms": NOW_MS + 60_000}
+    given |= {"prices": Prices(prompt=1_000_000, output=1_000_000), "region": "eu-west"}
+    given |= {"decode_us": 1000 * layers, "prefill_us_per_token": 100 * layers}
+    return replace(plain_offer(peer, MODEL.digest, span, **given), **changes)
 
 
 def make_view(*offers: Offer, rtt_us: int | None = 1000, **links: int) -> View:
