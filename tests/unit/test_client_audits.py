@@ -178,3 +178,13 @@ def test_what_another_process_has_just_finished_holds_up_nothing(tmp_path: Path)
     (tmp_path / "due" / "0-0-00.taken").symlink_to(tmp_path / "gone")
     taken = spool.take(NOW)
     assert taken is not None and taken[2] == b"a bundle"
+
+
+def test_a_file_that_goes_while_they_are_counted_leaves_the_bound(tmp_path: Path) -> None:
+    spool = AuditSpool(tmp_path)
+    (tmp_path / "due").mkdir()
+    (tmp_path / "due" / "0-0-00.bundle").symlink_to(tmp_path / "gone")
+    for number in range(DUE_FILES_MAX + 5):
+        spool.put(number.to_bytes(16, "big"), b"x", NOW + number)
+    files = [path for path in (tmp_path / "due").iterdir() if path.exists()]
+    assert len(files) == DUE_FILES_MAX

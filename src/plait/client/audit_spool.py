@@ -148,11 +148,14 @@ class AuditSpool:
 
     @staticmethod
     def _bound(folder: Path, files_max: int, bytes_max: int) -> None:
-        kept = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        sizes = [path.stat().st_size for path in kept]
-        while kept and (len(kept) > files_max or sum(sizes) > bytes_max):
-            kept.pop(0).unlink(missing_ok=True)
-            sizes.pop(0)
+        kept: list[tuple[int, int, Path]] = []
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process is done with it
+                found = path.stat()
+                kept.append((found.st_mtime_ns, found.st_size, path))
+        kept.sort(reverse=True)
+        while kept and (len(kept) > files_max or sum(size for _, size, _ in kept) > bytes_max):
+            kept.pop()[2].unlink(missing_ok=True)
 
 
 class BackgroundSpool:

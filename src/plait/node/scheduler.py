@@ -13,14 +13,14 @@ saved up nothing. While several clients decode, a step is cut so that each gets 
 the stage's time (``shares``); who is alone is never held back.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
 from itertools import islice
 from typing import Generic, TypeVar
 
-from plait.node.shares import StepLine, Want, rows_allowed
+from plait.node.shares import StepLine, level_of, rows_allowed
 
 T = TypeVar("T")
 
@@ -81,8 +81,8 @@ class Scheduler(Generic[T]):
     _size: int = 0
     _steps: int = 0
     _step_line: StepLine = field(default_factory=StepLine)
-    _decoding: dict[Lane, tuple[int, int]] = field(default_factory=dict)
-    """The step at which a lane last had rows of decoding to compute, and how many."""
+    _decoding: dict[Hashable, tuple[int, int]] = field(default_factory=dict)
+    """The step at which a client last had rows of decoding to compute, and how many."""
 
     def __len__(self) -> int:
         return self._size
@@ -105,14 +105,16 @@ class Scheduler(Generic[T]):
         parts: list[Part[T]] = []
         starts: list[float] = []
         narrow, wide = self._by_lane()
-        total, rows_max = 0, self._rows_allowed(narrow)
+        total, level = 0, self._level(narrow)
+        taken: Counter[Lane] = Counter()
         for key, line in self._in_turn(narrow):
             _, item = line.items[0]
-            rows = self.rows(item)
-            if parts and total + rows > rows_max:
+            rows, lane = self.rows(item), self._lane(item)
+            if taken[lane] >= level or (parts and total + rows > self.rows_max):
                 continue
-            starts.append(self._start(self._lane(item)))
+            starts.append(self._start(lane))
             parts.append(self._taken(key, line, rows))
+            taken[lane] += rows
             total += rows
         for key, line in islice(self._in_turn(wide), 1):
             _, item = line.items[0]
@@ -159,17 +161,19 @@ class Scheduler(Generic[T]):
             else:
                 heappop(due)
 
-    def _rows_allowed(self, narrow: _Lanes[T]) -> int:
-        """Rows of decoding that the next step takes."""
+    def _level(self, narrow: _Lanes[T]) -> int:
+        """How many rows of decoding the next step takes of each client, in each class."""
+        queued: Counter[Hashable] = Counter()
         for lane, lines in narrow.items():
-            self._decoding[lane] = self._steps, sum(self.rows(ln.items[0][1]) for _, ln in lines)
-        self._decoding = {
-            lane: (step, rows)
-            for lane, (step, rows) in self._decoding.items()
+            queued[lane[0]] += sum(self.rows(line.items[0][1]) for _, line in lines)
+        lately = {
+            client: (step, rows)
+            for client, (step, rows) in self._decoding.items()
             if self._steps - step < ABSENT_STEPS
         }
-        wants = [Want(rows, 1 / self._price(lane)) for lane, (_, rows) in self._decoding.items()]
-        return min(self.rows_max, rows_allowed(self._step_line, wants))
+        self._decoding = lately | {client: (self._steps, rows) for client, rows in queued.items()}
+        wanted = [rows for _, rows in self._decoding.values()]
+        return level_of(wanted, rows_allowed(self._step_line, wanted))
 
     def _is_cut(self, item: T) -> bool:
         return self.piece_rows is not None and self.rows(item) > NARROW_ROWS_MAX

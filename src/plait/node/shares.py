@@ -65,22 +65,27 @@ class StepLine:
             self.row_us = min(max(slope, 0.0), self._took / self._rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
-    """The rows that a client has for a step, and its weight among those who have some."""
-
-    rows: int
-    weight: float = 1.0
-
-
-def rows_allowed(line: StepLine, wants: Collection[Want], loss_max: float = LOSS_MAX) -> int:
-    """How many rows the next step takes at most; all that are wanted if nobody is to be spared."""
-    total = sum(want.rows for want in wants)
-    if len(wants) < 2 or line.row_us <= 0.0:
+def rows_allowed(line: StepLine, rows: Collection[int], loss_max: float = LOSS_MAX) -> int:
+    """How many rows the next step takes, of clients with so many each: all if none is spared."""
+    total = sum(rows)
+    if len(rows) < 2 or line.row_us <= 0.0:
         return total
     fixed = line.fixed_us / line.row_us
-    weights = sum(want.weight for want in wants)
-    owed = min((fixed + want.rows) * weights / want.weight for want in wants) - fixed
+    owed = (fixed + min(rows)) * len(rows) - fixed
     kept = 1.0 - loss_max
     cheap = kept * fixed * total / (fixed + loss_max * total) if fixed else 1.0
     return min(total, max(1, math.floor(owed + _EXACT), math.ceil(cheap - _EXACT)))
+
+
+def level_of(rows: Collection[int], allowed: int) -> int:
+    """How many rows of each client at most, for all of them to have ``allowed`` together.
+
+    Who has fewer keeps them all: the others share the rest alike.
+    """
+    level, left = 0, max(1, allowed)
+    above = sorted(rows)
+    while above and left > 0:
+        step = min(above[0] - level, -(-left // len(above)))
+        level, left = level + step, left - step * len(above)
+        above = [one for one in above if one > level]
+    return level
