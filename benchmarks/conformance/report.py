@@ -8,6 +8,8 @@ from pathlib import Path
 UPSTREAMS = {
     "engine": "an engine that obeys its instructions (`plait.testing.obedient`)",
     "network": "a testnet of four nodes and a ledger with random weights (`tiny-random`)",
+    "words": "a testnet with a small model that writes sentences (`smollm2-135m` in int4), for the "
+    "suites that want some",
 }
 
 
@@ -60,36 +62,38 @@ def merge(path: Path, upstream: str, reports: list[Report]) -> dict[str, dict[st
 
 
 def table(found: dict[str, dict[str, Report]], suites: list[str]) -> str:
-    """The page."""
+    """The page; of upstreams that something was run on."""
+    found = {name: reports for name, reports in found.items() if reports}
     lines = [
         "# Conformance",
         "",
         "Clients nobody here wrote, unchanged, each in its own environment, against the gateway.",
         "Made by `python benchmarks/conformance/run.py`, with `--network FILE` for the second",
-        "column of each kind; do not edit. Behind the gateway stands",
+        "figure of each kind and `--network FILE --model smollm2-135m` for the third; do not edit.",
+        "Behind the gateway stands",
         "",
-        *(f"- **{name}**: {what};" for name, what in UPSTREAMS.items()),
+        *(f"- **{name}**: {UPSTREAMS[name]};" for name in found),
         "",
-        "and figures are given as engine / network. Suites test the API, not a model's wit: what",
-        "needs wit fails with random weights and is excused, if it fails in just that way. For",
-        "schemathesis the count is of generated requests.",
+        f"and figures are given as {' / '.join(found)}. Suites test the API, not a model's",
+        "wit: what needs wit fails with random weights and is excused, if it fails in just that",
+        "way. For schemathesis the count is of generated requests.",
         "",
         "| Suite | Version | What | Passed | Failed | Excused | Skipped by the suite |",
         "|---|---|---|---|---|---|---|",
     ]
     for suite in suites:
-        pair = [found[name].get(suite) for name in UPSTREAMS]
-        known = next((one for one in pair if one is not None), None)
+        ran = [reports.get(suite) for reports in found.values()]
+        known = next((one for one in ran if one is not None), None)
         version, what = ("", "") if known is None else (known.version, known.what)
-        lines.append("| " + " | ".join([suite, version, what, *_figures(pair)]) + " |")
+        lines.append("| " + " | ".join([suite, version, what, *_figures(ran)]) + " |")
     for name, reports in found.items():
         lines += _details(name, [reports[suite] for suite in suites if suite in reports])
     return "\n".join([*lines, ""])
 
 
-def _figures(pair: list[Report | None]) -> list[str]:
+def _figures(ran: list[Report | None]) -> list[str]:
     def both(count) -> str:
-        return " / ".join("not run" if one is None else str(count(one)) for one in pair)
+        return " / ".join("not run" if one is None else str(count(one)) for one in ran)
 
     return [
         both(lambda one: one.passed),
