@@ -94,8 +94,7 @@ class Store:
             raise LedgerError("the ledger's store has failed before and must be opened again")
         try:
             self._writer.execute("BEGIN IMMEDIATE")
-            for change in changes:
-                self._add(change)
+            self._add(changes)
             self._writer.execute("COMMIT")
             heads = [change.checkpoint for change in changes if change.checkpoint is not None]
             if heads:
@@ -195,37 +194,42 @@ class Store:
         except apsw.Error as error:
             raise _store_error(error) from error
 
-    def _add(self, change: Change) -> None:
-        write = self._writer
-        write.executemany(
-            "INSERT INTO entries VALUES (?, ?, ?)",
-            [(entry.index, entry.payload, entry.leaf_hash) for entry in change.entries],
-        )
-        write.executemany(
+    def _add(self, changes: Sequence[Change]) -> None:
+        """Each table's rows of all changes at once: statements cost more than rows."""
+        entries = [(e.index, e.payload, e.leaf_hash) for one in changes for e in one.entries]
+        self._insert("INSERT INTO entries VALUES (?, ?, ?)", entries)
+        self._insert(
             "INSERT OR IGNORE INTO objects VALUES (?, ?)",
-            [(digest(item.payload), item.SerializeToString()) for item in change.objects],
+            [(digest(o.payload), o.SerializeToString()) for one in changes for o in one.objects],
         )
-        write.executemany(
+        self._insert(
             "INSERT OR IGNORE INTO releases VALUES (?, ?, ?, ?)",
-            [(item.session_id, item.epoch, item.payee, item.request) for item in change.releases],
+            [(r.session_id, r.epoch, r.payee, r.request) for one in changes for r in one.releases],
         )
-        write.executemany(
+        self._insert(
             "INSERT OR IGNORE INTO forks VALUES (?, ?, ?)",
-            [(item.account, item.first, item.second) for item in change.forks],
+            [(fork.account, fork.first, fork.second) for one in changes for fork in one.forks],
         )
-        write.executemany(
+        self._insert(
             "INSERT OR REPLACE INTO certs VALUES (?, ?, ?)",
-            [(item.peer, str(item.serial), item.envelope) for item in change.certs],
+            [(cert.peer, str(cert.serial), cert.envelope) for one in changes for cert in one.certs],
         )
-        write.executemany(
+        self._insert(
             "INSERT OR IGNORE INTO delegations VALUES (?, ?, ?, ?)",
             [
                 (item.peer, item.ledger_key, min(item.expires_ms, INTEGER_MAX), item.cert)
-                for item in change.delegations
+                for one in changes
+                for item in one.delegations
             ],
         )
-        if change.checkpoint is not None:
-            write.execute("INSERT OR IGNORE INTO checkpoints VALUES (?, ?)", change.checkpoint)
+        self._insert(
+            "INSERT OR IGNORE INTO checkpoints VALUES (?, ?)",
+            [one.checkpoint for one in changes if one.checkpoint is not None],
+        )
+
+    def _insert(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        if rows:
+            self._writer.executemany(statement, rows)
 
 
 def open_store(
