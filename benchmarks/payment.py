@@ -185,7 +185,6 @@ class Replay:
     def _stage(self, index: int, frame: Frame, payload: bytes, drawn: tuple[int, ...]) -> bytes:
         traversal, position, rows, drafts, sample, closes, _ = frame
         time, books = self.watch.time, self.stages[index]
-        after = "stages" if closes else "behind"
         counts = time(
             "stages",
             self.progress[index].take,
@@ -202,12 +201,21 @@ class Replay:
             size = wire_bytes(rows, self.width, self.terms.wire_dtype) if rows else 0
             payload = (b"\x5a" + traversal.to_bytes(7, "big")) * (size // 8 + 1)
             payload = payload[:size]
-            time(after, books.sent, traversal, position, rows, payload)
+            self._behind(closes, books.sent, books.sent_later, traversal, position, rows, payload)
+            time("behind", books.catch_up)
             return payload
         state, out = bytes(4 * self.width * rows + 8 * len(drawn)), ids_payload(drawn)
         time("stages", books.sent, traversal, position, len(drawn), out)
-        time(after, books.drew_from, traversal, position, len(drawn), state)
+        place = traversal, position, len(drawn)
+        self._behind(closes, books.drew_from, books.drew_from_later, *place, state)
+        time("behind", books.catch_up)
         return out
+
+    def _behind(
+        self, closes: bool, now: Callable[..., None], later: Callable[..., None], *given: Any
+    ) -> None:
+        """Note what a stage notes behind the send, if the frame closes no chunk."""
+        self.watch.time("stages", now if closes else later, *given)
 
     def _close(self, index: int, traversal: int) -> SignedEnvelope:
         books = self.stages[index]

@@ -256,6 +256,31 @@ def test_a_last_stage_commits_to_what_it_draws_from() -> None:
         first.drew_from(0, 0, 0, b"hidden states")
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("caught_up", [True, False])
+def test_what_is_noted_later_is_signed_alike(stage: int, caught_up: bool) -> None:
+    def noted(later: bool) -> tuple[StageBooks, list[SignedEnvelope]]:
+        books, statements = PaperSession(Plot()).stages[stage], list[SignedEnvelope]()
+        for traversal in range(4):
+            books.received(traversal, traversal, 1, b"in")
+            (books.sent_later if later else books.sent)(traversal, traversal, 1, b"out")
+            if stage == 2:
+                statements.append(books.draw_statement(traversal))
+                draw = books.drew_from_later if later else books.drew_from
+                draw(traversal, traversal, 1, b"state %d" % traversal)
+            if caught_up:
+                books.catch_up()
+        return books, statements
+
+    (now, statements), (later, same) = noted(False), noted(True)
+    assert statements == same
+    assert now.close_chunk(2, TokenCounts(prompt=3), NOW_MS) == later.close_chunk(
+        2, TokenCounts(prompt=3), NOW_MS
+    )
+    (now, _), (later, _) = noted(False), noted(True)
+    assert now.close_epoch(3, 4, NOW_MS) == later.close_epoch(3, 4, NOW_MS) is not None
+
+
 @given(
     cap=st.integers(0, 40),
     prices=st.builds(Prices, output=st.integers(0, 10**6), rejected_draft=st.integers(0, 10**6)),

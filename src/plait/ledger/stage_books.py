@@ -7,6 +7,7 @@ for the chunk that was cut; ``next_epoch`` goes on with the books of a stage tha
 """
 
 import hashlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -30,6 +31,10 @@ class _Signed:
 
     close: ChunkClose
     envelope: SignedEnvelope
+
+
+_Later = tuple[Callable[[int, int, int, bytes], None], int, int, int, bytes]
+"""What to add to a chain later."""
 
 
 class FrameLog(Protocol):
@@ -89,6 +94,7 @@ class StageBooks:
         self._voucher: SignedEnvelope | None = None
         self._sequence = 0
         self._earned = Microcredits(0)
+        self._later: list[_Later] = []
         self._affordable: TokenCounts | None = None
         """Counts whose price is known to be within the limit."""
         self._before: StageBooks | None = None
@@ -178,18 +184,40 @@ class StageBooks:
 
         The last stage notes the drawn ids (``handoff.ids_payload``) with their number as
         ``rows`` and the first position of the frame, and with ``drew_from`` what it drew them
-        from. A frame that closes no chunk may be on its way already.
+        from.
         """
-        hashed = Digest(hashlib.sha256(payload).digest())
-        self._output.add_digest(traversal, first_position, rows, hashed)
-        if self._frames is not None:
-            self._frames.sent(traversal, first_position, rows, payload, hashed)
+        self.catch_up()
+        self._add_sent(traversal, first_position, rows, payload)
+
+    def sent_later(self, traversal: int, first_position: int, rows: int, payload: bytes) -> None:
+        """The same, of a frame that closes no chunk: hashed with ``catch_up``, or when needed."""
+        self._later.append((self._add_sent, traversal, first_position, rows, payload))
 
     def drew_from(self, traversal: int, first_position: int, rows: int, state: bytes) -> None:
         """Note what the last stage drew a frame's ids from.
 
         Raises ``LocalProtocolError`` at another stage.
         """
+        self.catch_up()
+        self._add_state(traversal, first_position, rows, state)
+
+    def drew_from_later(self, traversal: int, first_position: int, rows: int, state: bytes) -> None:
+        """The same, of a frame that closes no chunk: hashed with ``catch_up``, or when needed."""
+        self._later.append((self._add_state, traversal, first_position, rows, state))
+
+    def catch_up(self) -> None:
+        """Hash and keep what was noted for later; raises what the notes would have raised."""
+        later, self._later = self._later, []
+        for add, traversal, first_position, rows, data in later:
+            add(traversal, first_position, rows, data)
+
+    def _add_sent(self, traversal: int, first_position: int, rows: int, payload: bytes) -> None:
+        hashed = Digest(hashlib.sha256(payload).digest())
+        self._output.add_digest(traversal, first_position, rows, hashed)
+        if self._frames is not None:
+            self._frames.sent(traversal, first_position, rows, payload, hashed)
+
+    def _add_state(self, traversal: int, first_position: int, rows: int, state: bytes) -> None:
         if self._state is None:
             raise LocalProtocolError("only a last stage draws")
         hashed = Digest(hashlib.sha256(state).digest())
@@ -202,6 +230,7 @@ class StageBooks:
 
         Raises ``LocalProtocolError`` if the draws of the traversal were not noted.
         """
+        self.catch_up()
         commit = self._output.commit_at(traversal)
         if commit is None:
             raise LocalProtocolError(f"nothing was drawn in traversal {traversal}")
@@ -213,6 +242,7 @@ class StageBooks:
         Raises ``LocalProtocolError`` if the traversal was not both received and sent, or
         the counts fall.
         """
+        self.catch_up()
         last = self._unpaid[-1].close.counts if self._unpaid else self._paid_counts
         if counts.prompt < last.prompt or counts.output < last.output:
             raise LocalProtocolError("cumulative counts cannot fall")
@@ -230,6 +260,7 @@ class StageBooks:
         paid, is signed for anew up to it. Raises ``RemoteProtocolError`` for a traversal
         that has not passed this stage, or a position that does not fit it.
         """
+        self.catch_up()
         if self._cut is not None:
             if self._cut[:2] != (traversal, position) and traversal is not None:
                 raise RemoteProtocolError("the epoch was closed at another place")

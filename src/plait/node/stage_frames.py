@@ -13,6 +13,7 @@ from plait.errors import (
     RemoteProtocolError,
 )
 from plait.ledger.handoff import ids_payload
+from plait.ledger.stage_books import StageBooks
 from plait.logs import get_logger
 from plait.node.ports import Job
 from plait.node.replay import replay_while_room
@@ -147,7 +148,8 @@ class FramedStage(FaultedStage):
         request = stage_pb2.LinkRequest(frame=onward)
         self._send(job, lambda: self._links.send_down(session.downstream, request))
         if not frame.close_chunk:  # the next stage need not wait for what nobody signs yet
-            books.sent(*place, onward.activations.data)
+            books.sent_later(*place, onward.activations.data)
+            self._soon(lambda: self._catch_up(session, books))
 
     def _answer(self, job: Job, done: Done, residence_us: int) -> None:
         session, frame, books = job.session, job.frame, job.session.require_books()
@@ -162,7 +164,15 @@ class FramedStage(FaultedStage):
         answer = result_message(frame, done.drawn, receipts, draws, residence_us, done.scored)
         self._send(job, lambda: self._links.send_up(session.terms.client, answer))
         if not frame.close_chunk:  # the client need not wait for what nobody signs yet
-            books.drew_from(*place, state_of(done))
+            books.drew_from_later(*place, state_of(done))
+            self._soon(lambda: self._catch_up(session, books))
+
+    def _catch_up(self, session: StageSession, books: StageBooks) -> None:
+        try:
+            books.catch_up()
+        except PlaitError as error:
+            if session.books is books:
+                self._fail(session, error.code, str(error))
 
     def _receipt(self, job: Job) -> SignedEnvelope:
         books, now_ms = job.session.require_books(), self._clock_ms()

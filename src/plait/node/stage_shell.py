@@ -111,6 +111,11 @@ class _Links:
         self.has_room = neighbours.has_room
 
 
+def _after_the_writers(call: Callable[[], None]) -> None:
+    """The writers of links were woken before: the loop runs them first."""
+    asyncio.get_running_loop().call_soon(call)
+
+
 class StageShell:
     """Everything behind the peer port. ``core`` decides; this waits, and moves messages.
 
@@ -171,6 +176,7 @@ class StageShell:
             limits=limits,
             tape=tape,
             caught=caught,
+            soon=_after_the_writers,
         )
         neighbours.on_response = self.core.on_response
         neighbours.on_broken = self.core.on_peer_lost

@@ -36,7 +36,8 @@ class StageState:
     decode step and of a prompt token, for predictions. ``authorities`` are the ledger's,
     ``trusted`` those of them that were not caught lying. ``tape`` keeps what audits ask for;
     None keeps nothing, and no audit can be answered. ``caught`` is told of each client that
-    signed two vouchers under one number.
+    signed two vouchers under one number. ``soon`` is given what is better done once the messages
+    sent so far have left; it may be done late, or never.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class StageState:
         limits: Limits,
         tape: Tape | None = None,
         caught: Callable[[VoucherFork], object] | None = None,
+        soon: Callable[[Callable[[], None]], object] = lambda call: None,
     ) -> None:
         self.sessions = SessionTable(limits.sessions_max)
         self._compute = compute
@@ -77,6 +79,7 @@ class StageState:
         self._prefixes = Prefixes(compute, limits.keep_alive_s_max)
         self.tape = tape
         self._caught = caught
+        self._soon = soon
         self._queued_bytes: Counter[PeerId] = Counter()
         self._token = CostLine.guess(speeds_us()[0])
         self._draining = False
