@@ -74,6 +74,19 @@ class Stage:
         assert done.stdout, done.stderr
         return done.returncode, json.loads(done.stdout.splitlines()[-1])
 
+    def request(self, bundle: Path, folder: Path) -> tuple[int, dict[str, object]]:
+        """``plait audit request``, again while there was nobody to look at some lot.
+
+        On a busy machine hosts fall out of view until their next offer.
+        """
+        for _ in range(ATTEMPTS):
+            code, found = self.audit("request", str(bundle), "--evidence", str(folder))
+            lots = found["lots"]
+            assert isinstance(lots, list)
+            if all(one["outcome"] != "unaudited" for one in lots):
+                break
+        return code, found
+
 
 @pytest.fixture(scope="module")
 def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
@@ -109,7 +122,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 def test_the_dishonest_node_is_exposed_and_anybody_can_judge_again(net: Stage) -> None:
     bundle, folder = net.bundle(net.liar, "lie.json"), net.directory / "evidence"
-    code, found = net.audit("request", str(bundle), "--evidence", str(folder))
+    code, found = net.request(bundle, folder)
     lots = found["lots"]
     assert isinstance(lots, list)
     assert {one["stage"] for one in lots} == set(range(STAGES)) and len(lots) >= 2 * STAGES
@@ -184,7 +197,7 @@ def test_the_lottery_is_held_without_being_asked(net: Stage) -> None:
 
 def test_a_lying_auditor_accuses_an_honest_stage_in_vain(net: Stage) -> None:
     bundle, folder = net.bundle(net.honest, "honest.json"), net.directory / "accusations"
-    _, found = net.audit("request", str(bundle), "--evidence", str(folder))
+    _, found = net.request(bundle, folder)
     lots = found["lots"]
     assert isinstance(lots, list)
     for one in lots:
