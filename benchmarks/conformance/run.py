@@ -323,7 +323,7 @@ def _run_schema(cache: Path, url: str, model: str, seconds: int, *, network: boo
     command += ["--phases", "examples,coverage,fuzzing", "--seed", "1", "--no-color"]
     if network:
         # Answers take a while there: it ends by itself in time, and says what it found.
-        command += ["--max-time", str(int(0.8 * seconds)), "--workers", "2"]
+        command += ["--max-time", str(int(0.8 * seconds)), "--request-timeout", "120"]
     command += ["--generation-database", "none", "--max-failures", "20"]
     # It leaves a folder of its own where it runs.
     output = _bounded(command, seconds, cache)

@@ -262,7 +262,7 @@ def busy(client: AsyncClient) -> bool:
 
 def test_a_bound_that_cannot_be_kept_and_a_model_that_is_unknown(served: Served) -> None:
     response, body = served.chat(provider={"max_price": 0})
-    assert (response.status, response.headers["x-should-retry"]) == (503, "false")
+    assert (response.status, response.headers["x-should-retry"]) == (400, "false")
     assert json.loads(body)["error"]["param"] == "provider.max_price"
     assert served.chat(model="none")[0].status == 404
 

@@ -446,7 +446,7 @@ async def test_completions_refuse_too(fields: dict[str, Any], param: str) -> Non
 ERRORS: list[tuple[Exception, int, str, str]] = [
     (ConfigError("x"), 400, "invalid_request", "false"),
     (NoRoute("x", missing=[(0, 1)]), 503, "no_route", "true"),
-    (NoRoute("x", cheapest=5), 503, "no_route", "false"),
+    (NoRoute("x", cheapest=5), 400, "no_route", "false"),
     (DeadlineExceeded("x"), 504, "deadline_exceeded", "true"),
     (PeerUnreachable("x"), 503, "network_unreachable", "true"),
     (CapacityError("x", retry_after_s=3), 503, "overloaded", "true"),
@@ -665,7 +665,7 @@ async def test_a_quote_is_the_plan() -> None:
     measured = await call("POST", "/v1/quote", {"model": MODEL, "prompt": "some words"})
     assert measured.json()["prompt_tokens"] > 0
     refused = await call("POST", "/v1/quote", body | {"provider": {"max_price": 1}})
-    assert (refused.status, refused.json()["error"]["param"]) == (503, "provider.max_price")
+    assert (refused.status, refused.json()["error"]["param"]) == (400, "provider.max_price")
 
 
 async def test_bundles_are_kept_when_asked_for() -> None:

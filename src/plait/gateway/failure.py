@@ -128,14 +128,14 @@ def of(error: Exception) -> ApiError:
         )
     for kind, status, type_, code in _TABLE:
         if isinstance(error, kind):
+            # A bound that no route keeps is the request's, and will not be kept in a second either.
+            bounded = isinstance(error, NoRoute) and not error.missing
             return ApiError(
-                status,
+                400 if bounded else status,
                 str(error),
                 kind=type_,
                 code=code,
                 param=_param(error),
-                # A bound that no route keeps will not be kept in a second either.
-                retry=False if isinstance(error, NoRoute) and not error.missing else None,
                 retry_after_s=error.retry_after_s if isinstance(error, CapacityError) else None,
                 remedy=_remedy(error),
             )
