@@ -2,7 +2,8 @@
 
 The transport under a connection is TCP: what is sent arrives once, whole and in order, or
 the connection ends. A lost packet is a delay. A crash is seen at once by whoever can be
-reached; silence ends a connection after its keepalive, on each side for itself.
+reached; silence ends a connection after its keepalive, on each side for itself, and who held on
+learns it when the silence is over.
 """
 
 from collections.abc import Callable
@@ -111,6 +112,7 @@ class Connection:
         """Begin to wait for keepalives if the two sides cannot hear each other."""
         self._silences += 1
         if not self._silent():
+            self._reset()
             for name, side in self.sides.items():
                 self._flush(self.other(name).host.name, side)
             return
@@ -118,6 +120,15 @@ class Connection:
         for side in self.sides.values():
             wait_us = self._engine.random.randrange(*KEEPALIVE_US)
             self._engine.after(wait_us, "", partial(self._give_up, side, silence))
+
+    def _reset(self) -> None:
+        """Who can hear again learns that the other side has given the connection up meanwhile."""
+        gone = [name for name, side in self.sides.items() if not side.open]
+        if len(gone) == 1:
+            other = self.other(gone[0])
+            delay_us = self._wires.delay_us(gone[0], other.host.name)
+            told = partial(self._told, gone[0], other, "reset by the other side")
+            self._engine.after(delay_us, "", told)
 
     def _silent(self) -> bool:
         (first, one), (second, two) = self.sides.items()
