@@ -82,5 +82,14 @@ def test_an_incarnation_is_above_all_that_was_said_while_the_clock_ran_ahead(
     assert first < 60 * second_ns < Incarnations(tmp_path).next(2 * second_ns)
 
 
+def test_what_was_said_before_the_clock_was_put_back_still_counts(tmp_path: Path) -> None:
+    second_ns = 1_000_000_000
+    running = Incarnations(tmp_path)
+    running.next(1 * second_ns)
+    running.note_issued(60_000)
+    running.note_issued(20_000)
+    assert Incarnations(tmp_path).next(21 * second_ns) > 60 * second_ns
+
+
 def test_a_full_disk_does_not_end_a_node_that_publishes(tmp_path: Path) -> None:
     Incarnations(tmp_path / "absent").note_issued(60_000)

@@ -48,7 +48,7 @@ def lock_data_dir(folder: Path) -> Iterator[None]:
 
 
 class Incarnations:
-    """The numbers a data folder was started with, and when its node last signed something.
+    """The numbers a data folder was started with, and the latest time its node signed something at.
 
     A clock that once ran ahead and was put right must not make our own past outrank us: what
     it said then would look like another process that lives under our name.
@@ -57,15 +57,19 @@ class Incarnations:
     def __init__(self, folder: Path) -> None:
         self._started = folder / "incarnation"
         self._issued = folder / "issued"
+        self._latest_ms = _read(self._issued)
 
     def next(self, now_ns: int) -> int:
         """A number above every earlier one and above all that was said, normally the time."""
-        incarnation = next_incarnation(now_ns, _read(self._started), _read(self._issued))
+        incarnation = next_incarnation(now_ns, _read(self._started), self._latest_ms)
         _replace(self._started, incarnation)
         return incarnation
 
     def note_issued(self, issued_ms: int) -> None:
         """Something was signed at this time, and is about to be published."""
+        if issued_ms <= self._latest_ms:
+            return  # the clock was put back: what was said before it still counts
+        self._latest_ms = issued_ms
         try:
             _replace(self._issued, issued_ms)
         except OSError as error:

@@ -45,6 +45,10 @@ class IncarnationDisk:
         self.incarnation = next_incarnation(now_ms * 1_000_000, self.incarnation, self.issued_ms)
         return self.incarnation
 
+    def note_issued(self, now_ms: int) -> None:
+        """Something was said at this time."""
+        self.issued_ms = max(self.issued_ms, now_ms)
+
 
 class GossipPeer:
     """One life of one host in the swarm. ``publishes`` is false for one that only watches.
@@ -129,7 +133,8 @@ class GossipPeer:
         self._hurry = False
         self._published_us = self._host.engine.now_us
         self._sequence += 1
-        now_ms = self._host.incarnations.issued_ms = self._host.now_ms()
+        now_ms = self._host.now_ms()
+        self._host.incarnations.note_issued(now_ms)
         offer = replace(
             self._offer,
             incarnation=self._incarnation,
