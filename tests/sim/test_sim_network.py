@@ -19,7 +19,7 @@ from plait.sim.run import Outcome, run_seed
 
 SEEDS = 1_000
 FEW_SEEDS = 200
-ONCE_BROKEN = [1406, 5038, 41258, 43891]
+ONCE_BROKEN = [1406, 5038, 41258, 43891, 103328, 109696]
 """Seeds beyond the first thousand that found a bug."""
 
 

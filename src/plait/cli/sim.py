@@ -18,6 +18,7 @@ SPREAD_SEEDS_MIN = 64
 """From so many seeds on, every core takes a part of them."""
 _PART = 16
 _PROGRESS_S = 5.0
+_TOLD_LINES = 40
 
 
 @app.callback()
@@ -55,7 +56,7 @@ def run(
         done, steps, virtual_s = done + 1, steps + outcome.steps, virtual_s + outcome.virtual_s
         if outcome.rule:
             broken.append(outcome)
-            _tell(outcome)
+            _tell(outcome, len(outcome.recent) if trace else _TOLD_LINES)
         elif trace and not as_json:
             typer.echo("\n".join(outcome.recent))
         if monotonic() - told_s > _PROGRESS_S:
@@ -103,8 +104,8 @@ def _outcomes(scenario: str, seeds: range, jobs: int, trace: bool) -> "Iterator[
             yield from outcomes
 
 
-def _tell(outcome: "Outcome") -> None:
-    """Show a violation, and what to type to see it again."""
-    status("\n".join(f"  {line}" for line in outcome.recent[-40:]))
+def _tell(outcome: "Outcome", lines: int) -> None:
+    """Show a violation with the events that led to it, and what to type to see it again."""
+    status("\n".join(f"  {line}" for line in outcome.recent[-lines:]))
     status(f"seed {outcome.seed}, event {outcome.steps}: {outcome.what.strip()}")
     status(f"again: plait sim run --scenario {outcome.scenario} --seed {outcome.seed} --trace")

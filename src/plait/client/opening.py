@@ -55,6 +55,7 @@ class Opening:
         self._may_soon_agree = False
         self._refused_ms = 0
         self._began_ms: int | None = None
+        self._signed_ms = 0
         self._opened_by: dict[PeerId, tuple[bytes, SignedEnvelope]] = {}
         self._reusable: dict[PeerId, int] = {}
 
@@ -107,12 +108,17 @@ class Opening:
     def epoch(
         self, terms: SessionTerms, chosen: Plan, offers: tuple[Offer, ...], now_ms: int
     ) -> Epoch:
-        """An epoch on these terms, with the client's seal on them."""
+        """An epoch on these terms, with the client's seal on them.
+
+        None is dated before the one before it, whatever the clock says: a bundle must show that
+        they followed each other.
+        """
+        self._signed_ms = max(self._signed_ms, now_ms)
         key = self._party.ledger_key
         commit = nonce_commitment(session_nonce(key, terms.session_id))
-        expires_ms = now_ms + session_ms_max(chosen)
+        expires_ms = self._signed_ms + session_ms_max(chosen)
         message = opening_to_message(
-            terms, self._order.sampling, now_ms, expires_ms, audit_commit=commit
+            terms, self._order.sampling, self._signed_ms, expires_ms, audit_commit=commit
         )
         return Epoch(terms, seal(key, message), offers, chosen)
 
