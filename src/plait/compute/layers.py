@@ -27,7 +27,10 @@ class Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TorchLayer:
-    """One layer's weights. ``queries_keys_values`` and ``gate_up`` are joined matrices."""
+    """One layer's weights. ``queries_keys_values`` and ``gate_up`` are joined matrices.
+
+    ``bias`` is that of queries, keys and values, one after the other, if there is one.
+    """
 
     attention_norm: torch.Tensor
     queries_keys_values: Linear
@@ -36,6 +39,7 @@ class TorchLayer:
     gate_up: Linear
     down: Linear
     epsilon: torch.Tensor
+    bias: torch.Tensor | None = None
 
     @property
     def matrices(self) -> tuple[Linear, ...]:
@@ -44,7 +48,9 @@ class TorchLayer:
 
     def projected(self, hidden: torch.Tensor, apply: Apply) -> torch.Tensor:
         """See ``Layer.projected``."""
-        return apply(self.queries_keys_values, norm(hidden, self.attention_norm, self.epsilon))
+        normed = norm(hidden, self.attention_norm, self.epsilon)
+        projected = apply(self.queries_keys_values, normed)
+        return projected if self.bias is None else projected + self.bias
 
     def ended(self, hidden: torch.Tensor, attended: torch.Tensor, apply: Apply) -> torch.Tensor:
         """See ``Layer.ended``."""
@@ -75,6 +81,8 @@ def load_torch_layer(
     def table(part: str) -> torch.Tensor:
         return memory.put(torch.from_numpy(weights.fp32(name(part))))
 
+    bias = weights.bias(index)
+
     return TorchLayer(
         attention_norm=table("attn_norm"),
         queries_keys_values=linear("attn_q", "attn_k", "attn_v"),
@@ -83,4 +91,5 @@ def load_torch_layer(
         gate_up=linear("ffn_gate", "ffn_up"),
         down=linear("ffn_down"),
         epsilon=memory.put(torch.tensor(weights.config.norm_epsilon)),
+        bias=None if bias is None else memory.put(torch.from_numpy(bias)),
     )

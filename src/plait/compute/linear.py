@@ -7,8 +7,8 @@ rows goes alone (``item``), whatever its company. fp32 weights are reordered onc
 number of rows, so that oneDNN takes the same kernel for any number; that is checked on the
 machine, and where it does not hold, rows go one by one.
 
-int4 computes on the file's own codes: Q4_0, Q4_1 and Q4_K as they are, Q8_0 as the sum of
-two 4-bit planes, with scale and offset rounded to bf16. Other formats, and shapes that the
+int4 computes on the file's own codes: Q4_0, Q4_1 and Q4_K as they are, Q5_0 and Q8_0 as the sum
+of two 4-bit planes, with scale and offset rounded to bf16. Other formats, and shapes that the
 kernel does not take, fall back to bf16.
 
 Where oneDNN has no bf16 (on x86: without AVX-512), torch multiplies bf16 number by number, up
@@ -278,7 +278,11 @@ def _load_int4(weights: Weights, names: Sequence[str]) -> Linear:
 def nibble_planes(weights: Weights, name: str) -> tuple[Nibbles, ...]:
     """The 4-bit planes whose sum a matrix is; none if no 4-bit kernel takes it."""
     planes = weights.nibbles(name)
-    return () if planes and len(planes[0].codes) % _OUTPUTS_MULTIPLE else planes
+    taken = all(
+        len(plane.codes) % _OUTPUTS_MULTIPLE == 0 and plane.group == NIBBLE_GROUP
+        for plane in planes
+    )
+    return planes if taken else ()
 
 
 def stacked(parts: Sequence[Nibbles]) -> Nibbles:

@@ -106,6 +106,7 @@ def load_ort_layer(weights: Weights, index: int) -> OrtLayer:
         weights.fp32(name("attn_norm")),
         epsilon,
         [matrix("attn_q"), matrix("attn_k"), matrix("attn_v")],
+        weights.bias(index),
     )
     end = layer_end_graph(
         matrix("attn_output"),

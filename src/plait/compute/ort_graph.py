@@ -1,7 +1,7 @@
 """ONNX graphs of what a llama layer does between its attentions, over the file's own codes.
 
 A matrix is an operator ``MatMulNBits`` (onnxruntime's): codes of 4 or 8 bits in groups of 32
-with an fp32 scale, less a middle of 8 or 128; inputs are rounded to 8 bits per group of 32
+(16 of Q6_K) with an fp32 scale, less a middle of 8 or 128; inputs are rounded to 8 bits per group
 and multiplied as integers (``accuracy_level`` 4), as llama.cpp does. What a format's offset
 has beyond that middle is a second, small product in fp32: the sums of each group of inputs
 times the offsets. Other formats are fp32 matrices in the same graph.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from plait.model.gguf_types import NIBBLE_GROUP, Nibbles
+from plait.model.gguf_types import Nibbles
 
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
@@ -32,13 +32,18 @@ class Quantised:
     bits: int
     codes: npt.NDArray[np.uint8]
     scale: F32
-    """[outputs, inputs / 32]; so is ``extra``, zero for formats without an offset."""
+    """[outputs, inputs / group]; so is ``extra``, zero for formats without an offset."""
     extra: F32
 
     @property
     def inputs(self) -> int:
         """Length of a row."""
         return int(self.codes.shape[1])
+
+    @property
+    def group(self) -> int:
+        """How many codes share a scale."""
+        return self.inputs // int(self.scale.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +73,16 @@ def quantised(planes: Sequence[Nibbles]) -> Quantised | None:
     return Quantised(8, high.codes << np.uint8(4) | low.codes, low.scale, extra)
 
 
-def projection_graph(norm: F32, epsilon: float, matrices: Sequence[Matrix]) -> bytes:
-    """hidden [rows, inputs] -> the products of its norm with all matrices, side by side."""
+def projection_graph(
+    norm: F32, epsilon: float, matrices: Sequence[Matrix], bias: F32 | None = None
+) -> bytes:
+    """hidden [rows, inputs] -> the products of its norm with all matrices, side by side, with
+    ``bias`` [outputs] added if there is one."""
     graph = _Graph()
     normed = graph.normed("hidden", norm, epsilon)
-    found = graph.product(normed, matrices, result="projected")
+    found = graph.product(normed, matrices, result="projected" if bias is None else "")
+    if bias is not None:
+        (found,) = graph.node("Add", [found, graph.constant(bias)], ["projected"])
     return graph.finished({"hidden": len(norm)}, found)
 
 
@@ -163,7 +173,7 @@ class _Graph:
         (found,) = self._integers(given, matrix, () if extra else names)
         if not extra:
             return found
-        groups = self.constant(np.array([-1, matrix.inputs // NIBBLE_GROUP, NIBBLE_GROUP]))
+        groups = self.constant(np.array([-1, matrix.scale.shape[1], matrix.group]))
         (grouped,) = self.node("Reshape", [given, groups])
         (sums,) = self.node("ReduceSum", [grouped, self.constant(np.array([2]))], keepdims=0)
         (whole,) = self.node("Gemm", [sums, self.constant(matrix.extra.T), found], names)
@@ -179,7 +189,7 @@ class _Graph:
             K=inputs,
             N=outputs,
             bits=matrix.bits,
-            block_size=NIBBLE_GROUP,
+            block_size=matrix.group,
             accuracy_level=4,
         )
 
@@ -214,7 +224,7 @@ def _joined(matrices: Sequence[Matrix]) -> list[Matrix]:
 
 def _put_together(one: Matrix, other: Matrix) -> Matrix | None:
     match one, other:
-        case Quantised(), Quantised() if one.bits == other.bits:
+        case Quantised(), Quantised() if (one.bits, one.group) == (other.bits, other.group):
             return Quantised(
                 one.bits,
                 np.concatenate([one.codes, other.codes]),
@@ -232,4 +242,4 @@ def _packed(matrix: Quantised) -> npt.NDArray[np.uint8]:
     codes = matrix.codes
     if matrix.bits == 4:
         codes = codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
-    return codes.reshape(len(codes), matrix.inputs // NIBBLE_GROUP, -1)
+    return codes.reshape(*matrix.scale.shape, -1)

@@ -23,7 +23,7 @@ from plait.compute.kv import KvLayout
 from plait.compute.layers import Layer, load_torch_layer, norm
 from plait.compute.linear import NARROW_ROWS, Linear, kernel_of, load_head, load_linear
 from plait.errors import LocalProtocolError
-from plait.model.config import EMBEDDING, FINAL_NORM, LlamaConfig
+from plait.model.config import EMBEDDING, FINAL_NORM, ModelConfig
 from plait.model.weights import Rows, Weights
 from plait.types import Span
 
@@ -45,7 +45,7 @@ class RaggedModel:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: ModelConfig,
         span: Span,
         layers: Sequence[Layer],
         dtype: str,
@@ -54,6 +54,7 @@ class RaggedModel:
         rows: Rows | None,
         final_norm: torch.Tensor | None,
         head: Head | None,
+        factors: torch.Tensor | None = None,
         memory: DeviceMemory = HOST,
     ) -> None:
         self.config = config
@@ -68,7 +69,10 @@ class RaggedModel:
         self._head = head
         self._epsilon = memory.put(torch.tensor(config.norm_epsilon))
         even = torch.arange(0, config.head_size, 2).float()
-        self._frequencies = memory.put(1.0 / config.rope_base ** (even / config.head_size))
+        frequencies = 1.0 / config.rope_base ** (even / config.head_size)
+        if factors is not None:
+            frequencies /= factors
+        self._frequencies = memory.put(frequencies)
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """[len(ids), hidden] for ids in range. Only the first stage can."""
@@ -113,7 +117,7 @@ class _Batch:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: ModelConfig,
         frequencies: torch.Tensor,
         items: Sequence[Item],
         memory: DeviceMemory,
@@ -183,6 +187,7 @@ def load_ragged(
         progress(done + 1, len(span))
     last = span.end == config.layers
     head = parts.head() if last else None
+    factors = weights.rotary_factors()
     return RaggedModel(
         config,
         span,
@@ -192,6 +197,7 @@ def load_ragged(
         rows=weights.rows(EMBEDDING) if span.start == 0 else None,
         final_norm=memory.put(torch.from_numpy(weights.fp32(FINAL_NORM))) if last else None,
         head=head,
+        factors=None if factors is None else torch.from_numpy(factors),
         memory=memory,
     )
 

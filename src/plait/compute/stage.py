@@ -28,7 +28,7 @@ from plait.compute.port import (
 from plait.compute.sampling import score
 from plait.compute.spill import DiskRoom
 from plait.errors import LocalProtocolError, PlaitError, RemoteProtocolError
-from plait.model.config import LlamaConfig
+from plait.model.config import ModelConfig
 from plait.types import ModelShape, Sampling, SessionId, Span
 
 _MEASURE_SESSION = SessionId(b"plait/measuring!")
@@ -41,7 +41,7 @@ _SCORED_AT_ONCE = 32
 class SpanCompute(Protocol):
     """The arithmetic of a span: transformers' own, or ours for many items at once."""
 
-    config: LlamaConfig
+    config: ModelConfig
     span: Span
     layout: KvLayout
 

@@ -44,7 +44,7 @@ class Shelf:
 
     async def get(self, name: str) -> Shelved:
         """A model by name; raises ``ModelError`` if it is unknown or not on this machine."""
-        if name not in catalog.names(hidden=True):
+        if not catalog.exists(name):
             served = ", ".join(ready for ready, _ in self.ready()) or "none"
             shown = name if len(name) <= _NAME_SHOWN_MAX else name[:_NAME_SHOWN_MAX] + "…"
             raise ModelError(f"there is no model {shown!r}; served now: {served}")
@@ -66,9 +66,7 @@ class Shelf:
         served = {offer.model_digest.hex() for offer in self.upstream.view().offers.values()}
         found = []
         for name in catalog.names(hidden=True):
-            entry = catalog.entry(name)
-            here = not entry.requirement or catalog.installed(name)
-            if here and entry.manifest_digest in served:
+            if catalog.usable(name) and catalog.entry(name).manifest_digest in served:
                 try:
                     found.append((name, self.upstream.plan(name, 1, Options(max_tokens=1))))
                 except (RouteError, NetworkError, ModelError):

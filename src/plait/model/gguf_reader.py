@@ -219,6 +219,16 @@ class GgufFile:
             raise ModelError(f"{self.path}: {key} is not UTF-8") from error
 
 
+def check_whole(gguf: GgufFile) -> None:
+    """Raise ``ModelError`` if the file is one part of several."""
+    parts = gguf.integer("split.count", 0)
+    if parts > 1:
+        raise ModelError(
+            f"{gguf.path} is one of {parts} parts",
+            remedy="join them: llama-gguf-split --merge FIRST-PART WHOLE.gguf",
+        )
+
+
 class _Walk:
     """One pass over the header, checking every length before it is used."""
 

@@ -20,14 +20,23 @@ NIBBLE_GROUP = 32
 
 @dataclass(frozen=True, slots=True)
 class Nibbles:
-    """4-bit weights as stored: ``scale * code + offset``, codes 0…15 in groups of 32."""
+    """4-bit weights as stored: ``scale * code + offset``, codes 0…15 in groups."""
 
     codes: Raw
     """[rows, width]."""
     scale: F32
-    """[rows, width / 32]."""
+    """[rows, width / group]."""
     offset: F32
-    """[rows, width / 32]."""
+    """[rows, width / group]."""
+
+    @property
+    def group(self) -> int:
+        """How many codes share a scale and an offset: 32, and 16 in Q6_K."""
+        return int(self.codes.shape[1]) // int(self.scale.shape[1])
+
+    def ordered(self, rows: npt.NDArray[np.int64]) -> "Nibbles":
+        """The same rows in another order."""
+        return Nibbles(self.codes[rows], self.scale[rows], self.offset[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +50,8 @@ class TensorType:
     expand: Callable[[Raw], F32]
     """[groups, group_bytes] bytes -> [groups, group] weights."""
     unpack: Callable[[Raw], tuple[Plane, ...]] = lambda raw: ()
-    """[groups, group_bytes] bytes -> codes [groups, group], and scale and offset
-    [groups, group / 32], of each 4-bit plane whose sum the weights are."""
+    """[groups, group_bytes] bytes -> codes [groups, group], and scale and offset [groups,
+    group / 32] (of Q6_K group / 16), of each 4-bit plane whose sum the weights are."""
 
     def size(self, shape: tuple[int, ...]) -> int | None:
         """Bytes of a tensor; None when its rows are not whole groups."""
@@ -57,11 +66,12 @@ class TensorType:
     def to_nibbles(self, raw: Raw, shape: tuple[int, int]) -> tuple[Nibbles, ...]:
         """Planes whose sum the weights of ``raw`` are, without going through floats.
 
-        One for the 4-bit formats, two (high and low halves) for Q8_0, none for others.
+        One for the 4-bit formats, two (high and low halves) for those of 5, 6 and 8 bits,
+        none for others.
         """
-        groups = (shape[0], shape[1] // NIBBLE_GROUP)
+        rows = shape[0]
         return tuple(
-            Nibbles(codes.reshape(shape), scale.reshape(groups), offset.reshape(groups))
+            Nibbles(codes.reshape(shape), scale.reshape(rows, -1), offset.reshape(rows, -1))
             for codes, scale, offset in self.unpack(raw.reshape(-1, self.group_bytes))
         )
 
@@ -83,6 +93,16 @@ def _f16(raw: Raw) -> F32:
 def _codes(packed: Raw) -> Raw:
     """Low halves of all bytes, then high halves."""
     return np.concatenate([packed & 15, packed >> 4], axis=1)
+
+
+def _bf16(raw: Raw) -> F32:
+    return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _halves(codes: Raw, scale: F32) -> tuple[Plane, Plane]:
+    """``scale * (code - 128)`` for 8-bit codes, as the sum of two 4-bit planes."""
+    high = (codes >> np.uint8(4), scale * np.float32(16), scale * np.float32(-128))
+    return high, (codes & np.uint8(15), scale, np.zeros_like(scale))
 
 
 def _q4_0(raw: Raw) -> F32:
@@ -108,6 +128,23 @@ def _q4_1_planes(raw: Raw) -> tuple[Plane]:
     return ((_codes(raw[:, 4:]), _half(raw, 0), _half(raw, 2)),)
 
 
+def _q5_0(raw: Raw) -> F32:
+    weights = _q5_0_codes(raw).astype(np.float32)
+    weights -= np.float32(16)
+    weights *= _half(raw, 0)
+    return weights
+
+
+def _q5_0_codes(raw: Raw) -> Raw:
+    """Codes 0…31: the fifth bits of a group lie in 32 bits of their own."""
+    fifth = np.unpackbits(raw[:, 2:6], axis=1, bitorder="little")
+    return _codes(raw[:, 6:]) | fifth << np.uint8(4)
+
+
+def _q5_0_planes(raw: Raw) -> tuple[Plane, Plane]:
+    return _halves(_q5_0_codes(raw) + np.uint8(128 - 16), _half(raw, 0))
+
+
 def _q8_0(raw: Raw) -> F32:
     weights = raw[:, 2:].view(np.int8).astype(np.float32)
     weights *= _half(raw, 0)
@@ -115,11 +152,7 @@ def _q8_0(raw: Raw) -> F32:
 
 
 def _q8_0_planes(raw: Raw) -> tuple[Plane, Plane]:
-    """A weight's code plus 128 is 16 * high + low, each half a 4-bit code of its own."""
-    scale = _half(raw, 0)
-    codes = raw[:, 2:] ^ np.uint8(128)
-    high = (codes >> np.uint8(4), scale * np.float32(16), scale * np.float32(-128))
-    return high, (codes & np.uint8(15), scale, np.zeros_like(scale))
+    return _halves(raw[:, 2:] ^ np.uint8(128), _half(raw, 0))
 
 
 def _q4_k(raw: Raw) -> F32:
@@ -143,17 +176,30 @@ def _q4_k_planes(raw: Raw) -> tuple[Plane]:
 
 
 def _q6_k(raw: Raw) -> F32:
-    """Sixteen sub-groups of 16; 4 low bits and 2 high bits of a weight lie apart."""
+    weights = _q6_k_codes(raw).astype(np.float32)
+    weights -= np.float32(32)
+    scaled = weights.reshape(len(raw), 16, 16) * _q6_k_scale(raw)[:, :, None]
+    return scaled.reshape(len(raw), 256)
+
+
+def _q6_k_codes(raw: Raw) -> Raw:
+    """Codes 0…63; 4 low bits and 2 high bits of a weight lie apart."""
     low = raw[:, :128].reshape(-1, 2, 64)
     high = raw[:, 128:192].reshape(-1, 2, 32)
-    scale = _half(raw, 208) * raw[:, 192:208].view(np.int8).astype(np.float32)
-    weights = np.empty((len(raw), 2, 4, 32), np.float32)
+    codes = np.empty((len(raw), 2, 4, 32), np.uint8)
     for part in range(4):
         nibbles = low[:, :, (part % 2) * 32 :][:, :, :32] >> (4 * (part // 2)) & 15
-        weights[:, :, part] = nibbles | (high >> (2 * part) & 3) << 4
-    weights -= np.float32(32)
-    scaled = weights.reshape(len(raw), 16, 16) * scale[:, :, None]
-    return scaled.reshape(len(raw), 256)
+        codes[:, :, part] = nibbles | (high >> (2 * part) & 3) << 4
+    return codes.reshape(len(raw), 256)
+
+
+def _q6_k_scale(raw: Raw) -> F32:
+    """Of sixteen sub-groups of 16."""
+    return _half(raw, 208) * raw[:, 192:208].view(np.int8).astype(np.float32)
+
+
+def _q6_k_planes(raw: Raw) -> tuple[Plane, Plane]:
+    return _halves(_q6_k_codes(raw) + np.uint8(128 - 32), _q6_k_scale(raw))
 
 
 TYPES = (
@@ -161,9 +207,11 @@ TYPES = (
     TensorType("F16", 1, 1, 2, _f16),
     TensorType("Q4_0", 2, 32, 18, _q4_0, _q4_0_planes),
     TensorType("Q4_1", 3, 32, 20, _q4_1, _q4_1_planes),
+    TensorType("Q5_0", 6, 32, 22, _q5_0, _q5_0_planes),
     TensorType("Q8_0", 8, 32, 34, _q8_0, _q8_0_planes),
     TensorType("Q4_K", 12, 256, 144, _q4_k, _q4_k_planes),
-    TensorType("Q6_K", 14, 256, 210, _q6_k),
+    TensorType("Q6_K", 14, 256, 210, _q6_k, _q6_k_planes),
+    TensorType("BF16", 30, 1, 2, _bf16),
 )
 BY_CODE = {kind.code: kind for kind in TYPES}
 BY_NAME = {kind.name: kind for kind in TYPES}

@@ -93,7 +93,7 @@ def build_manifest(name: str, gguf: GgufFile) -> Manifest:
     leaves = [merkle.leaf_hash(wire.tensor_to_payload(tensor)) for tensor in tensors]
     return Manifest(
         name=name,
-        architecture="llama",
+        architecture=config.architecture,
         layers=config.layers,
         hidden_size=config.hidden_size,
         vocabulary_size=config.vocabulary_size,

@@ -7,9 +7,11 @@ seed, so the same file arises everywhere.
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 from plait.model.byte_level import ALPHABET
+from plait.model.config import FAMILIES
 from plait.model.gguf_types import BY_NAME
 from plait.model.gguf_writer import StoredTensor, Value, write_gguf
 
@@ -32,25 +34,29 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny(path: Path) -> None:
-    """Write the model's GGUF file, always the same bytes. Raises ``OSError``."""
+def write_tiny(path: Path, family: str = "llama", more: Sequence[StoredTensor] = ()) -> None:
+    """Write the model's GGUF file, always the same bytes. Raises ``OSError``.
+
+    ``family`` is an architecture of ``config.FAMILIES``; ``more`` are tensors besides.
+    """
     vocabulary = [*SPECIAL, *ALPHABET, *(merge.replace(" ", "") for merge in MERGES)]
-    write_gguf(path, _metadata(vocabulary), _tensors(len(vocabulary)))
+    tensors = [*_tensors(len(vocabulary), FAMILIES[family].biases), *more]
+    write_gguf(path, _metadata(vocabulary, family), tensors)
 
 
-def _metadata(vocabulary: list[str]) -> dict[str, Value]:
+def _metadata(vocabulary: list[str], family: str) -> dict[str, Value]:
     return {
-        "general.architecture": "llama",
+        "general.architecture": family,
         "general.name": "tiny random (for tests)",
-        "llama.block_count": LAYERS,
-        "llama.context_length": CONTEXT,
-        "llama.embedding_length": HIDDEN,
-        "llama.feed_forward_length": FEED_FORWARD,
-        "llama.attention.head_count": HEADS,
-        "llama.attention.head_count_kv": KV_HEADS,
-        "llama.rope.freq_base": 10_000.0,
-        "llama.rope.dimension_count": HEAD_SIZE,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        f"{family}.block_count": LAYERS,
+        f"{family}.context_length": CONTEXT,
+        f"{family}.embedding_length": HIDDEN,
+        f"{family}.feed_forward_length": FEED_FORWARD,
+        f"{family}.attention.head_count": HEADS,
+        f"{family}.attention.head_count_kv": KV_HEADS,
+        f"{family}.rope.freq_base": 10_000.0,
+        f"{family}.rope.dimension_count": HEAD_SIZE,
+        f"{family}.attention.layer_norm_rms_epsilon": 1e-5,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.add_bos_token": False,
@@ -63,33 +69,36 @@ def _metadata(vocabulary: list[str]) -> dict[str, Value]:
     }
 
 
-def _tensors(vocabulary_size: int) -> list[StoredTensor]:
+def _tensors(vocabulary_size: int, biases: bool) -> list[StoredTensor]:
     queries, keys = (HEADS * HEAD_SIZE, HIDDEN), (KV_HEADS * HEAD_SIZE, HIDDEN)
     tensors = [
         _packed("token_embd.weight", "Q8_0", (vocabulary_size, HIDDEN), 0.3),
-        _norm("output_norm.weight"),
+        _vector("output_norm.weight"),
     ]
     for layer in range(LAYERS):
         prefix = f"blk.{layer}."
         tensors += [
-            _norm(prefix + "attn_norm.weight"),
+            _vector(prefix + "attn_norm.weight"),
             _packed(prefix + "attn_q.weight", "Q4_1", queries, 0.3),
             _packed(prefix + "attn_k.weight", "Q4_1", keys, 0.3),
             _packed(prefix + "attn_v.weight", "Q8_0", keys, 0.3),
             _packed(prefix + "attn_output.weight", "Q4_1", (HIDDEN, HIDDEN), 0.3),
-            _norm(prefix + "ffn_norm.weight"),
+            _vector(prefix + "ffn_norm.weight"),
             _packed(prefix + "ffn_gate.weight", "Q4_1", (FEED_FORWARD, HIDDEN), 0.2),
             _packed(prefix + "ffn_up.weight", "Q4_0", (FEED_FORWARD, HIDDEN), 0.2),
             _packed(prefix + "ffn_down.weight", "Q4_1", (HIDDEN, FEED_FORWARD), 0.2),
         ]
+        if biases:
+            sizes = {"attn_q": queries[0], "attn_k": keys[0], "attn_v": keys[0]}
+            tensors += [_vector(f"{prefix}{part}.bias", size) for part, size in sizes.items()]
     return tensors
 
 
-def _norm(name: str) -> StoredTensor:
-    """Norm weights between 0.5 and 1.5, in fp32."""
-    noise = hashlib.shake_256(SEED + name.encode()).digest(HIDDEN)
-    weights = [0.5 + byte / 255 for byte in noise]
-    return StoredTensor(name, BY_NAME["F32"], (HIDDEN,), struct.pack(f"<{HIDDEN}f", *weights))
+def _vector(name: str, size: int = HIDDEN) -> StoredTensor:
+    """Numbers between 0.5 and 1.5, in fp32."""
+    noise = hashlib.shake_256(SEED + name.encode()).digest(size)
+    numbers = [0.5 + byte / 255 for byte in noise]
+    return StoredTensor(name, BY_NAME["F32"], (size,), struct.pack(f"<{size}f", *numbers))
 
 
 def _packed(name: str, kind: str, shape: tuple[int, int], deviation: float) -> StoredTensor:

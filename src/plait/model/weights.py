@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plait.errors import ModelError
-from plait.model.config import LlamaConfig, read_config
+from plait.model.config import BIASED, ROTARY_FACTORS, ModelConfig, read_config
 from plait.model.gguf_reader import GgufFile
 from plait.model.gguf_types import Nibbles, TensorType
 from plait.model.manifest import Manifest, config_digest
@@ -31,8 +31,10 @@ class Rows:
 class Weights:
     """The tensors that ``manifest`` promises, out of ``gguf``.
 
-    Nothing is hashed but what is asked for, so a node verifies its own span only. Raises
-    ``ModelError`` when the file's configuration is not the manifest's.
+    Nothing is hashed but what is asked for, so a node verifies its own span only. Rows of
+    queries and keys come in the order of llama's files, in which the rotary embedding turns
+    neighbours, whatever the family's own is. Raises ``ModelError`` when the file's
+    configuration is not the manifest's.
     """
 
     def __init__(self, gguf: GgufFile, manifest: Manifest) -> None:
@@ -41,7 +43,7 @@ class Weights:
                 f"the configuration in {gguf.path} is not that of {manifest.name}",
                 remedy=f"plait models pull {manifest.name}",
             )
-        self.config: LlamaConfig = read_config(gguf)
+        self.config: ModelConfig = read_config(gguf)
         self._gguf = gguf
         self._manifest = manifest
 
@@ -60,20 +62,45 @@ class Weights:
         """Verified weights, expanded to fp32. Raises ``ModelError`` naming the tensor."""
         raw = self.stored(name)
         entry = self._gguf.tensors[name]
-        return entry.type.to_fp32(raw, entry.shape)
+        order = self._order(name)
+        expanded = entry.type.to_fp32(raw, entry.shape)
+        return expanded if order is None else expanded[order]
 
     def nibbles(self, name: str) -> tuple[Nibbles, ...]:
         """Verified weights of a matrix as 4-bit planes, which add up to it; none if its
         format is not made of any. Raises ``ModelError`` naming the tensor."""
         entry = self._gguf.tensors[name]
         rows, width = entry.shape
-        return entry.type.to_nibbles(self.stored(name), (rows, width))
+        planes = entry.type.to_nibbles(self.stored(name), (rows, width))
+        order = self._order(name)
+        return planes if order is None else tuple(plane.ordered(order) for plane in planes)
+
+    def bias(self, layer: int) -> npt.NDArray[np.float32] | None:
+        """That of a layer's queries, keys and values, one after the other; None if the family
+        has none. Raises ``ModelError`` naming the tensor."""
+        if not self.config.family.biases:
+            return None
+        return np.concatenate([self.fp32(f"blk.{layer}.{part}.bias") for part in BIASED])
+
+    def rotary_factors(self) -> npt.NDArray[np.float32] | None:
+        """What divides each pair's frequency, [head size / 2]; None if nothing does. Raises
+        ``ModelError``."""
+        return self.fp32(ROTARY_FACTORS) if self.config.rotary_factors else None
 
     def rows(self, name: str) -> Rows:
         """Verified rows that stay packed until looked up. Raises ``ModelError``."""
         raw = self.stored(name)
         entry = self._gguf.tensors[name]
         return Rows(raw.reshape(entry.shape[0], -1), entry.type, entry.shape[1])
+
+    def _order(self, name: str) -> npt.NDArray[np.int64] | None:
+        """Where each row of queries or keys lies in the file; None if the order is right."""
+        config, (part, *_) = self.config, name.split(".")[2:] or [""]
+        heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(part)
+        if heads is None or not config.family.rotary_halves:
+            return None
+        rows = np.arange(heads * config.head_size).reshape(heads, 2, -1)
+        return rows.transpose(0, 2, 1).reshape(-1)
 
     def _corrupt(self, name: str) -> ModelError:
         return ModelError(

@@ -1,6 +1,6 @@
 """Oracles for computing: the unsplit transformers model, and stages run in one process.
 
-The reference is put together on its own: a whole ``LlamaForCausalLM`` with transformers'
+The reference is put together on its own: a whole transformers model with transformers'
 own cache, masks, generation loop and permutation of GGUF's queries and keys. Only the
 expansion of packed weights is shared, which has its own tests.
 """
@@ -12,7 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from plait.compute.port import Hidden, StageCompute, Work
@@ -21,6 +27,19 @@ from plait.model.local import LocalModel
 from plait.types import Sampling, SessionId, Span
 
 SESSION = SessionId(bytes(range(16)))
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""Of models whose file has rotary factors: transformers calculates these from it."""
+_FACTORS = "rope_freqs.weight"
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+}
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -38,36 +57,41 @@ _NAMES = {
 }
 
 
-def reference_model(local: LocalModel) -> LlamaForCausalLM:
+def reference_model(local: LocalModel) -> PreTrainedModel:
     """The whole model in fp32, without any of ``plait.compute``."""
     with GgufFile.open(local.weights_path) as gguf:
-        heads = gguf.integer("llama.attention.head_count")
-        kv_heads = gguf.integer("llama.attention.head_count_kv")
-        config = LlamaConfig(
+        family = gguf.text("general.architecture")
+        heads = gguf.integer(f"{family}.attention.head_count")
+        kv_heads = gguf.integer(f"{family}.attention.head_count_kv")
+        rope = {"rope_type": "default", "rope_theta": gguf.number(f"{family}.rope.freq_base")}
+        if _FACTORS in gguf.tensors:
+            rope |= LLAMA3_ROPE
+        config_class, model_class = _CLASSES[family]
+        config = config_class(
             vocab_size=gguf.tensors["token_embd.weight"].shape[0],
-            hidden_size=gguf.integer("llama.embedding_length"),
-            intermediate_size=gguf.integer("llama.feed_forward_length"),
-            num_hidden_layers=gguf.integer("llama.block_count"),
+            hidden_size=gguf.integer(f"{family}.embedding_length"),
+            intermediate_size=gguf.integer(f"{family}.feed_forward_length"),
+            num_hidden_layers=gguf.integer(f"{family}.block_count"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            max_position_embeddings=gguf.integer("llama.context_length"),
-            rms_norm_eps=gguf.number("llama.attention.layer_norm_rms_epsilon"),
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": gguf.number("llama.rope.freq_base"),
-            },
+            max_position_embeddings=gguf.integer(f"{family}.context_length"),
+            rms_norm_eps=gguf.number(f"{family}.attention.layer_norm_rms_epsilon"),
+            rope_parameters=rope,
             tie_word_embeddings="output.weight" not in gguf.tensors,
         )
         undo = LlamaTensorProcessor({"num_attention_heads": heads, "num_key_value_heads": kv_heads})
         tensors = {}
         for entry in gguf.tensors.values():
+            if entry.name == _FACTORS:
+                continue  # transformers calculates them
             weight = entry.type.to_fp32(gguf.read(entry.name), entry.shape)
-            weight = undo.process(weight, name=entry.name).weights
+            if family == "llama":
+                weight = undo.process(weight, name=entry.name).weights
             tensors[_name(entry.name)] = torch.from_numpy(np.ascontiguousarray(weight))
-    model = LlamaForCausalLM(config)
+    model: PreTrainedModel = model_class(config)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
-    model.eval()
+    model.train(False)
     return model
 
 
@@ -87,7 +111,7 @@ class ReferenceRun:
 
 
 @torch.inference_mode()
-def reference_run(model: LlamaForCausalLM, prompt_ids: Sequence[int], count: int) -> ReferenceRun:
+def reference_run(model: PreTrainedModel, prompt_ids: Sequence[int], count: int) -> ReferenceRun:
     """``count`` greedy tokens by transformers' ``generate``, never ending early."""
     untyped: Any = model  # transformers' annotation of generate does not fit its own models
     output = untyped.generate(
