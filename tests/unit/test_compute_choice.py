@@ -1,8 +1,11 @@
 """What ``--dtype auto`` stands for. Slow because torch takes seconds to import."""
 
+from pathlib import Path
+
 import pytest
 
 from plait.compute.load import check_loadable, load_stage
+from plait.errors import ConfigError
 from plait.model import catalog
 from plait.types import Span
 
@@ -20,7 +23,7 @@ def test_the_cheapest_row_decides_by_how_often_it_is_seen() -> None:
     assert fastest([many, one, crowded]) is one
 
 
-@pytest.mark.parametrize("kernel", ["torch", "mlas-w4a8"])
+@pytest.mark.parametrize("kernel", ["torch", "mlas-w4a8", "ggml-w4a8"])
 @pytest.mark.parametrize("planes", [1, 2])
 def test_every_dtype_is_timed_for_every_number_of_rows(
     planes: int, kernel: str, monkeypatch: pytest.MonkeyPatch
@@ -36,14 +39,45 @@ def test_every_dtype_is_timed_for_every_number_of_rows(
         assert all(us > 0 for us in timing.step_us.values())
 
 
-@pytest.mark.parametrize(("has_bf16", "kernel"), [(True, "torch"), (False, "mlas-w4a8")])
+@pytest.mark.parametrize(
+    ("has_bf16", "machine", "capability", "here", "kernel"),
+    [
+        (True, "x86_64", "AVX512", True, "torch"),
+        (False, "x86_64", "AVX2", True, "ggml-w4a8"),
+        (False, "x86_64", "AVX2", False, "mlas-w4a8"),
+        (False, "x86_64", "DEFAULT", True, "mlas-w4a8"),
+        (False, "aarch64", "DEFAULT", True, "mlas-w4a8"),
+    ],
+)
 def test_the_int4_kernel_follows_from_the_processor(
-    has_bf16: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+    has_bf16: bool,
+    machine: str,
+    capability: str,
+    here: bool,
+    kernel: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    import torch
+
     from plait.compute import choice
 
     monkeypatch.setattr(choice, "has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(choice.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(choice.ggml, "shared_object", lambda: Path("ggml.so") if here else None)
     assert choice.int4_kernel() == kernel
+
+
+@pytest.mark.parametrize("kernel", ["ggml", "mlas", "torch"])
+def test_a_kernel_can_be_named(
+    kernel: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(catalog.MODELS_DIR_VARIABLE, str(tmp_path_factory.mktemp("models")))
+    local = catalog.load("tiny-random")
+    _, dtype, named, *_ = load_stage(local, Span(0, 1), f"int4/{kernel}").numeric_class().split("/")
+    assert dtype == "int4" and kernel in named
+    with pytest.raises(ConfigError, match="int4/ggml"):
+        check_loadable(local, None, "int4/none")
 
 
 def test_auto_loads_one_of_the_good_dtypes_and_says_which(

@@ -24,7 +24,14 @@ from plait.model.tiny import HEAD_SIZE, write_tiny
 pytestmark = pytest.mark.slow
 
 PROMPT = tuple(range(5, 95))  # positions beyond what the factors leave alone
-DTYPES = {"fp32": 1e-5, "bf16": 0.12, "int4/torch": 0.08, "int4/mlas-w4a8": 0.2, "int8": 0.18}
+DTYPES = {
+    "fp32": 1e-5,
+    "bf16": 0.12,
+    "int4/torch": 0.08,
+    "int4/mlas-w4a8": 0.2,
+    "int4/ggml-w4a8": 0.2,
+    "int8": 0.18,
+}
 """Limit of the relative error of hidden rows behind half of the layers: about twice that of a
 plain llama of the same random weights."""
 

@@ -6,11 +6,12 @@ different numbers of rows, weighed by how often a stage sees them. What is timed
 multiplication with matrices of the model's width, on the device and with the threads that
 will compute; it takes about a second. The outcome is named in the numeric class.
 
-int4 has two kernels, torch's and onnxruntime's. Which one a processor gets is a rule and no
-timing: replicas on machines of one kind have to be of one numeric class to take over from
-each other.
+int4 has three kernels: torch's, ggml's and onnxruntime's. Which one a processor gets is a rule
+and no timing: replicas on machines of one kind have to be of one numeric class to take over
+from each other.
 """
 
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from plait.compute import ort
+from plait.compute import ggml, ggml_layers, ort
 from plait.compute.linear import (
     Bf16Linear,
     Fp32Linear,
@@ -29,7 +30,7 @@ from plait.compute.linear import (
     nibble_planes,
 )
 from plait.compute.ort_graph import head_graph, quantised
-from plait.model.gguf_types import NIBBLE_GROUP, Nibbles
+from plait.model.gguf_types import BY_NAME, NIBBLE_GROUP, Nibbles
 from plait.model.weights import Weights
 from plait.types import Span
 
@@ -80,12 +81,15 @@ def fastest(table: Sequence[Timing]) -> Timing:
 
 
 def int4_kernel() -> str:
-    """``TORCH_INT4`` where the processor multiplies bf16, which it takes; else ``ort.KERNEL``.
+    """``TORCH_INT4`` where the processor multiplies bf16, which it takes; ggml's on x86 with AVX2,
+    which its package is built for; else ``ort.KERNEL``.
 
-    Measured with AVX-512 torch's had 0.73 of llama.cpp's decode rate; without, 0.31, and
-    onnxruntime's 0.52.
+    ADR 15 and ADR 19 have what was measured.
     """
-    return TORCH_INT4 if has_bf16() else ort.KERNEL
+    if has_bf16():
+        return TORCH_INT4
+    avx2 = platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    return ggml_layers.KERNEL if avx2 and ggml.shared_object() is not None else ort.KERNEL
 
 
 @torch.inference_mode()
@@ -130,6 +134,10 @@ def _int4(kernel: str, inputs: int, outputs: int, planes: int) -> Sequence[Rows]
     weights = [Nibbles(codes, scale, -scale)]
     if planes > 1:
         weights.insert(0, Nibbles(codes, scale * np.float32(16), scale * np.float32(-128)))
+    if kernel == ggml_layers.KERNEL and planes == 1:
+        blocks = np.random.default_rng(1).integers(0, 64, (outputs, inputs // 32 * 18), np.uint8)
+        made = [ggml_layers.Matrix(blocks, BY_NAME["Q4_0"], inputs) for _ in range(_MATRICES)]
+        return [ggml_layers.bare_part(one, torch.get_num_threads()) for one in made]
     if kernel == TORCH_INT4:
         terms = [[Int4Linear(plane) for plane in weights] for _ in range(_MATRICES)]
         return [SumLinear(term) for term in terms]

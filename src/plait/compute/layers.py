@@ -1,4 +1,4 @@
-"""A llama layer around its attention, by torch. ``ort.py`` has the same by onnxruntime."""
+"""A llama layer around its attention, by torch; ``ort.py`` and ``ggml_layers.py`` have others."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +23,34 @@ class Layer(Protocol):
 
     def ended(self, hidden: torch.Tensor, attended: torch.Tensor, apply: Apply) -> torch.Tensor:
         """[rows, hidden] behind the layer; ``attended`` is [rows, heads * head size]."""
+
+
+class Half(Protocol):
+    """What lies between two attentions, before or behind one, as one call."""
+
+    def rows(self, *given: torch.Tensor) -> torch.Tensor:
+        """[n, …] each -> [n, outputs]; each row's result is the same in any company."""
+
+
+@dataclass(frozen=True, slots=True)
+class HalvedLayer:
+    """A layer by a library that computes all between two attentions in one call.
+
+    It needs no ``apply``, as rows are the same in any company.
+    """
+
+    projection: Half
+    """hidden -> queries, keys and values."""
+    end: Half
+    """(attended, hidden) -> hidden behind the layer."""
+
+    def projected(self, hidden: torch.Tensor, apply: Apply) -> torch.Tensor:
+        """See ``Layer.projected``."""
+        return self.projection.rows(hidden)
+
+    def ended(self, hidden: torch.Tensor, attended: torch.Tensor, apply: Apply) -> torch.Tensor:
+        """See ``Layer.ended``."""
+        return self.end.rows(attended, hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +95,21 @@ def norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor) -> t
     return hidden * torch.rsqrt(mean) * weight
 
 
+def tensor_names(layer: int, *parts: str) -> list[str]:
+    """GGUF's names of a layer's weights."""
+    return [f"blk.{layer}.{part}.weight" for part in parts]
+
+
 def load_torch_layer(
     weights: Weights, index: int, load: Callable[[Sequence[str]], Linear], memory: DeviceMemory
 ) -> TorchLayer:
     """Layer ``index``, its matrices by ``load``. Raises ``ModelError`` on a bad tensor."""
 
-    def name(part: str) -> str:
-        return f"blk.{index}.{part}.weight"
-
     def linear(*parts: str) -> Linear:
-        return load([name(part) for part in parts])
+        return load(tensor_names(index, *parts))
 
     def table(part: str) -> torch.Tensor:
-        return memory.put(torch.from_numpy(weights.fp32(name(part))))
+        return memory.put(torch.from_numpy(weights.fp32(*tensor_names(index, part))))
 
     bias = weights.bias(index)
 

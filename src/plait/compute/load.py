@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 KV_TOKENS_MAX = 16_384
 DTYPES = ("fp32", "bf16", "int4", "int8")
 ACCELERATOR_DTYPES = (*DTYPES, "fp16")
+INT4_KERNELS = {"ggml": "ggml-w4a8", "mlas": "mlas-w4a8", "torch": "torch"}
+"""What may multiply int4 on the CPU, by the names that ``int4/NAME`` takes as a dtype; else
+``choice.int4_kernel`` says."""
 AUTO = "auto"
 """Chosen when loading: see ``plait.compute.choice``. On an accelerator it is the 16-bit type that
 it has, by rule: nothing was measured on one."""
@@ -44,8 +47,9 @@ def check_loadable(
     ``device`` None is one that is not known yet.
     """
     layers = local.manifest.layers
-    if dtype not in (*ACCELERATOR_DTYPES, AUTO):
-        known = ", ".join((*ACCELERATOR_DTYPES, AUTO))
+    kernels = [f"int4/{kernel}" for kernel in INT4_KERNELS]
+    if dtype not in (*ACCELERATOR_DTYPES, *kernels, AUTO):
+        known = ", ".join((*ACCELERATOR_DTYPES, *kernels, AUTO))
         raise ConfigError(f"there is no dtype {dtype!r}; {known} exist", remedy="--dtype fp32")
     if device is not None:
         check_dtype(device, dtype)
@@ -66,10 +70,11 @@ def load_stage(
 ) -> "TorchStage":
     """Read, verify and load the span's tensors, and nothing else of the file.
 
-    ``dtype`` is one of ``DTYPES``, or ``AUTO`` to choose the fastest here whose answers are
-    as good. ``progress`` gets (layers loaded, layers to load); ``disk`` is where prefixes are
-    kept. ``memory`` is that of the device to compute on, the host's if it is None; an
-    accelerator's KV cache is made smaller than ``kv_tokens_max`` where its memory is.
+    ``dtype`` is one of ``DTYPES``, int4 with a kernel's name (``int4/ggml``), or ``AUTO`` to choose
+    the fastest here whose answers are as good. ``progress`` gets (layers loaded, layers to load);
+    ``disk`` is where prefixes are kept. ``memory`` is that of the device to compute on, the host's
+    if it is None; an accelerator's KV cache is made smaller than ``kv_tokens_max`` where its
+    memory is.
     Sets torch's thread count for the whole process.
 
     Raises ``ConfigError`` for a span, dtype, or number that cannot be or where the device has no
@@ -127,7 +132,8 @@ def _load_span(
     if dtype == AUTO:
         accelerated = memory.device.is_accelerator
         dtype = memory.device.half if accelerated else choose_dtype(weights, span)
+    dtype, _, named = dtype.partition("/")
     kernel = ""
     if dtype == "int4" and not memory.device.is_accelerator:
-        kernel = int4_kernel()
+        kernel = INT4_KERNELS[named] if named else int4_kernel()
     return load_ragged(weights, span, dtype, progress, memory, kernel)

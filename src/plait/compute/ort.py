@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from plait.compute.layers import Apply
+from plait.compute.layers import HalvedLayer, tensor_names
 from plait.compute.ort_graph import (
     Dense,
     Matrix,
@@ -76,51 +76,37 @@ class Part:
         return found[0]
 
 
-class OrtLayer:
-    """One layer as two graphs, before and behind its attention."""
-
-    def __init__(self, projection: Part, end: Part) -> None:
-        self._projection = projection
-        self._end = end
-
-    def projected(self, hidden: torch.Tensor, apply: Apply) -> torch.Tensor:
-        """See ``Layer.projected``; needs no ``apply``, as rows are the same in any company."""
-        return self._projection.rows(hidden)
-
-    def ended(self, hidden: torch.Tensor, attended: torch.Tensor, apply: Apply) -> torch.Tensor:
-        """See ``Layer.ended``."""
-        return self._end.rows(attended, hidden)
-
-
-def load_ort_layer(weights: Weights, index: int) -> OrtLayer:
+def load_ort_layer(weights: Weights, index: int) -> HalvedLayer:
     """Layer ``index`` in int4. Raises ``ModelError`` on a bad tensor."""
+    return HalvedLayer(load_projection(weights, index), load_layer_end(weights, index))
 
-    def name(part: str) -> str:
-        return f"blk.{index}.{part}.weight"
 
-    def matrix(part: str) -> Matrix:
-        return _matrix(weights, name(part))
+def load_projection(weights: Weights, index: int) -> Part:
+    """The half before a layer's attention. Raises ``ModelError`` on a bad tensor."""
+    (norm,) = tensor_names(index, "attn_norm")
+    matrices = [_matrix(weights, n) for n in tensor_names(index, "attn_q", "attn_k", "attn_v")]
+    epsilon, bias = weights.config.norm_epsilon, weights.bias(index)
+    return _part(projection_graph(weights.fp32(norm), epsilon, matrices, bias))
 
-    epsilon, threads = weights.config.norm_epsilon, torch.get_num_threads()
-    projection = projection_graph(
-        weights.fp32(name("attn_norm")),
-        epsilon,
-        [matrix("attn_q"), matrix("attn_k"), matrix("attn_v")],
-        weights.bias(index),
+
+def load_layer_end(weights: Weights, index: int) -> Part:
+    """The half behind a layer's attention. Raises ``ModelError`` on a bad tensor."""
+    (norm,) = tensor_names(index, "ffn_norm")
+    output, gate, up, down = (
+        _matrix(weights, name)
+        for name in tensor_names(index, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     )
-    end = layer_end_graph(
-        matrix("attn_output"),
-        weights.fp32(name("ffn_norm")),
-        epsilon,
-        [matrix("ffn_gate"), matrix("ffn_up")],
-        matrix("ffn_down"),
-    )
-    return OrtLayer(Part(projection, threads), Part(end, threads))
+    epsilon = weights.config.norm_epsilon
+    return _part(layer_end_graph(output, weights.fp32(norm), epsilon, [gate, up], down))
 
 
 def load_ort_head(weights: Weights, name: str) -> Part:
     """The head's matrix in int4, or in 8 bits if it is stored in as many."""
-    return Part(head_graph(_matrix(weights, name)), torch.get_num_threads())
+    return _part(head_graph(_matrix(weights, name)))
+
+
+def _part(graph: bytes) -> Part:
+    return Part(graph, torch.get_num_threads())
 
 
 def _matrix(weights: Weights, name: str) -> Matrix:

@@ -14,11 +14,12 @@ from typing import Protocol
 
 import torch
 
-from plait.compute import ort
+from plait.compute import ggml_layers, ort
 from plait.compute.attention import Attention, Item
 from plait.compute.device import kernel_on
 from plait.compute.device_linear import TORCH_DTYPES, load_on
 from plait.compute.device_memory import HOST, DeviceMemory
+from plait.compute.ggml_layers import GgmlParts
 from plait.compute.kv import KvLayout
 from plait.compute.layers import Layer, load_torch_layer, norm
 from plait.compute.linear import NARROW_ROWS, Linear, kernel_of, load_head, load_linear
@@ -175,11 +176,11 @@ def load_ragged(
 ) -> RaggedModel:
     """Load the span in ``dtype``, one of ``load.DTYPES``. Raises ``ModelError`` on a bad tensor.
 
-    On the host int4 is computed by ``kernel``: onnxruntime's if it is ``ort.KERNEL``, else torch's.
+    On the host int4 is computed by ``kernel``: ggml's if it is ``ggml_layers.KERNEL``,
+    onnxruntime's if it is ``ort.KERNEL``, else torch's.
     On an accelerator all but the embedding is in its memory: of that, a step needs a few rows.
     """
-    by_ort = (dtype, kernel) == ("int4", ort.KERNEL)
-    parts = _OrtParts(weights) if by_ort else _TorchParts(weights, dtype, memory)
+    parts = _parts(weights, dtype, memory, kernel)
     config = weights.config
     layers = []
     for done, index in enumerate(range(span.start, span.end)):
@@ -208,6 +209,16 @@ def _kv_number(dtype: str, memory: DeviceMemory) -> torch.dtype:
     if memory.device.is_accelerator and dtype != "fp32":
         return TORCH_DTYPES[dtype if dtype in TORCH_DTYPES else memory.device.half]
     return torch.float32
+
+
+def _parts(
+    weights: Weights, dtype: str, memory: DeviceMemory, kernel: str
+) -> "_OrtParts | _TorchParts | GgmlParts":
+    if (dtype, kernel) == ("int4", ggml_layers.KERNEL):
+        return GgmlParts(weights)
+    if (dtype, kernel) == ("int4", ort.KERNEL):
+        return _OrtParts(weights)
+    return _TorchParts(weights, dtype, memory)
 
 
 class _TorchParts:

@@ -91,7 +91,13 @@ class Weights:
         """Verified rows that stay packed until looked up. Raises ``ModelError``."""
         raw = self.stored(name)
         entry = self._gguf.tensors[name]
-        return Rows(raw.reshape(entry.shape[0], -1), entry.type, entry.shape[1])
+        order = self._order(name)
+        packed = raw.reshape(entry.shape[0], -1)
+        return Rows(packed if order is None else packed[order], entry.type, entry.shape[1])
+
+    def type_of(self, name: str) -> str:
+        """The name of a tensor's format. Raises ``ModelError``."""
+        return self._manifest.tensor(name).dtype
 
     def _order(self, name: str) -> npt.NDArray[np.int64] | None:
         """Where each row of queries or keys lies in the file; None if the order is right."""
