@@ -110,23 +110,47 @@ def test_a_row_is_the_same_in_any_company(name: str, threads: int) -> None:
             assert torch.equal(part.rows(given[first : first + count]), whole[first:][:count])
 
 
+def turned(rows: np.ndarray, positions: np.ndarray, heads: int, factors: np.ndarray) -> np.ndarray:
+    """The first ``heads`` heads of 16, neighbours turned together."""
+    frequencies = 10_000.0 ** (-np.arange(0, 16, 2) / 16) / factors
+    angles = (positions[:, None] * frequencies)[:, None]
+    result = rows.reshape(len(rows), -1, 16).copy()
+    pairs = result[:, :heads].reshape(len(rows), heads, 8, 2)
+    complex_ = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)
+    result[:, :heads] = np.stack([complex_.real, complex_.imag], -1).reshape(len(rows), heads, 16)
+    return np.asarray(result.reshape(rows.shape))
+
+
 @pytest.mark.parametrize("kinds", [("Q4_1", "Q4_1"), ("Q4_0", "Q4_K", "Q4_1")])
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_projection_is_of_the_normed_rows(kinds: Sequence[str], biased: bool) -> None:
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_projection_is_of_the_normed_rows_its_heads_turned(
+    kinds: Sequence[str], biased: bool, divided: bool
+) -> None:
+    from plait.compute.ggml import Rotary
     from plait.compute.ggml_layers import Projection
 
     made = [weights(name, 32, INPUTS, seed) for seed, name in enumerate(kinds)]
     hidden, weight = rows(5, INPUTS), rows(1, INPUTS, 9)[0]
     bias = rows(1, 32 * len(kinds), 10)[0]
     matrices = [matrix for matrix, _ in made]
-    program = Projection(constant(weight), 1e-5, matrices, constant(bias) if biased else None)
+    factors = np.linspace(1, 8, 8, dtype=np.float32) if divided else np.ones(8, np.float32)
+    width, heads = 32 * len(kinds), 3
+    rotary = Rotary(heads, 16, width, 10_000.0, constant(factors) if divided else None)
+    program = Projection(
+        constant(weight), 1e-5, matrices, constant(bias) if biased else None, rotary
+    )
+    positions = np.array([0, 7, 1, 300, 2_000], np.int32)
     wanted = normed(hidden, weight) @ np.concatenate([exact for _, exact in made]).T
-    found = computed(program, hidden)
-    assert found.shape == (5, 32 * len(kinds))
-    assert error(found, wanted + bias if biased else wanted) < ROUNDED
+    wanted = turned(wanted + bias if biased else wanted, positions, heads, factors)
+    found = computed(program, hidden, positions)
+    assert found.shape == (5, width)
+    assert error(found, wanted) < ROUNDED
 
 
-def test_the_end_of_a_layer_is_attention_output_and_feed_forward() -> None:
+def test_the_end_of_a_layer_is_attention_output_and_feed_forward_in_bf16() -> None:
+    import torch
+
     from plait.compute.ggml_layers import LayerEnd
 
     output, exact_output = weights("Q4_1", WIDTH, 64, 4)
@@ -140,7 +164,9 @@ def test_the_end_of_a_layer_is_attention_output_and_feed_forward() -> None:
     inner = normed(summed, weight)
     gated = inner @ exact_gate.T
     wanted = summed + (gated / (1 + np.exp(-gated)) * (inner @ exact_up.T)) @ exact_down.T
-    assert error(computed(program, attended, hidden), wanted) < 3 * ROUNDED
+    found = computed(program, attended, hidden)
+    assert error(found, wanted) < 3 * ROUNDED
+    assert torch.equal(torch.from_numpy(found).bfloat16().float(), torch.from_numpy(found))
 
 
 @pytest.mark.parametrize(
@@ -175,13 +201,14 @@ def test_a_graph_larger_than_its_arena_is_refused() -> None:
     import torch
 
     from plait.compute.ggml import Arena
-    from plait.compute.ggml_layers import Part, Projection
+    from plait.compute.ggml_layers import LayerEnd, Part
 
-    matrix, _ = weights("Q4_0", OUTPUTS, INPUTS)
-    program = Projection(constant(rows(1, INPUTS)[0]), 1e-5, [matrix], None)
-    part = Part(program, Arena(200_000, 1), None)
+    square, _ = weights("Q4_0", INPUTS, INPUTS)
+    double, _ = weights("Q4_0", 2 * INPUTS, INPUTS)
+    program = LayerEnd(square, constant(rows(1, INPUTS)[0]), 1e-5, [double], square)
+    part = Part(program, Arena(400_000, 1), None)
     with pytest.raises(LocalProtocolError, match="do not fit"):
-        part.rows(torch.zeros(128, INPUTS))
+        part.rows(torch.zeros(128, INPUTS), torch.zeros(128, INPUTS))
 
 
 def test_without_its_package_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

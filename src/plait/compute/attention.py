@@ -32,10 +32,14 @@ class Item:
 
 
 class Attention:
-    """For ``items`` of one cache, those of few rows first; ``group`` query heads share a key."""
+    """For ``items`` of one cache, those of few rows first; of so many query heads, which share
+    the fewer heads of keys and values evenly."""
 
-    def __init__(self, items: Sequence[Item], group: int, memory: DeviceMemory = HOST) -> None:
-        self._group = group
+    def __init__(
+        self, items: Sequence[Item], heads: int, kv_heads: int, memory: DeviceMemory = HOST
+    ) -> None:
+        self._heads = heads
+        self._group = heads // kv_heads
         narrow = [item for item in items if item.rows <= NARROW_ROWS]
         self._wide = items[len(narrow) :]
         self._narrow = [_Reads(item) for item in narrow]
@@ -45,14 +49,14 @@ class Attention:
         self._slots = memory.carry(torch.cat(slots))
         self._cache = items[0].kv
 
-    def of_layer(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """[rows, heads, head size] each, in the order of items -> [rows, heads * head size]."""
+    def of_layer(self, layer: int, projected: torch.Tensor) -> torch.Tensor:
+        """[rows, heads, head size], queries, keys and values in the order of items ->
+        [rows, query heads * head size]."""
         cached = self._cache.of_layer(layer)
-        written = torch.cat([keys, values], 1).transpose(0, 1).to(cached.dtype)
-        cached.index_copy_(1, self._slots, written)
-        queries = queries.to(cached.dtype)
+        queries, written = projected.to(cached.dtype).split_with_sizes(
+            [self._heads, projected.shape[1] - self._heads], 1
+        )
+        cached.index_copy_(1, self._slots, written.transpose(0, 1))
         results = self._of_narrow(layer, queries[: self._narrow_rows])
         at = self._narrow_rows
         for item, mask in zip(self._wide, self._masks, strict=True):
@@ -66,7 +70,7 @@ class Attention:
         if not rows:
             return []
         # The query heads that share a key head stand in as rows: nothing is copied.
-        grouped = queries.view(rows, 1, heads // self._group, self._group, size).unbind(0)
+        grouped = queries.reshape(rows, 1, heads // self._group, self._group, size).unbind(0)
         reads = [pair for item in self._narrow for pair in item.of_layer(layer)]
         each = [
             functional.scaled_dot_product_attention(query, keys, values)

@@ -9,6 +9,7 @@ after the other on its one compute thread; what a graph gives must be copied out
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from plait.errors import LocalProtocolError
 
 PACKAGE = "xllamacpp"
-F32, BF16 = 0, 30
+F32, I32, BF16 = 0, 26, 30
 """ggml's codes of types are GGUF's."""
 _ALIGNMENT = 64
 _NODES_MAX = 64
@@ -52,6 +53,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_reshape_2d": (c_void_p, [c_void_p] * 2 + [c_int64] * 2),
     "ggml_reshape_3d": (c_void_p, [c_void_p] * 2 + [c_int64] * 3),
     "ggml_cast": (c_void_p, [c_void_p] * 2 + [_ENUM]),
+    "ggml_view_3d": (c_void_p, [c_void_p] * 2 + [c_int64] * 3 + [c_size_t] * 3),
+    "ggml_rope_ext_inplace": (c_void_p, [c_void_p] * 4 + [c_int] * 3 + [c_float] * 6),
     "ggml_new_graph_custom": (c_void_p, [c_void_p, c_size_t, c_bool]),
     "ggml_build_forward_expand": (None, [c_void_p] * 2),
     "ggml_backend_cpu_init": (c_void_p, []),
@@ -182,6 +185,20 @@ class Arena:
             self._lib.ggml_backend_buffer_free(self.buffer)
 
 
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """A rotary embedding of the first ``heads`` heads of rows of ``width`` numbers.
+
+    Neighbours turn together, as llama's files have them (ggml's mode 0).
+    """
+
+    heads: int
+    head_size: int
+    width: int
+    base: float
+    factors: Constant | None
+
+
 class Graph:
     """A graph over ``rows`` rows while it is built; then run by ``Arena.compute``.
 
@@ -205,7 +222,9 @@ class Graph:
         self._lib.ggml_free(self._context)
 
     def given(self, width: int) -> int:
-        """An input, [rows, width] in fp32."""
+        """An input, [rows, width] in fp32; positions, [rows] in int32, if ``width`` is 0."""
+        if not width:
+            return self._placed(self._lib.ggml_new_tensor_1d(self._context, I32, self.rows))
         return self._placed(self._lib.ggml_new_tensor_2d(self._context, F32, width, self.rows))
 
     def finished(self, result: int) -> None:
@@ -240,6 +259,24 @@ class Graph:
     def gated(self, rows: int) -> int:
         """silu of the first half of each row, times the second."""
         return self._placed(self._lib.ggml_swiglu(self._context, rows))
+
+    def turned(self, rows: int, positions: int, rotary: Rotary) -> int:
+        """The rotary embedding of the first heads of rows, which are changed in their place."""
+        lib, size, number = self._lib, rotary.head_size, 4
+        strides = (size * number, rotary.width * number, 0)
+        view = lib.ggml_view_3d(self._context, rows, size, rotary.heads, self.rows, *strides)
+        factors = None if rotary.factors is None else rotary.factors.tensor
+        plain = (rotary.base, 1.0, 0.0, 1.0, 0.0, 0.0)  # no scaling of positions
+        return self._view(
+            lib.ggml_rope_ext_inplace(
+                self._context, self._view(view), positions, factors, size, 0, 0, *plain
+            )
+        )
+
+    def rounded(self, rows: int) -> int:
+        """Rounded to bf16, to the nearest, ties to even; in fp32 again."""
+        half = self._placed(self._lib.ggml_cast(self._context, rows, BF16))
+        return self._placed(self._lib.ggml_cast(self._context, half, F32))
 
     def joined(self, parts: Sequence[int]) -> int:
         """Rows side by side."""

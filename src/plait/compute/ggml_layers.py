@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from plait.compute import ort
-from plait.compute.ggml import F32, Arena, Constant, Graph
+from plait.compute.ggml import F32, Arena, Constant, Graph, Rotary
 from plait.compute.layers import Half, HalvedLayer, Layer, tensor_names
 from plait.errors import LocalProtocolError
 from plait.model.gguf_types import BY_NAME, TensorType
@@ -92,50 +92,58 @@ def _products(graph: Graph, matrices: Sequence[Matrix], rows: int) -> int:
     return graph.joined([matrix.product(graph, rows) for matrix in matrices])
 
 
+Built = tuple[int, int]
+"""The tensor where the result is, and the last operation, if that changes it in its place."""
+
+
 class Program(Protocol):
     """What a part computes."""
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of the inputs' rows."""
+        """Of the inputs' rows; 0 of the rows' positions."""
 
     @property
     def outputs(self) -> int:
         """Width of a result's row."""
 
-    def build(self, graph: Graph, given: Sequence[int]) -> int:
-        """Add it to a graph; the result's tensor."""
+    def build(self, graph: Graph, given: Sequence[int]) -> Built:
+        """Add it to a graph."""
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """hidden -> queries, keys and values of its norm."""
+    """(hidden, positions) -> queries, keys and values of its norm, the former two turned."""
 
     norm: Constant
     epsilon: float
     matrices: Sequence[Matrix]
     bias: Constant | None
+    rotary: Rotary
 
     @property
     def widths(self) -> tuple[int, ...]:
         """See ``Program.widths``."""
-        return (self.norm.inputs,)
+        return self.norm.inputs, 0
 
     @property
     def outputs(self) -> int:
         """See ``Program.outputs``."""
         return sum(matrix.outputs for matrix in self.matrices)
 
-    def build(self, graph: Graph, given: Sequence[int]) -> int:
+    def build(self, graph: Graph, given: Sequence[int]) -> Built:
         """See ``Program.build``."""
-        normed = graph.normed(given[0], self.norm.tensor, self.epsilon)
+        hidden, positions = given
+        normed = graph.normed(hidden, self.norm.tensor, self.epsilon)
         found = _products(graph, self.matrices, normed)
-        return found if self.bias is None else graph.added(found, self.bias.tensor)
+        if self.bias is not None:
+            found = graph.added(found, self.bias.tensor)
+        return found, graph.turned(found, positions, self.rotary)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerEnd:
-    """(attended, hidden) -> hidden behind the layer."""
+    """(attended, hidden) -> hidden behind the layer, rounded to bf16."""
 
     output: Matrix
     norm: Constant
@@ -153,13 +161,14 @@ class LayerEnd:
         """See ``Program.outputs``."""
         return self.down.outputs
 
-    def build(self, graph: Graph, given: Sequence[int]) -> int:
+    def build(self, graph: Graph, given: Sequence[int]) -> Built:
         """See ``Program.build``."""
         attended, hidden = given
         summed = graph.added(self.output.product(graph, attended), hidden)
         normed = graph.normed(summed, self.norm.tensor, self.epsilon)
         active = graph.gated(_products(graph, self.gate_up, normed))
-        return graph.added(self.down.product(graph, active), summed)
+        result = graph.rounded(graph.added(self.down.product(graph, active), summed))
+        return result, result
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +211,8 @@ class Part:
     def _build(self, rows: int) -> _Built:
         graph = Graph(self._arena, rows)
         given = [graph.given(width) for width in self._program.widths]
-        result = self._program.build(graph, given)
-        graph.finished(result)
+        result, last = self._program.build(graph, given)
+        graph.finished(last)
         inputs = [graph.places[one] for one in given]
         built = self._built[rows] = _Built(graph, inputs, graph.places[result])
         return built
@@ -212,7 +221,12 @@ class Part:
         """The cheapest of some ways to fill up rows by which a row is the same in any company."""
         chance = torch.Generator().manual_seed(1)
         most = max(_TRIED)
-        given = [torch.randn(most, width, generator=chance) for width in self._program.widths]
+        given = [
+            torch.randn(most, width, generator=chance)
+            if width
+            else torch.arange(most, dtype=torch.int32) * 100
+            for width in self._program.widths
+        ]
         for pad in (_as_they_are, _at_least_two, _in_fours):
             results = [
                 self._computed(pad(count), [one[:count] for one in given]) for count in _TRIED
@@ -247,10 +261,20 @@ class GgmlParts:
         size = 4 * numbers * TILE_ROWS + 64 * _ROW_TENSORS_BYTES
         self._arena = Arena(size, torch.get_num_threads())
         self._pads: dict[tuple[str, ...], Callable[[int], int]] = {}
+        factors = weights.rotary_factors()
+        self._rotary = Rotary(
+            heads=config.heads + config.kv_heads,
+            head_size=config.head_size,
+            width=attention,
+            base=config.rope_base,
+            factors=None if factors is None else _row(factors),
+        )
 
     def layer(self, index: int) -> Layer:
         """Layer ``index``. Raises ``ModelError`` on a bad tensor."""
-        return HalvedLayer(self._projection(index), self._end(index))
+        projection, end = self._projection(index), self._end(index)
+        ours = (isinstance(half, Part) for half in (projection, end))
+        return HalvedLayer(projection, end, *ours)
 
     def head(self) -> ort.Part:
         """The last matrix."""
@@ -270,6 +294,7 @@ class GgmlParts:
             self._weights.config.norm_epsilon,
             load_matrices(self._weights, names),
             None if bias is None else _row(bias),
+            self._rotary,
         )
         return self._part(program, names)
 
@@ -315,8 +340,9 @@ class _Bare:
     def outputs(self) -> int:
         return self.matrix.outputs
 
-    def build(self, graph: Graph, given: Sequence[int]) -> int:
-        return self.matrix.product(graph, given[0])
+    def build(self, graph: Graph, given: Sequence[int]) -> Built:
+        result = self.matrix.product(graph, given[0])
+        return result, result
 
 
 def bare_part(matrix: Matrix, threads: int) -> Part:

@@ -18,8 +18,19 @@ Apply = Callable[[Linear, torch.Tensor], torch.Tensor]
 class Layer(Protocol):
     """What a layer does to the rows of a step before and behind its attention."""
 
-    def projected(self, hidden: torch.Tensor, apply: Apply) -> torch.Tensor:
-        """[rows, hidden] -> queries, keys and values, [rows, all heads * head size]."""
+    @property
+    def turns(self) -> bool:
+        """Whether ``projected`` applies the rotary embedding."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether ``ended`` rounds to bf16."""
+
+    def projected(
+        self, hidden: torch.Tensor, positions: torch.Tensor, apply: Apply
+    ) -> torch.Tensor:
+        """[rows, hidden] and [rows] int32 -> queries, keys and values, [rows, all heads * head
+        size]."""
 
     def ended(self, hidden: torch.Tensor, attended: torch.Tensor, apply: Apply) -> torch.Tensor:
         """[rows, hidden] behind the layer; ``attended`` is [rows, heads * head size]."""
@@ -43,10 +54,17 @@ class HalvedLayer:
     """hidden -> queries, keys and values."""
     end: Half
     """(attended, hidden) -> hidden behind the layer."""
+    turns: bool = False
+    """Whether the projection takes positions, too, and applies the rotary embedding."""
+    rounds: bool = False
+    """See ``Layer.rounds``."""
 
-    def projected(self, hidden: torch.Tensor, apply: Apply) -> torch.Tensor:
+    def projected(
+        self, hidden: torch.Tensor, positions: torch.Tensor, apply: Apply
+    ) -> torch.Tensor:
         """See ``Layer.projected``."""
-        return self.projection.rows(hidden)
+        given = (hidden, positions) if self.turns else (hidden,)
+        return self.projection.rows(*given)
 
     def ended(self, hidden: torch.Tensor, attended: torch.Tensor, apply: Apply) -> torch.Tensor:
         """See ``Layer.ended``."""
@@ -68,13 +86,17 @@ class TorchLayer:
     down: Linear
     epsilon: torch.Tensor
     bias: torch.Tensor | None = None
+    turns: bool = False
+    rounds: bool = False
 
     @property
     def matrices(self) -> tuple[Linear, ...]:
         """All of them."""
         return self.queries_keys_values, self.attention_output, self.gate_up, self.down
 
-    def projected(self, hidden: torch.Tensor, apply: Apply) -> torch.Tensor:
+    def projected(
+        self, hidden: torch.Tensor, positions: torch.Tensor, apply: Apply
+    ) -> torch.Tensor:
         """See ``Layer.projected``."""
         normed = norm(hidden, self.attention_norm, self.epsilon)
         projected = apply(self.queries_keys_values, normed)

@@ -10,6 +10,7 @@ stages: so an answer does not depend on where the pipeline is cut either.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -91,7 +92,7 @@ class RaggedModel:
         hidden = batch.hidden
         for index in range(span.start - self.span.start, span.end - self.span.start):
             hidden = self._layer(index, hidden, batch)
-            if self._rounds:
+            if self._rounds and not self._layers[index].rounds:
                 hidden = hidden.bfloat16().float()
         if span.end == self.config.layers:
             assert self._final_norm is not None
@@ -105,11 +106,9 @@ class RaggedModel:
 
     def _layer(self, index: int, hidden: torch.Tensor, batch: "_Batch") -> torch.Tensor:
         layer, config = self._layers[index], self.config
-        projected = layer.projected(hidden, batch.apply)
-        projected = projected.view(len(hidden), -1, config.head_size)
-        turned, values = projected.split([config.heads + config.kv_heads, config.kv_heads], 1)
-        queries, keys = batch.rotated(turned).split([config.heads, config.kv_heads], 1)
-        attended = batch.attention(index, queries, keys, values)
+        projected = layer.projected(hidden, batch.positions, batch.apply)
+        heads = projected.view(len(hidden), -1, config.head_size)
+        attended = batch.attention(index, heads if layer.turns else batch.rotated(heads))
         return layer.ended(hidden, attended, batch.apply)
 
 
@@ -130,10 +129,13 @@ class _Batch:
         wide = [size for size in self._sizes if size > NARROW_ROWS]
         self._narrow_rows = sum(self._sizes) - sum(wide)
         self._pieces = [self._narrow_rows, *wide]
-        self._attention = Attention(self._items, config.heads // config.kv_heads, memory)
-        positions = [torch.arange(len(i.hidden)) + i.first_position for i in self._items]
-        angles = memory.carry(torch.cat(positions).float())[:, None] * frequencies
-        self._turns = torch.polar(torch.ones_like(angles), angles)[:, None]
+        self._attention = Attention(self._items, config.heads, config.kv_heads, memory)
+        firsts = [(item.first_position, item.first_position + item.rows) for item in self._items]
+        self.positions = torch.cat([torch.arange(*range_, dtype=torch.int32) for range_ in firsts])
+        """[rows], on the host."""
+        self._turned_heads = config.heads + config.kv_heads
+        self._frequencies = frequencies
+        self._carry = memory.carry
 
     def apply(self, linear: Linear, rows: torch.Tensor) -> torch.Tensor:
         """Multiply the narrow items' rows together, each wide item's alone."""
@@ -145,20 +147,24 @@ class _Batch:
             results.insert(0, linear.rows(narrow))
         return torch.cat(results) if len(results) > 1 else results[0]
 
+    @cached_property
+    def _turns(self) -> torch.Tensor:
+        angles = self._carry(self.positions.float())[:, None] * self._frequencies
+        return torch.polar(torch.ones_like(angles), angles)[:, None]
+
     def rotated(self, heads: torch.Tensor) -> torch.Tensor:
-        """[rows, heads, head size], turned by its rows' positions.
+        """[rows, heads, head size], queries and keys turned by their rows' positions.
 
         GGUF interleaves the two halves of each head, so that neighbours turn together, as
         one complex number; transformers has another order, of the same numbers.
         """
-        pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * self._turns).flatten(-2)
+        pairs = torch.view_as_complex(heads[:, : self._turned_heads].unflatten(-1, (-1, 2)))
+        turned = torch.view_as_real(pairs * self._turns).flatten(-2)
+        return torch.cat([turned, heads[:, self._turned_heads :]], 1)
 
-    def attention(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """[rows, heads, head size] each -> [rows, heads * head size]."""
-        return self._attention.of_layer(layer, queries, keys, values)
+    def attention(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
+        """[rows, heads, head size], all of them -> [rows, query heads * head size]."""
+        return self._attention.of_layer(layer, heads)
 
     def split(self, hidden: torch.Tensor) -> list[torch.Tensor]:
         """The rows of each item, in the order the items were given in."""
