@@ -113,6 +113,7 @@ class Scripted:
     """A generation that does what the test says, and remembers what became of it."""
 
     embedding: tuple[float, ...] = ()
+    cost_microcredits = 0
 
     def __init__(self, avoid: frozenset[PeerId], emit: Emit) -> None:
         self.avoid, self._emit = avoid, emit
@@ -136,6 +137,7 @@ class Scripted:
             await self.go_on.wait()
         except asyncio.CancelledError:
             self.cancelled = True
+            self.cost_microcredits += 20  # the cut
             raise
         for token in self.tokens:
             self.deliver(token)
@@ -238,11 +240,13 @@ async def test_cancelling_ends_both() -> None:
     async with TaskScope() as tasks:
         bench = Bench(tasks)
         first, second = await bench.both()
+        first.cost_microcredits = 1
         bench.work.cancel()
         with pytest.raises(asyncio.CancelledError):
             await bench.work
         assert first.cancelled
         assert second.cancelled
+        assert bench.subject.cost_microcredits == 41
 
 
 async def test_one_that_is_not_late_is_not_hedged() -> None:

@@ -51,6 +51,7 @@ class Script:
     error: Exception | None = None
     stopped: bool = False
     cancelled: bool = False
+    cost_microcredits: int = 0
     emitted: int = 0
     tokens: Tokens = field(default_factory=Tokens)
 
@@ -67,6 +68,7 @@ class Script:
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
             self.cancelled = True
+            self.cost_microcredits = 9
             raise
         if self.error is not None:
             raise self.error
@@ -135,6 +137,8 @@ async def test_leaving_cancels_the_session_and_waits_for_its_end() -> None:
     async with TaskScope() as tasks:
         script = Script(b"abcdef")
         async with aclosing(stream_of(script, tasks)) as stream:
+            assert stream.cost_microcredits == 0
             await anext(stream)
         assert script.cancelled
+        assert stream.cost_microcredits == 9
         assert script.emitted < 6

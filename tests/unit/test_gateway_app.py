@@ -215,7 +215,7 @@ async def test_a_stream_is_role_text_reason_usage_done() -> None:
 @pytest.mark.parametrize("graceful", [False, True])
 async def test_a_stop_sequence_cuts_and_ends_the_session(stream: bool, graceful: bool) -> None:
     pieces = ("ab", "cE", "ND", "never", "sent")
-    call = Caller(FakeUpstream(pieces=pieces, graceful=graceful))
+    call = Caller(FakeUpstream(pieces=pieces, graceful=graceful, vouched=8, cut=1))
     reply = await call.chat(stop=["END", "zzz"], stream=stream)
     if stream:
         assert reply.deltas() == "abc"
@@ -228,7 +228,7 @@ async def test_a_stop_sequence_cuts_and_ends_the_session(stream: bool, graceful:
         assert body["usage"]["completion_tokens"] == 3
     assert choice["finish_reason"] == "stop"
     assert account["cost_is_estimate"] is not graceful
-    assert account["cost_microcredits"] > 0
+    assert account["cost_microcredits"] == (7 if graceful else 9)
     assert call.upstream.cancelled == (not graceful)
 
 

@@ -165,14 +165,31 @@ class Served:
         self.gateway = Gateway(upstream, "net", GatewayConfig(key_store=path))
         self.app = self.gateway.app()
 
-    async def chat(self, secret: str, **fields: Any) -> tuple[int, dict[str, str], Any]:
-        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]} | fields
-        return await self.post("/v1/chat/completions", secret, body)
+    @property
+    def cashier(self) -> Cashier:
+        assert self.gateway.cashier is not None
+        return self.gateway.cashier
 
-    async def post(self, path: str, secret: str, body: Any) -> tuple[int, dict[str, str], Any]:
+    async def get(self, path: str, secret: str) -> tuple[int, dict[str, str], Any]:
+        return await self.post(path, secret, None, method="GET")
+
+    async def chat(
+        self, secret: str, left: asyncio.Event | None = None, **fields: Any
+    ) -> tuple[int, dict[str, str], Any]:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]} | fields
+        return await self.post("/v1/chat/completions", secret, body, left)
+
+    async def post(
+        self,
+        path: str,
+        secret: str,
+        body: Any,
+        left: asyncio.Event | None = None,
+        method: str = "POST",
+    ) -> tuple[int, dict[str, str], Any]:
         scope = {
             "type": "http",
-            "method": "POST",
+            "method": method,
             "path": path,
             "query_string": b"",
             "headers": [
@@ -186,7 +203,8 @@ class Served:
         async def receive() -> Any:
             if messages:
                 return messages.pop()
-            return await asyncio.Future()
+            await (asyncio.Future() if left is None else left.wait())
+            return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
             nonlocal status, headers, data
@@ -204,6 +222,13 @@ def made(path: Path, **terms: Any) -> str:
     secret = store.create(Key(id=f"key-{len(store.all_keys())}", **terms))
     store.close()
     return secret
+
+
+def held(path: Path) -> int:
+    store = KeyStore(path)
+    [(amount,)] = store._rows("SELECT coalesce(sum(amount), 0) FROM holds")
+    store.close()
+    return int(amount)
 
 
 def usage_of(path: Path) -> list[tuple[int, int, int]]:
@@ -250,23 +275,50 @@ def _options(max_tokens: int) -> Any:
     return Options(max_tokens=max_tokens)
 
 
-async def test_what_fails_is_charged_for_what_was_delivered(path: Path) -> None:
+@pytest.mark.parametrize("error", [CapacityError("full"), SessionLost("gone")])
+async def test_what_fails_is_charged_what_its_vouchers_promise(path: Path, error: Any) -> None:
     secret = made(path, budget=10**9)
-    for error, after, tokens in ((CapacityError("full"), 0, 0), (CapacityError("full"), 2, 2)):
-        served = Served(path, FakeUpstream(error=error, after=after))
-        assert (await served.chat(secret))[0] == 503
-        served.gateway.close()
-        assert usage_of(path)[0][1] == tokens
-    assert usage_of(path)[0][2] > 0
+    served = Served(path, FakeUpstream(error=error, after=2, vouched=4300, cut=21))
+    assert (await served.chat(secret, n=2))[0] == 503
+    served.gateway.close()
+    [(requests, tokens, cost)] = usage_of(path)
+    assert (requests, cost) == (1, 2 * 4321)
+    assert tokens in range(2, 5)
 
 
-async def test_a_lost_session_is_charged_what_its_vouchers_promise(path: Path) -> None:
+async def test_what_used_nothing_leaves_no_trace(path: Path) -> None:
     secret = made(path, budget=10**9)
-    lost = SessionLost("gone", resumable_from=2, cost_microcredits=4321)
-    served = Served(path, FakeUpstream(error=lost, after=2))
+    served = Served(path, FakeUpstream(error=CapacityError("full")))
     assert (await served.chat(secret))[0] == 503
     served.gateway.close()
-    assert usage_of(path)[0][1:] == (2, 4321)
+    assert usage_of(path) == []
+    assert held(path) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prefill", [False, True])
+async def test_who_leaves_is_charged_what_the_vouchers_promise(
+    path: Path, stream: bool, prefill: bool
+) -> None:
+    """Also in the prompt, where nothing came yet; and no more where stages had it cached."""
+    never, left = asyncio.Event(), asyncio.Event()
+    upstream = FakeUpstream(vouched=11, cut=2)
+    upstream.hush, upstream.gate = (never, None) if prefill else (None, never)
+    secret = made(path, budget=10**9)
+    served = Served(path, upstream)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(served.chat(secret, left, stream=stream))
+        await upstream.started.wait()
+        left.set()
+    await served.cashier.flush()
+    assert held(path) == 0
+    assert usage_of(path) == [(1, 0 if prefill else 1, 13)]
+    _, _, metrics = await served.get("/metrics", secret)
+    text = metrics.decode()
+    assert f'plait_gateway_cost_microcredits_total{{model="{MODEL}"}} 13.0' in text
+    told = "200" if stream and not prefill else "499"
+    assert f'endpoint="/v1/chat/completions",status="{told}"}} 1.0' in text
+    served.gateway.close()
 
 
 async def test_embeddings_are_held_and_charged(path: Path) -> None:

@@ -148,6 +148,11 @@ class Generation:
         """The stages of the pipeline that is open or being opened; empty before the first."""
         return self._pipeline.peers if self._pipeline is not None else ()
 
+    @property
+    def cost_microcredits(self) -> int:
+        """What the session's vouchers promise by now; final once ``run`` has ended, however."""
+        return self._core.cost_microcredits
+
     def drafted(self) -> None:
         """The drafter may be ready."""
         self._report(Drafted())
@@ -194,7 +199,8 @@ class Generation:
                     self._report(Cancelled())
                     await self._pump()
                 if self._closing is not None:
-                    await self._closing
+                    # What takes longer than our patience is done all the same: holds wait for it.
+                    await asyncio.shield(self._closing)
 
     def _report(self, event: Event) -> None:
         with contextlib.suppress(asyncio.QueueFull):

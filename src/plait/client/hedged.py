@@ -27,6 +27,10 @@ class Running(Protocol):
     def peers(self) -> Collection[PeerId]:
         """The stages asked so far; empty before the first."""
 
+    @property
+    def cost_microcredits(self) -> int:
+        """What vouchers promise by now; final once ``run`` has ended, however."""
+
     def stop(self) -> None:
         """End the answer with the token that is due."""
 
@@ -65,6 +69,11 @@ class HedgedGeneration:
     def peers(self) -> Collection[PeerId]:
         """Of the generation that answers."""
         return self._sides[self._race.winner or "first"].peers
+
+    @property
+    def cost_microcredits(self) -> int:
+        """Of both sessions: the one that lost is paid for what it had receipted."""
+        return sum(side.cost_microcredits for side in self._sides.values())
 
     def stop(self) -> None:
         """End the answer with the token that is due."""

@@ -95,6 +95,11 @@ class SessionState:
         return self._books
 
     @property
+    def cost_microcredits(self) -> int:
+        """What the session's vouchers promise by now; final once it is over."""
+        return self._books.cost if self._books is not None else 0
+
+    @property
     def epoch(self) -> Epoch:
         """The newest epoch; raises ``LocalProtocolError`` before the first."""
         if self._newest is None:

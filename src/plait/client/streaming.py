@@ -53,6 +53,12 @@ class TextStream:
     async def __anext__(self) -> TextDelta | Answer:
         return await anext(self._items)
 
+    @property
+    def cost_microcredits(self) -> int:
+        """What the session's vouchers promise by now, microcredits; final once the stream has
+        ended or is closed, whether or not there was an ``Answer``."""
+        return self._generation.cost_microcredits if self._generation is not None else 0
+
     def finish(self) -> None:
         """No more tokens are wanted: those that are due still come, then the ``Answer``.
 

@@ -26,7 +26,9 @@ from plait.gateway.metrics import Metrics
 from plait.gateway.orders import Job
 from plait.gateway.port import Upstream
 from plait.gateway.running import (
+    Closed,
     Done,
+    Event,
     Events,
     Failed,
     Gone,
@@ -37,7 +39,7 @@ from plait.gateway.running import (
     run_job,
 )
 from plait.gateway.shares import Shares
-from plait.gateway.till import Till, predicted_cost
+from plait.gateway.till import Till
 from plait.gateway.watchdog import Watchdog
 from plait.task_scope import TaskScope
 
@@ -119,7 +121,7 @@ class Answering:
                 await self._respond(tasks, place, scope, receive, send)
         finally:
             self._desk.in_progress.leave(place)
-            self._till.close(self._spent())
+            self._settle()
             self._desk.count_sessions()
 
     async def _respond(
@@ -167,11 +169,7 @@ class Answering:
                     position = self._desk.in_progress.position(place)
                     frames = await self._begin(send)
                     await self._send(send, [*frames, b": queue position %d\n\n" % position])
-            match self._events.next_now():
-                case Gone():
-                    raise _ClientGone
-                case Failed(error):
-                    raise error
+            self._take_now()
         self._desk.count_sessions()
 
     async def _start(self, tasks: TaskScope) -> None:
@@ -251,19 +249,19 @@ class Answering:
     async def _take(self) -> Piece | Done | None:
         """The next event, noted, or None after a silence; raises what a job raised, or that
         the client is gone."""
-        return self._noted(await self._events.next())
+        while True:
+            event = await self._events.next()
+            self._note(event)
+            if not isinstance(event, Closed):
+                return _wanted(event)
 
     def _take_now(self) -> Piece | Done | None:
-        return self._noted(self._events.next_now())
+        event = self._events.next_now()
+        self._note(event)
+        return _wanted(event)
 
-    def _noted(self, event: Any) -> Piece | Done | None:
+    def _note(self, event: Event | None) -> None:
         match event:
-            case Gone():
-                raise _ClientGone
-            case Failed(error, lost):
-                if lost is not None:
-                    self._results[lost[0]].lost_cost = lost[1]
-                raise error
             case Piece(index):
                 if not self._delivered:
                     self._delivered = True
@@ -271,25 +269,21 @@ class Answering:
                         time.monotonic() - self._started_s
                     )
                 self._results[index].add(event)
-                return event
             case Done(index, outcome):
                 self._results[index].outcome = outcome
                 self._unfinished -= 1
-                self._note(self._results[index].job, outcome)
-                return event
-        return None
+                self._note_answer(self._results[index].job, outcome)
+            case Closed(index, vouched):
+                self._results[index].vouched = vouched
 
     @property
     def _model(self) -> str:
         return self._jobs[0].model.name
 
-    def _note(self, job: Job, outcome: Outcome) -> None:
-        metrics, model = self._desk.metrics, job.model.name
-        metrics.prompt_tokens.labels(model).inc(job.prompt_tokens)
-        metrics.completion_tokens.labels(model).inc(outcome.completion_tokens)
-        metrics.cost.labels(model).inc(outcome.cost or 0)
+    def _note_answer(self, job: Job, outcome: Outcome) -> None:
         if not self._unfinished:
-            metrics.request_s.labels(model).observe(time.monotonic() - self._started_s)
+            took_s = time.monotonic() - self._started_s
+            self._desk.metrics.request_s.labels(job.model.name).observe(took_s)
         if outcome.answer is not None and outcome.answer.bundle is not None:
             self._desk.bundles.put(self._bundle_id(job), self._owner, outcome.answer.bundle)
 
@@ -299,7 +293,7 @@ class Answering:
         return Usage(
             prompt_tokens=sum(job.prompt_tokens for job in self._jobs if job.choice == 0),
             completion_tokens=sum(outcome.completion_tokens for outcome in outcomes),
-            cost=sum(outcome.cost or 0 for outcome in outcomes),
+            cost=sum(outcome.cost for outcome in outcomes),
             cached_tokens=sum(
                 result.outcome.answer.cached_tokens
                 for result in self._results
@@ -307,20 +301,21 @@ class Answering:
             ),
         )
 
-    def _spent(self) -> Spent:
-        """What the key is charged: also for tokens of answers that did not end well."""
-        usage = self._usage()
-        completion, cost = usage.completion_tokens, usage.cost
-        for result in self._results:
-            if result.outcome is None and result.tokens:
-                completion += len(result.tokens)
-                cost += self._cost_of_unfinished(result)
-        return Spent(usage.prompt_tokens if completion else 0, completion, cost)
+    def _settle(self) -> None:
+        """All jobs have ended: charge what their vouchers promise, also to who has left."""
+        while (event := self._events.next_now()) is not None:
+            self._note(event)
+        spent = self._spent()
+        self._till.close(spent)
+        self._desk.metrics.add_spend(self._model, spent)
 
-    def _cost_of_unfinished(self, result: Result) -> int:
-        if result.lost_cost is not None:
-            return result.lost_cost
-        return predicted_cost(self._desk.upstream, result.job, len(result.tokens)) or 0
+    def _spent(self) -> Spent:
+        usage = self._usage()
+        cost = sum(result.vouched for result in self._results)
+        completion = usage.completion_tokens + sum(
+            len(result.tokens) for result in self._results if result.outcome is None
+        )
+        return Spent(usage.prompt_tokens if completion or cost else 0, completion, cost)
 
     def _account(self, result: Result) -> dict[str, Any]:
         """What Plait adds to an answer: who did it, what it cost, where the evidence is."""
@@ -349,6 +344,18 @@ class Answering:
 
     def _bundle_id(self, job: Job) -> str:
         return self._request_id if len(self._jobs) == 1 else f"{self._request_id}-{job.index}"
+
+
+def _wanted(event: Event | None) -> Piece | Done | None:
+    """What a response is made of; raises what a job raised, or that the client is gone."""
+    match event:
+        case Gone():
+            raise _ClientGone
+        case Failed(error):
+            raise error
+        case Piece() | Done():
+            return event
+    return None
 
 
 def headers_of(routes: Sequence[Sequence[RouteStep]], cost: int) -> dict[str, str]:

@@ -24,6 +24,9 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 BROWSER_PATHS = frozenset({"/", "/page.css", "/metrics"})
 """Where a browser's own password prompt is good enough: they change nothing."""
 
+_CLIENT_LEFT = 499
+"""As proxies count it; nobody reads it."""
+
 
 class Doorman:
     """ASGI middleware; puts ``request_id``, ``owner`` and ``key`` into the request's state, and
@@ -53,8 +56,7 @@ class Doorman:
                 headers["x-request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"
                 headers.update(limits)
-                route = getattr(scope.get("route"), "path", "none")
-                self._metrics.requests.labels(route, str(message["status"])).inc()
+                self._count(scope, message["status"])
             await send(message)
 
         headers = Headers(scope=scope)
@@ -71,6 +73,13 @@ class Doorman:
             await response(scope, receive, marked)
             return
         await self._app(scope, receive, marked)
+        if not state.get("begun"):
+            # Its client left before there was a status to send.
+            self._count(scope, _CLIENT_LEFT)
+
+    def _count(self, scope: Scope, status: int) -> None:
+        route = getattr(scope.get("route"), "path", "none")
+        self._metrics.requests.labels(route, str(status)).inc()
 
     def _check_host(self, headers: Headers) -> None:
         if self._config.locked:

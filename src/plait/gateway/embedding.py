@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 
 from plait.client import Embedding
-from plait.errors import PlaitError
+from plait.errors import PlaitError, SessionLost
 from plait.gateway.answering import Desk, headers_of, too_many
 from plait.gateway.budgets import Key
 from plait.gateway.config import GatewayConfig
@@ -38,15 +38,15 @@ async def embeddings(
     place = desk.in_progress.enter(Events(jobs), min(len(jobs), _AT_ONCE))
     if place is None:
         raise too_many(desk.in_progress)
-    found: dict[int, Embedding] = {}
+    found, errors = dict[int, Embedding](), list[PlaitError]()
     try:
         async with asyncio.timeout(desk.config.request_timeout_s):
             await place.open.wait()
             desk.count_sessions()
-            await _embed_all(desk.upstream, await till.open(jobs), found)
+            await _embed_all(desk.upstream, await till.open(jobs), found, errors)
     finally:
         desk.in_progress.leave(place)
-        spent = _spent(jobs, found)
+        spent = _spent(jobs, found, errors)
         till.close(spent)
         _note(desk, model.name, spent)
     return _response(request, model, jobs, found)
@@ -68,8 +68,10 @@ async def _jobs(request: EmbeddingRequest, model: Shelved, config: GatewayConfig
     return jobs
 
 
-async def _embed_all(upstream: Upstream, jobs: list[Job], found: dict[int, Embedding]) -> None:
-    waiting, errors = iter(jobs), list[PlaitError]()
+async def _embed_all(
+    upstream: Upstream, jobs: list[Job], found: dict[int, Embedding], errors: list[PlaitError]
+) -> None:
+    waiting = iter(jobs)
 
     async def work() -> None:
         for job in waiting:
@@ -88,17 +90,18 @@ async def _embed_all(upstream: Upstream, jobs: list[Job], found: dict[int, Embed
         raise errors[0]
 
 
-def _spent(jobs: list[Job], found: dict[int, Embedding]) -> Spent:
+def _spent(
+    jobs: list[Job], found: dict[int, Embedding], errors: Sequence[PlaitError] = ()
+) -> Spent:
     prompt = sum(job.prompt_tokens for job in jobs if job.index in found)
-    cost = sum(one.answer.cost_microcredits for one in found.values())
+    lost = sum(error.cost_microcredits for error in errors if isinstance(error, SessionLost))
+    cost = lost + sum(one.answer.cost_microcredits for one in found.values())
     return Spent(prompt, len(found), cost)
 
 
 def _note(desk: Desk, model: str, spent: Spent) -> None:
     desk.count_sessions()
-    desk.metrics.prompt_tokens.labels(model).inc(spent.prompt_tokens)
-    desk.metrics.completion_tokens.labels(model).inc(spent.completion_tokens)
-    desk.metrics.cost.labels(model).inc(spent.cost)
+    desk.metrics.add_spend(model, spent)
 
 
 def _response(

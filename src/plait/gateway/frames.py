@@ -48,15 +48,15 @@ class Usage:
 
 @dataclass(slots=True)
 class Result:
-    """What one job has given so far; ``outcome`` once it is over, ``lost_cost`` once it is
-    lost: what is to be paid for what it gave."""
+    """What one job has given so far; ``outcome`` once it ended well, ``vouched`` once its
+    session is closed: the microcredits that its vouchers promise, however it ended."""
 
     job: Job
     texts: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     outcome: Outcome | None = None
-    lost_cost: int | None = None
+    vouched: int = 0
 
     @property
     def text(self) -> str:

@@ -179,10 +179,11 @@ class KeyStore:
         return self._db.last_insert_rowid()
 
     def settle(self, hold: int, spent: Spent) -> None:
-        """Replace a hold by what was used. Within a transaction."""
+        """Replace a hold by what was used; nothing is no usage. Within a transaction."""
         rows = self._rows("DELETE FROM holds WHERE id = ? RETURNING key, day, model", hold)
         for key, day, model in rows:  # none if it expired: it was charged in full
-            self._add(key, day, model, spent)
+            if spent != Spent():
+                self._add(key, day, model, spent)
 
     def spent(self, key: Key, now_ms: int) -> int:
         """Microcredits used or held in the key's period."""

@@ -5,6 +5,8 @@ Labels are bounded: models come from the catalogue, endpoints from the route tab
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from plait.gateway.key_store import Spent
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # vLLM's buckets, so that boards can be compared.
@@ -35,7 +37,7 @@ class Metrics:
         )
         self.prompt_tokens = Counter(
             "plait_gateway_prompt_tokens",
-            "Prompt tokens of finished answers.",
+            "Prompt tokens of answers, also of those that did not end well.",
             model,
             registry=registry,
         )
@@ -44,7 +46,7 @@ class Metrics:
         )
         self.cost = Counter(
             "plait_gateway_cost_microcredits",
-            "Microcredits of finished answers.",
+            "Microcredits promised for answers, also for those that did not end well.",
             model,
             registry=registry,
         )
@@ -62,6 +64,12 @@ class Metrics:
             buckets=_REQUEST_S,
             registry=registry,
         )
+
+    def add_spend(self, model: str, spent: Spent) -> None:
+        """Count what a request used."""
+        self.prompt_tokens.labels(model).inc(spent.prompt_tokens)
+        self.completion_tokens.labels(model).inc(spent.completion_tokens)
+        self.cost.labels(model).inc(spent.cost)
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -29,6 +29,11 @@ class Stream(Protocol):
         """The items; raises ``PlaitError`` subclasses."""
         ...
 
+    @property
+    def cost_microcredits(self) -> int:
+        """What the session's vouchers promise by now; final once it has ended or is closed."""
+        ...
+
     def finish(self) -> None:
         """No more tokens are wanted: what was drawn is paid, and the ``Answer`` follows."""
         ...

@@ -58,7 +58,7 @@ class _Endpoint:
 
 def _explained(error: Exception, scope: Scope) -> Response:
     if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # Nobody reads it.
+        return Response(status_code=499)  # Nobody reads it; counted like who leaves later.
     if not isinstance(error, HTTPException):
         return failure.of(error).response(scope["path"])
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")

@@ -9,9 +9,8 @@ from typing import Literal
 from plait.client import Answer, TextDelta, Top
 from plait.errors import CapacityError, PlaitError, SessionLost
 from plait.gateway.orders import Job
-from plait.gateway.port import Upstream
+from plait.gateway.port import Stream, Upstream
 from plait.gateway.stops import StopFilter
-from plait.gateway.till import predicted_cost
 from plait.gateway.tools import CallReader, ToolCall
 from plait.logs import get_logger
 
@@ -36,13 +35,13 @@ class Token:
 class Outcome:
     """How a job ended; ``stop`` is the stop sequence that cut it.
 
-    ``answer`` is None when its session could only be cancelled: ``cost`` is then the
-    predicted route's price of the tokens drawn.
+    ``answer`` is None when its session could only be cancelled; ``cost`` is what its vouchers
+    promise, microcredits.
     """
 
     finish_reason: Reason
     completion_tokens: int
-    cost: int | None
+    cost: int
     answer: Answer | None
     stop: str | None = None
 
@@ -67,11 +66,18 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A job failed, or the gateway is closing. ``lost`` is the job's index and what its
-    vouchers promise, where that is known."""
+    """A job failed, or the gateway is closing."""
 
     error: Exception
-    lost: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A job's session is over, well or not: ``vouched`` is what its vouchers promise,
+    microcredits. The last event of a job."""
+
+    index: int
+    vouched: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,7 @@ class Gone:
     """Nobody waits for the answer any more."""
 
 
-Event = Piece | Done | Failed | Gone
+Event = Piece | Done | Failed | Closed | Gone
 
 
 class Events:
@@ -191,41 +197,46 @@ class InProgress:
 
 
 async def run_job(upstream: Upstream, job: Job, events: Events) -> None:
-    """Run one job to its end; every failure becomes an event. Cancelling ends the session."""
+    """Run one job to its end; every failure becomes an event, and ``Closed`` comes last.
+    Cancelling ends the session."""
+    failure: Exception | None = None
+    stream: Stream | None = None
     try:
-        await _run(upstream, job, events)
-    except SessionLost as error:
-        events.put(Failed(error, (job.index, error.cost_microcredits)))
+        stream = upstream.stream(job.ask)
+        # Closing pays for what was cut: only then is known what the session costs.
+        async with aclosing(stream):
+            await _run(stream, job, events)
     except PlaitError as error:
-        events.put(Failed(error))
+        failure = error
     except Exception as error:
         # The task boundary: one broken answer must not end its neighbours.
         log.exception("an answer failed")
-        events.put(Failed(error))
+        failure = error
+    finally:
+        if failure is not None:
+            events.put(Failed(failure))
+        events.put(Closed(job.index, stream.cost_microcredits if stream is not None else 0))
 
 
-async def _run(upstream: Upstream, job: Job, events: Events) -> None:
+async def _run(stream: Stream, job: Job, events: Events) -> None:
     reader, out = _Reader(job), _Echo(job, events)
-    stream = upstream.stream(job.ask)
     # The stream is emptied as fast as it comes: a slow reader must not fill the client's queue.
-    async with aclosing(stream):
-        async for item in stream:
-            if isinstance(item, Answer):
-                reader.end(out)
-                out.end(item)
-                events.put(Done(job.index, reader.outcome(item)))
-                return
-            if reader.stopped:
-                continue
-            reader.push(item, out)
-            if reader.stopped:
-                stream.finish()
+    async for item in stream:
+        if isinstance(item, Answer):
+            reader.end(out)
+            out.end(item)
+            events.put(Done(job.index, reader.outcome(item)))
+            return
+        if reader.stopped:
+            continue
+        reader.push(item, out)
+        if reader.stopped:
+            stream.finish()
     if reader.stopped:
         # The session could not be ended in good order, only cancelled.
         reader.end(out)
         out.end(None)
-        cost = predicted_cost(upstream, job, reader.delivered)
-        events.put(Done(job.index, reader.cut(cost)))
+        events.put(Done(job.index, reader.cut(stream.cost_microcredits)))
 
 
 class _Echo:
@@ -320,5 +331,5 @@ class _Reader:
         cost, count = answer.cost_microcredits, answer.completion_tokens
         return Outcome(reason, count, cost, answer, self._stops.found)
 
-    def cut(self, cost: int | None) -> Outcome:
+    def cut(self, cost: int) -> Outcome:
         return Outcome("stop", self.delivered, cost, None, self._stops.found)

@@ -3,15 +3,13 @@
 from dataclasses import replace
 
 from plait.client import Options
-from plait.errors import PlaitError
 from plait.gateway.budgets import Key
 from plait.gateway.failure import ApiError
 from plait.gateway.key_store import Cashier, OverBudget, Spent
 from plait.gateway.orders import Job
 from plait.gateway.port import Upstream
 from plait.gateway.shares import Shares
-from plait.gateway.shelf import cost_of
-from plait.types import PeerId, TokenCounts
+from plait.types import PeerId
 
 _SLACK = 1.5
 """A hold is this much above the predicted price, for a route that is dearer by then."""
@@ -103,12 +101,3 @@ class Till:
 def _drawing_on(job: Job, share: str) -> Job:
     options = replace(job.ask.options, sub_account=share)
     return replace(job, ask=replace(job.ask, options=options))
-
-
-def predicted_cost(upstream: Upstream, job: Job, delivered: int) -> int | None:
-    """The price of tokens on the route that would be taken; None if there is none."""
-    try:
-        plan = upstream.plan(job.model.name, job.prompt_tokens, job.ask.options)
-    except PlaitError:
-        return None
-    return cost_of(plan, TokenCounts(prompt=job.prompt_tokens, output=delivered))

@@ -32,7 +32,9 @@ class FakeUpstream:
 
     ``interval_s`` is the time between tokens, and before the first; without it everything
     comes at once. ``pieces`` are repeated or cut to ``max_tokens`` if ``endless``; ``script``
-    makes them for each prompt, and ``max_tokens`` cuts them.
+    makes them for each prompt, and ``max_tokens`` cuts them. A session that does not end well
+    promises ``vouched`` microcredits from its beginning, and ``cut`` more once it is closed.
+    ``hush`` is waited for before the first token.
     """
 
     model: str = "tiny-random"
@@ -44,9 +46,12 @@ class FakeUpstream:
     after: int = 0
     bundle: bytes | None = None
     gate: asyncio.Event | None = None
+    hush: asyncio.Event | None = None
     graceful: bool = True
     vector: tuple[float, ...] = (0.5, -0.25, 0.125, 1.0)
     cost: int = 7
+    vouched: int = 0
+    cut: int = 0
     spans: tuple[Span, ...] = (Span(0, 5), Span(5, 8))
     asked: list[Ask] = field(default_factory=list)
     shares: list[Share] = field(default_factory=list)
@@ -124,6 +129,7 @@ class FakeStream:
     def __init__(self, upstream: FakeUpstream, ask: Ask) -> None:
         self._upstream, self._ask = upstream, ask
         self._finished = False
+        self.cost_microcredits = 0
         self._items = self._run()
 
     def __aiter__(self) -> AsyncIterator[TextDelta | Answer]:
@@ -147,7 +153,10 @@ class FakeStream:
             pieces = pieces[:most]
         if upstream.endless:
             pieces = (pieces * (most // len(pieces) + 1))[:most]
+        self.cost_microcredits = upstream.vouched
         try:
+            if upstream.hush is not None:
+                await upstream.hush.wait()
             for number, piece in enumerate(pieces):
                 if upstream.error is not None and number == upstream.after:
                     raise upstream.error
@@ -165,9 +174,11 @@ class FakeStream:
             ended = True
             # A session is closed and paid first: its answer never comes with the last token.
             await asyncio.sleep(0)
+            self.cost_microcredits = upstream.cost
             yield upstream.answer(self._ask, pieces[:count], finished=self._finished)
         finally:
             upstream.cancelled += not ended
+            self.cost_microcredits += 0 if ended else upstream.cut
 
     def _delta(self, number: int, piece: str) -> TextDelta:
         wanted = self._ask.sampling.top_logprobs
