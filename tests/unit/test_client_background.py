@@ -3,7 +3,7 @@
 import asyncio
 import threading
 
-from plait.client.background import background_loop
+from plait.client.background import background_loop, in_background
 
 
 async def _where() -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
@@ -18,3 +18,13 @@ def test_all_clients_of_a_process_share_one_loop_in_a_thread_of_its_own() -> Non
     assert loop is first
     assert thread is not threading.current_thread()
     assert thread.daemon
+
+
+async def _asked() -> bool:
+    return in_background()
+
+
+def test_only_the_loops_own_thread_is_in_the_background() -> None:
+    loop = background_loop()
+    assert not in_background()
+    assert asyncio.run_coroutine_threadsafe(_asked(), loop).result()

@@ -1,6 +1,7 @@
 """``TextStream``: tokens as they come, then the answer; and every way in which it may end."""
 
 import asyncio
+import gc
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -142,3 +143,45 @@ async def test_leaving_cancels_the_session_and_waits_for_its_end() -> None:
         assert script.cancelled
         assert stream.cost_microcredits == 9
         assert script.emitted < 6
+
+
+class Endless:
+    """A generation of as many tokens as there is time for."""
+
+    def __init__(self) -> None:
+        self.cancelled = asyncio.Event()
+
+    async def run(self, decode: Callable[[Any], str]) -> Answer:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+        raise AssertionError
+
+
+async def test_a_loop_left_early_cancels_the_session_without_a_collector() -> None:
+    endless = Endless()
+
+    async def begin(tokens: Tokens) -> Begun:
+        tokens.emit(Deliver(ord("a"), -0.5))
+        return Begun(cast("Generation", endless), cast("Tokenizer", Letters()), tasks)
+
+    gc.disable()
+    try:
+        async with TaskScope() as tasks:
+            async for _ in TextStream(begin):
+                break
+            async with asyncio.timeout(5):  # for the test to fail in time
+                await endless.cancelled.wait()
+    finally:
+        gc.enable()
+
+
+async def test_a_stream_that_is_kept_ends_with_its_block() -> None:
+    async with TaskScope() as tasks:
+        script = Script(b"abcdef")
+        async with stream_of(script, tasks) as stream:
+            async for _ in stream:
+                break
+        assert script.cancelled
+        assert [item async for item in stream] == []

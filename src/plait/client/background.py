@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable
 
 _lock = threading.Lock()
-_running: tuple[int, asyncio.AbstractEventLoop] | None = None
-"""The process it runs in, since a fork has no threads, and the loop."""
+_running: tuple[int, asyncio.AbstractEventLoop, threading.Thread] | None = None
+"""The process it runs in, since a fork has no threads, the loop and its thread."""
 
 
 def background_loop() -> asyncio.AbstractEventLoop:
@@ -20,9 +20,16 @@ def background_loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if _running is None or _running[0] != os.getpid():
             loop = _new_loop()()
-            threading.Thread(target=loop.run_forever, name="plait client", daemon=True).start()
-            _running = os.getpid(), loop
+            thread = threading.Thread(target=loop.run_forever, name="plait client", daemon=True)
+            thread.start()
+            _running = os.getpid(), loop, thread
         return _running[1]
+
+
+def in_background() -> bool:
+    """Whether this thread is the loop's own, which must never wait for the loop."""
+    running = _running
+    return running is not None and running[2] is threading.current_thread()
 
 
 def _new_loop() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -3,13 +3,13 @@
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from plait.client.answer import Answer, Embedding, TextDelta
-from plait.client.background import background_loop
+from plait.client.background import background_loop, in_background
 from plait.client.client import NOT_ENTERED, AsyncClient
 from plait.client.openai_client import openai_classes
 from plait.client.options import Options
@@ -25,37 +25,52 @@ from plait.types import PeerId
 ResultT = TypeVar("ResultT")
 
 CANCEL_TIMEOUT_S = 8.0
+NOT_HERE = "a blocking client cannot wait on the thread that answers it"
 
 
 class BlockingStream:
-    """``TextStream`` without async; an iterator. Closing it cancels the session."""
+    """``TextStream`` without async; an iterator and a context manager.
+
+    Closing it cancels the session and waits for that. Leaving the loop early cancels it at
+    once too, without waiting: the stream goes with the loop, and the ``TextStream`` with it.
+    """
 
     def __init__(self, client: "Client", source: TextStream) -> None:
-        self._client, self._source = client, source
-        self._items = self._run()
+        self._client = client
+        self._source: TextStream | None = source
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> TextDelta | Answer:
-        return next(self._items)
+        item = None if self._source is None else self._client._call(_next(self._source))
+        if item is None:
+            raise StopIteration
+        return item
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def finish(self) -> None:
         """No more tokens are wanted: those that are due still come, then the ``Answer``."""
-        self._client._call(_finish(self._source))
+        if self._source is not None:
+            self._client._call(_finish(self._source))
 
     def close(self) -> None:
         """Cancel what still runs."""
-        self._items.close()
-
-    def _run(self) -> Generator[TextDelta | Answer, None, None]:
-        try:
-            while (item := self._client._call(_next(self._source))) is not None:
-                yield item
-        finally:
-            # A client that was left has ended its sessions itself.
-            if self._client.is_open:
-                self._client._call(self._source.aclose())
+        source, self._source = self._source, None
+        # A client that was left has ended its sessions itself. Whoever closes on the event
+        # loop's own thread (a collector may) must not wait for it: dropping cancels as well.
+        if source is not None and self._client.is_open and not in_background():
+            self._client._call(source.aclose())
 
 
 class Client:
@@ -157,9 +172,9 @@ class Client:
         return self._loop is not None
 
     def _call(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
-        if self._loop is None:
+        if self._loop is None or in_background():
             work.close()
-            raise LocalProtocolError(NOT_ENTERED)
+            raise LocalProtocolError(NOT_ENTERED if self._loop is None else NOT_HERE)
         ended = threading.Event()
 
         async def attended() -> ResultT:
