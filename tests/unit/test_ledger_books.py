@@ -311,7 +311,11 @@ def test_a_stage_works_exactly_up_to_its_cap(
 
 def test_a_settlement_asks_for_the_best_voucher() -> None:
     session = PaperSession(Plot())
-    assert session.stages[1].settlement(NOW_MS, True) is None
+    assert session.stages[1].settlement(NOW_MS, False) is None
+    nothing = session.stages[1].settlement(NOW_MS, True)
+    assert nothing is not None
+    declined = SettlementRequest.FromString(nothing.payload)
+    assert (declined.voucher_digest, declined.release) == (b"", True)
     session.play()
     envelope = session.stages[1].settlement(NOW_MS, False)
     assert envelope is not None
@@ -335,6 +339,34 @@ def test_a_stage_that_is_owed_for_a_receipt_keeps_its_hold() -> None:
     finished = PaperSession(Plot())
     finished.play()
     assert all(releases(books) for books in finished.stages)
+
+
+def test_a_stage_lets_go_of_what_its_client_has_closed_without_it() -> None:
+    """A client that leaves in its prompt: the next chunk is receipted, its result never came."""
+    session, _, closing = receipts_of_third_chunk()
+    paid = max(frame[0] for frame in session.frames if frame[5] and frame[0] < closing)
+    position = next(frame[1] + frame[2] for frame in session.frames if frame[0] == paid)
+    for books in session.stages:
+        assert books.close_epoch(paid, position, NOW_MS) is None
+    assert all(releases(books) for books in session.stages)
+
+
+def test_a_stage_whose_client_left_in_the_first_chunk_lets_go_too() -> None:
+    session = PaperSession(Plot())
+    first = session.frames[0]
+    assert session.traverse(first)
+    assert not any(books.settlement(NOW_MS, True) for books in session.stages)
+    for books in session.stages:
+        assert books.close_epoch(None, 0, NOW_MS) is None
+    assert all(releases(books) for books in session.stages)
+
+
+def test_a_stage_still_waits_for_the_voucher_of_what_its_client_accepted() -> None:
+    session, receipts, closing = receipts_of_third_chunk()
+    position = next(frame[1] + frame[2] for frame in session.frames if frame[0] == closing)
+    for books, receipt in zip(session.stages, receipts, strict=True):
+        assert books.close_epoch(closing, position, NOW_MS) == receipt
+    assert not any(releases(books) for books in session.stages)
 
 
 # What a client accepts from stages.

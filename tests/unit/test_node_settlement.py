@@ -34,10 +34,10 @@ class FakeLedger:
 
     def __init__(self, *failures: Exception) -> None:
         self.failures = list(failures)
-        self.presented: list[SignedEnvelope] = []
+        self.presented: list[SignedEnvelope | None] = []
 
     async def settle(
-        self, request: SignedEnvelope, cert: SignedEnvelope, voucher: SignedEnvelope
+        self, request: SignedEnvelope, cert: SignedEnvelope, voucher: SignedEnvelope | None
     ) -> int:
         self.presented.append(voucher)
         if self.failures:
@@ -54,7 +54,7 @@ class SlowLedger(FakeLedger):
         self.answer = asyncio.Event()
 
     async def settle(
-        self, request: SignedEnvelope, cert: SignedEnvelope, voucher: SignedEnvelope
+        self, request: SignedEnvelope, cert: SignedEnvelope, voucher: SignedEnvelope | None
     ) -> int:
         self.asked.set()
         await self.answer.wait()
@@ -87,6 +87,12 @@ def session_with_voucher() -> StageSession:
     books = StageBooks(terms, 0, key_of("stage 0 ledger"), Microcredits(10**9))
     books._voucher = played.client.voucher
     session.books = books
+    return session
+
+
+def session_without_voucher() -> StageSession:
+    session = session_with_voucher()
+    session.books = StageBooks(session.terms, 0, key_of("stage 0 ledger"), Microcredits(10**9))
     return session
 
 
@@ -271,3 +277,16 @@ async def test_a_damaged_settled_file_is_kept_aside(tmp_path: Path, content: byt
     async with TaskScope() as tasks:
         assert len(settler(tmp_path, WitnessedLedger(), tasks, QUORUM).awaiting) == 0
     assert spooled(tmp_path) == [".refused"]
+
+
+async def test_what_was_reserved_and_not_used_is_given_back(tmp_path: Path) -> None:
+    """A client that left in its prompt, before the first voucher."""
+    ledger = FakeLedger(PeerUnreachable("down"))
+    async with TaskScope() as tasks:
+        subject = settler(tmp_path, ledger, tasks, QUORUM)
+        subject.settle_later(session_without_voucher())
+        await subject.idle(5)
+        assert len(list((tmp_path / "settlements").iterdir())) == 1
+        await subject.retry_once()
+    assert ledger.presented == [None, None]
+    assert list((tmp_path / "settlements").iterdir()) == []

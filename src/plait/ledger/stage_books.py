@@ -271,6 +271,9 @@ class StageBooks:
             receipt = self._close_cut(traversal, position, now_ms)
         if traversal is not None:
             self._cut = traversal, position, receipt
+        # Its client accepted nothing beyond, and so signed for nothing beyond: no hold need wait.
+        last = -1 if traversal is None else traversal
+        self._unpaid = [one for one in self._unpaid if one.close.traversal <= last]
         return receipt
 
     def next_epoch(
@@ -321,21 +324,22 @@ class StageBooks:
         self._take(envelope, voucher.sequence, earned)
 
     def settlement(self, now_ms: int, release: bool) -> SignedEnvelope | None:
-        """The request to be paid by the best voucher; ``None`` if there is no voucher.
+        """The request to be paid by the best voucher, or without one to be paid nothing;
+        ``None`` if it would say nothing.
 
         ``release`` says that this stage wants nothing more of what is reserved for it so far.
         While a receipt waits for its voucher it does not say so: its client may have signed
         one that never came, and promise it again when this stage enters once more.
         """
-        voucher = self.voucher
-        if voucher is None:
+        voucher, done = self.voucher, release and not self._owed
+        if voucher is None and not done:
             return None
         request = SettlementRequest(
             network_id=self._terms.network_id,
             session_id=self._terms.session_id,
             payee=self._terms.stages[self._stage_index].peer,
-            voucher_digest=digest(voucher.payload),
-            release=release and not self._owed,
+            voucher_digest=digest(voucher.payload) if voucher is not None else b"",
+            release=done,
             issued_ms=now_ms,
             epoch=self._terms.epoch,
         )
@@ -416,7 +420,6 @@ class StageBooks:
             rejected += end - position
         counts = terms.counts_at(position, self._cached, rejected)
         signed = self._sign(self._sequence, self._paid_digest, traversal, counts, now_ms)
-        # Chunks that were closed beyond the cut are void: their results never arrived.
         self._unpaid = [signed]
         return signed.envelope
 

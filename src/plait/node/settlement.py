@@ -20,6 +20,7 @@ from plait.errors import LedgerError, PlaitError, RemoteProtocolError
 from plait.identity import SigningKey
 from plait.ledger.policy import Policy
 from plait.ledger.service.committee import Ledger
+from plait.ledger.service.remote import voucher_in
 from plait.ledger.settling import may_still_be_paid
 from plait.ledger.witnessed import Awaiting, Claim, Patience, check_claim, claim_of
 from plait.logs import get_logger
@@ -72,7 +73,8 @@ class Settler:
             self._await_witnesses(path)
 
     async def settle(self, session: StageSession) -> bool:
-        """Present the session's best voucher; True once the ledger has posted it."""
+        """Present the session's best voucher, or that there is none and nothing is owed, so that
+        what was reserved goes back; True once the ledger has posted it."""
         spooled = self._spool(session)
         return spooled is not None and await self._present(spooled)
 
@@ -108,7 +110,7 @@ class Settler:
         if session.books is None:
             return None
         request = session.books.settlement(self._clock_ms(), True)
-        if request is None or session.books.voucher is None:
+        if request is None:
             return None
         message = SettleRequest(
             request=request,
@@ -143,8 +145,9 @@ class Settler:
             log.error("a spooled settlement is damaged", file=str(path))
             path.replace(path.with_suffix(".refused"))
             return False
+        voucher = voucher_in(message)
         try:
-            paid = await self._ledger.settle(message.request, message.payee_cert, message.voucher)
+            paid = await self._ledger.settle(message.request, message.payee_cert, voucher)
         except LedgerError as error:
             if self._may_come(message, error):
                 log.info("settlement waits for its reservation", session=path.name)
@@ -153,7 +156,7 @@ class Settler:
             path.replace(path.with_suffix(".refused"))
             return False
         with contextlib.suppress(FileNotFoundError):
-            if self._policy is None:
+            if self._policy is None or voucher is None:
                 path.unlink()
             else:
                 kept = path.with_suffix(SETTLED)

@@ -35,7 +35,13 @@ from plait.ledger.committee import (
 from plait.ledger.cosignature import open_cosignatures
 from plait.ledger.notices import Told
 from plait.ledger.service.notices import NoticeExchange
-from plait.ledger.service.remote import DEADLINE_S, AccountState, Evidence, RemoteLedger
+from plait.ledger.service.remote import (
+    DEADLINE_S,
+    AccountState,
+    Evidence,
+    RemoteLedger,
+    voucher_in,
+)
 from plait.ledger.sub_accounts import SubAccountUse
 from plait.logs import get_logger
 from plait.network_file import Authority, NetworkFile
@@ -176,9 +182,12 @@ class RemoteCommittee:
         return combined
 
     async def settle(
-        self, request: SignedEnvelope, cert: SignedEnvelope, voucher: SignedEnvelope
+        self, request: SignedEnvelope, cert: SignedEnvelope, voucher: SignedEnvelope | None
     ) -> int:
-        """Present a voucher to all; returns what a quorum says has been paid at least."""
+        """Present a voucher, or without one a release, to all.
+
+        Returns what a quorum says has been paid at least.
+        """
         settled: set[int] = set()
         name = f"{digest(request.payload).hex()}.settle"
 
@@ -399,7 +408,7 @@ class _Backlog:
             await self.member.set_sub_account(order.order, order.account_cert)
         else:
             message = pb.SettleRequest.FromString(data)
-            await self.member.settle(message.request, message.payee_cert, message.voucher)
+            await self.member.settle(message.request, message.payee_cert, voucher_in(message))
 
 
 Ledger = WatchedLedger | RemoteCommittee

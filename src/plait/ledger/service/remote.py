@@ -90,9 +90,12 @@ class RemoteLedger:
         return response.grant
 
     async def settle(
-        self, request: SignedEnvelope, cert: SignedEnvelope, voucher: SignedEnvelope
+        self, request: SignedEnvelope, cert: SignedEnvelope, voucher: SignedEnvelope | None
     ) -> int:
-        """Present a voucher; returns what the payee has been paid in the session so far."""
+        """Present a voucher, or without one a release.
+
+        Returns what the payee has been paid in the session so far.
+        """
         message = pb.SettleRequest(request=request, payee_cert=cert, voucher=voucher)
         response = await self._call(self._stub.Settle, message, pb.SettleResponse)
         return response.paid_microcredits
@@ -257,3 +260,8 @@ def _remedy(details: str) -> str:
             return "set this machine's clock"
         case _:
             return ""
+
+
+def voucher_in(message: pb.SettleRequest) -> SignedEnvelope | None:
+    """The voucher of a settlement; None of one that only releases."""
+    return message.voucher if message.HasField("voucher") else None
