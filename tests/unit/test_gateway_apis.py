@@ -193,6 +193,61 @@ async def test_the_events_of_a_response_add_up(tools: list[Any]) -> None:
     assert item["id"] == events[2]["item"]["id"] == events[-3].get("item_id")
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"previous_response_id": "x"}, "previous_response_id"),
+        ({"conversation": "x"}, "conversation"),
+        ({"prompt": {"id": "x"}}, "prompt"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"input": ""}, "input"),
+        ({"input": [{"role": "user", "content": ""}], "instructions": ""}, "input"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"max_output_tokens": 2040}, "max_output_tokens"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": 5}}}},
+            "text.format",
+        ),
+        ({"plait": {"regex": "("}}, "plait.regex"),
+    ],
+)
+async def test_responses_name_what_they_refuse(fields: dict[str, Any], param: str) -> None:
+    call = Caller()
+    body = await call("/v1/responses", **({"input": "hi"} | fields))
+    assert (call.status, body["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+        ({"mcp_servers": [{}]}, "mcp_servers"),
+        ({"output_format": {"type": "json_schema"}}, "output_format"),
+        ({"output_config": {"format": {}}}, "output_config.format"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]},
+            "messages[0].content[0].tool_use_id",
+        ),
+        ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
+        ({"max_tokens": 2040}, "max_tokens"),
+    ],
+)
+async def test_messages_name_what_they_refuse(fields: dict[str, Any], param: str) -> None:
+    call = Caller()
+    body = await call("/v1/messages", **({"max_tokens": 9, "messages": QUESTION} | fields))
+    assert (call.status, body["error"]["param"]) == (400, param)
+
+
+async def test_what_changes_nothing_is_accepted() -> None:
+    call = Caller()
+    await call("/v1/messages", max_tokens=9, messages=QUESTION, thinking={"type": "disabled"})
+    assert call.status == 200
+    await call("/v1/responses", input="hi", truncation="disabled", conversation=None, verbosity=1)
+    assert call.status == 200
+
+
 async def test_a_response_that_is_cut_or_fails_says_so() -> None:
     call = Caller(FakeUpstream(endless=True))
     body = await call("/v1/responses", input="x", max_output_tokens=4)

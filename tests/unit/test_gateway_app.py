@@ -362,7 +362,8 @@ async def test_the_answer_must_fit_the_context() -> None:
     reply = await call.chat(max_completion_tokens=2040)
     error = reply.json()["error"]
     assert (reply.status, error["code"]) == (400, "context_length_exceeded")
-    assert error["param"] == "max_tokens"
+    assert error["param"] == "max_completion_tokens"
+    assert (await call.chat(max_tokens=2040)).json()["error"]["param"] == "max_tokens"
     long = "word " * 5000
     assert (await call.complete(long)).json()["error"]["code"] == "context_length_exceeded"
     ids = tokenizer().encode("a " * 1000)
@@ -376,7 +377,10 @@ async def test_the_answer_must_fit_the_context() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "function"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"max_completion_tokens": 2040}, "max_completion_tokens"),
         ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
@@ -386,7 +390,18 @@ async def test_the_answer_must_fit_the_context() -> None:
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}},
             "response_format",
         ),
-        ({"plait": {"regex": "("}}, "response_format"),
+        ({"plait": {"regex": "("}}, "plait.regex"),
+        ({"plait": {"lark": "start: ("}}, "plait.lark"),
+        ({"plait": {"regex": "a"}, "response_format": {"type": "json_object"}}, "plait.regex"),
+        ({"plait": {"ttft": 1}}, "plait.ttft"),
+        (
+            {
+                "tools": [{"function": {"name": "f", "parameters": {"type": 5}}}],
+                "tool_choice": "required",
+            },
+            "tools",
+        ),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"plait": {"regex": "a", "lark": "start: a"}}, "plait.lark"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"500": 1}}, "logit_bias"),
@@ -415,6 +430,10 @@ async def test_the_answer_must_fit_the_context() -> None:
         ({"provider": {"max_price": {"prompt": 1}}}, "provider.max_price.prompt"),
         ({"provider": {"data_collection": "deny"}}, "provider.data_collection"),
         ({"provider": {"order": ["a"]}}, "provider.order"),
+        ({"provider": {"onyl": ["a"]}}, "provider.onyl"),
+        ({"provider": {"max_price": {"total": 1}}}, "provider.max_price.total"),
+        ({"provider": {"allow_fallbacks": False}}, "provider.allow_fallbacks"),
+        ({"provider": {"require_parameters": True}}, "provider.require_parameters"),
     ],
 )
 async def test_what_cannot_be_honoured_is_refused_by_name(
@@ -500,6 +519,29 @@ async def test_an_unknown_model_and_one_without_a_pipeline() -> None:
 async def test_a_body_that_is_not_a_request(raw: bytes) -> None:
     reply = await Caller()("POST", "/v1/chat/completions", raw=raw)
     assert reply.status == 400
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        (b'{"model": "a", "stop": "\xff"}', "byte 0xff at position 24 is not UTF-8"),
+        (b'{"model": "\\ud800"}', "surrogate"),
+        (b'{"model": "\\ud83d\\ude00"', "truncated"),
+    ],
+)
+async def test_what_is_wrong_with_a_body_is_told(raw: bytes, why: str) -> None:
+    reply = await Caller()("POST", "/v1/chat/completions", raw=raw)
+    error = reply.json()["error"]
+    assert (reply.status, error["code"]) == (400, "invalid_json")
+    assert why in error["message"]
+
+
+async def test_a_drawn_seed_is_a_number_that_json_readers_keep() -> None:
+    seeds = [(await (call := Caller()).chat()).json()["plait"]["answers"][0]["seed"] for _ in "abc"]
+    assert all(seed < 2**53 for seed in seeds)
+    assert call.upstream.asked[0].sampling.seed == seeds[-1]
+    given = (await call.chat(seed=2**63 - 1)).json()["plait"]["answers"][0]["seed"]
+    assert given == 2**63 - 1
 
 
 async def test_bodies_are_json_and_bounded() -> None:

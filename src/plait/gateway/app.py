@@ -16,7 +16,7 @@ from plait.gateway.config import GatewayConfig
 from plait.gateway.dialects import ChatDialect, Head, TextDialect
 from plait.gateway.doorman import Doorman
 from plait.gateway.embedding import embeddings
-from plait.gateway.failure import ApiError, invalid, json_response
+from plait.gateway.failure import ApiError, in_words_of, invalid, json_response
 from plait.gateway.frames import Dialect
 from plait.gateway.key_store import Cashier
 from plait.gateway.messages_api import CountRequest, MessagesDialect, MessagesRequest
@@ -149,7 +149,9 @@ class Gateway:
         """``POST /v1/responses``."""
         body = await self._body(request, self._responses_body)
         model = await self._shelf.get(body.model)
-        jobs = await chat_jobs(responses_api.as_chat(body), model, self._config)
+        chat = responses_api.as_chat(body)
+        with in_words_of(responses_api.CHAT_NAMES):
+            jobs = await chat_jobs(chat, model, self._config)
         dialect = ResponsesDialect(self._head(request, "resp_", model), body)
         return self._answering(request, dialect, jobs, stream=body.stream)
 
@@ -157,7 +159,7 @@ class Gateway:
         """``POST /v1/messages``."""
         body = await self._body(request, self._messages_body)
         model = await self._shelf.get(body.model)
-        jobs = await chat_jobs(messages_api.as_chat(body), model, self._config)
+        jobs = await self._message_jobs(body, model)
         dialect = MessagesDialect(self._head(request, "msg_", model))
         return self._answering(request, dialect, jobs, stream=body.stream)
 
@@ -165,8 +167,13 @@ class Gateway:
         """``POST /v1/messages/count_tokens``."""
         body = await self._body(request, self._count_body)
         model = await self._shelf.get(body.model)
-        jobs = await chat_jobs(messages_api.as_chat(body), model, self._config)
+        jobs = await self._message_jobs(body, model)
         return json_response({"input_tokens": jobs[0].prompt_tokens})
+
+    async def _message_jobs(self, body: CountRequest, model: Shelved) -> list[Job]:
+        chat = messages_api.as_chat(body)
+        with in_words_of(messages_api.CHAT_NAMES):
+            return await chat_jobs(chat, model, self._config)
 
     async def embeddings(self, request: Request) -> Response:
         """``POST /v1/embeddings``."""

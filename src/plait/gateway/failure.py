@@ -1,6 +1,8 @@
 """Errors as HTTP: one table from the error tree to status, type and code."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -116,6 +118,18 @@ def refused(param: str, why: str) -> ApiError:
 def invalid(param: str | None, why: str) -> ApiError:
     """A field with a value that makes no sense."""
     return ApiError(400, why, code="invalid_value", param=param)
+
+
+@contextmanager
+def in_words_of(names: Mapping[str, str]) -> Generator[None]:
+    """Name the fields of a request that was turned into another as its sender did: ``names``
+    has for the first part of a path what to say instead of the whole."""
+    try:
+        yield
+    except ApiError as error:
+        head = re.split(r"[.\[]", error.param or "")[0]
+        error.param = names.get(head, error.param)
+        raise
 
 
 def of(error: Exception) -> ApiError:

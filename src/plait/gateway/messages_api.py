@@ -26,6 +26,9 @@ from plait.gateway.requests import (
 from plait.gateway.running import Piece
 from plait.gateway.tools import ToolCall
 
+CHAT_NAMES = {"messages": "messages", "stop": "stop_sequences"}
+"""What a chat's fields are called here; its messages are numbered otherwise."""
+
 
 class Content(Struct):
     """A piece of content: text, a call, or what a call returned."""
@@ -62,6 +65,18 @@ class ToolChoice(Struct):
     name: str | None = None
 
 
+class Thinking(Struct):
+    """Whether the model is to think first."""
+
+    type: str
+
+
+class OutputOptions(Struct):
+    """What the answer must look like."""
+
+    format: Any = None
+
+
 class CountRequest(Struct, kw_only=True):
     """``POST /v1/messages/count_tokens``."""
 
@@ -70,6 +85,7 @@ class CountRequest(Struct, kw_only=True):
     system: str | list[Content] | None = None
     tools: Annotated[list[InputTool], Meta(max_length=TOOLS_MAX)] | None = None
     tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
 
 
 class MessagesRequest(CountRequest, kw_only=True):
@@ -87,12 +103,16 @@ class MessagesRequest(CountRequest, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: Probability | None = None
     top_k: Annotated[int, Meta(ge=0)] | None = None
+    mcp_servers: list[Any] | None = None
+    output_format: Any = None
+    output_config: OutputOptions | None = None
     provider: Provider | None = None
     plait: PlaitFields | None = None
 
 
 def as_chat(request: CountRequest) -> ChatRequest:
     """The chat that a request stands for; raises ``ApiError`` for what cannot be honoured."""
+    _check(request)
     messages = []
     if request.system:
         messages.append(Message("system", _text(request.system, "system")))
@@ -115,6 +135,20 @@ def as_chat(request: CountRequest) -> ChatRequest:
         chat.top_k, chat.stop = request.top_k, request.stop_sequences
         chat.provider, chat.plait = request.provider, request.plait
     return chat
+
+
+def _check(request: CountRequest) -> None:
+    if request.thinking is not None and request.thinking.type != "disabled":
+        raise refused("thinking", "thinking is not supported")
+    if not isinstance(request, MessagesRequest):
+        return
+    if request.mcp_servers:
+        raise refused("mcp_servers", "no servers are asked: call tools yourself")
+    if request.output_format is not None:
+        raise refused("output_format", "formats are for /v1/chat/completions and /v1/responses")
+    if request.output_config is not None and request.output_config.format is not None:
+        why = "formats are for /v1/chat/completions and /v1/responses"
+        raise refused("output_config.format", why)
 
 
 def _tool(tool: InputTool, where: str) -> ToolSpec:
@@ -145,6 +179,8 @@ def _turn(turn: Turn, where: str) -> list[Message]:
                 arguments = json.dumps(part.input or {}, ensure_ascii=False)
                 calls.append(Called(CalledFunction(part.name or "", arguments), part.id or ""))
             case "tool_result":
+                if not part.tool_use_id:
+                    raise invalid(f"{at}.tool_use_id", "a result says which call it is of")
                 text = _result(part.content, at)
                 results.append(Message("tool", text, tool_call_id=part.tool_use_id))
             case "thinking" | "redacted_thinking":

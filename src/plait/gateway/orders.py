@@ -32,6 +32,8 @@ from plait.gateway.tools import Tool, ToolMode, Tools, chosen, introduced
 from plait.types import MILLION, Grammar, PeerId, Sampling
 
 _SEEDS = 2**63
+_DRAWN_SEED_BITS = 53
+"""Readers of JSON whose numbers are doubles keep a seed of so many bits exactly."""
 _TOP_P_MIN = 1e-6
 _LONG_CHARACTERS = 16_384
 
@@ -69,11 +71,11 @@ async def chat_jobs(request: ChatRequest, model: Shelved, config: GatewayConfig)
     check_chat(request)
     tools = _tools(request)
     ids = await chat_ids(model, plain_messages(request.messages), tools.offered)
+    name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     asked = request.max_completion_tokens or request.max_tokens
-    options = _options(request, max_tokens(len(ids), asked, model, config, "messages"), config)
-    grammar = await checked_grammar(
-        tools.grammar() or _format_grammar(request.response_format) or _own_grammar(request.plait)
-    )
+    limit = max_tokens(len(ids), asked, model, config, "messages", name)
+    options = _options(request, limit, config)
+    grammar = await _grammar(request, tools)
     top = (request.top_logprobs or 0) if request.logprobs else 0
     sampling = sampling_of(request, model, grammar, top)
     return jobs_of(model, ids, sampling, options, request, stops_of(request), tools)
@@ -88,7 +90,7 @@ async def completion_jobs(
     if len(prompts) * (request.n or 1) > config.answers_max:
         raise invalid("prompt", f"more than {config.answers_max} answers in one request")
     sampling = sampling_of(
-        request, model, await checked_grammar(_own_grammar(request.plait)), request.logprobs or 0
+        request, model, await _checked_own_grammar(request.plait), request.logprobs or 0
     )
     stops, jobs = stops_of(request), list[Job]()
     for prompt in prompts:
@@ -179,9 +181,15 @@ def _echoing(job: Job, prompt: str | list[int], request: CompletionRequest) -> J
 
 
 def max_tokens(
-    prompt_tokens: int, asked: int | None, model: Shelved, config: GatewayConfig, where: str
+    prompt_tokens: int,
+    asked: int | None,
+    model: Shelved,
+    config: GatewayConfig,
+    where: str,
+    name: str = "max_tokens",
 ) -> int:
-    """How long the answer may be; raises ``ApiError`` if it cannot fit the context."""
+    """How long the answer may be; raises ``ApiError`` if it cannot fit the context, which is
+    the fault of the prompt (``where``) or of what is asked for (``name``)."""
     room = model.context_length - prompt_tokens
     if room < 1 or (asked or 1) > room:
         wanted = f" and {asked} are asked for" if asked else ""
@@ -190,7 +198,7 @@ def max_tokens(
             f"the prompt has {prompt_tokens} tokens{wanted}, "
             f"but the context of {model.name} ends at {model.context_length}",
             code="context_length_exceeded",
-            param="max_tokens" if room >= 1 else where,
+            param=name if room >= 1 else where,
         )
     return asked or min(room, config.default_max_tokens)
 
@@ -240,7 +248,7 @@ def _bias(biases: dict[str, float] | None, model: Shelved) -> tuple[tuple[int, i
 
 def _seed(seed: int | None, choice: int) -> int:
     """Choice k draws with the seed k further on; without a seed each draws a fresh one."""
-    return secrets.randbits(63) if seed is None else (seed + choice) % _SEEDS
+    return secrets.randbits(_DRAWN_SEED_BITS) if seed is None else (seed + choice) % _SEEDS
 
 
 # What an answer looks like ------------------------------------------------------------
@@ -300,10 +308,27 @@ def _grammar_of(kind: Any, text: str, param: str) -> Grammar:
         raise invalid(param, str(error)) from error
 
 
-async def checked_grammar(grammar: Grammar | None) -> Grammar | None:
+async def _grammar(request: ChatRequest, tools: Tools) -> Grammar | None:
+    """What the answer must look like; raises ``ApiError``."""
+    own, format_ = _own_grammar(request.plait), _format_grammar(request.response_format)
+    if own is not None and format_ is not None:
+        raise invalid(f"plait.{own.kind}", "give either a response_format or a grammar")
+    if (call := tools.grammar()) is not None:
+        return await _checked(call, "tools")
+    if format_ is not None:
+        return await _checked(format_, "response_format")
+    return await _checked_own_grammar(request.plait)
+
+
+async def _checked_own_grammar(plait: PlaitFields | None) -> Grammar | None:
+    own = _own_grammar(plait)
+    return None if own is None else await _checked(own, f"plait.{own.kind}")
+
+
+async def _checked(grammar: Grammar, param: str) -> Grammar:
     """The grammar, if it can be used; raises ``ApiError`` naming what is wrong with it."""
-    if grammar is not None and (why := await asyncio.to_thread(check_grammar, grammar)):
-        raise invalid("response_format", f"the grammar cannot be used: {why}")
+    if why := await asyncio.to_thread(check_grammar, grammar):
+        raise invalid(param, f"the grammar cannot be used: {why}")
     return grammar
 
 
@@ -322,6 +347,12 @@ def options_of(
     for name in ("order", "quantizations", "zdr"):
         if getattr(wanted, name):
             raise refused(f"provider.{name}", f"provider.{name} is not supported")
+    if wanted.allow_fallbacks is False:
+        why = "a stage that fails is replaced: use provider.only to say by whom"
+        raise refused("provider.allow_fallbacks", why)
+    if wanted.require_parameters:
+        why = "unknown fields of a request are ignored, whoever serves it"
+        raise refused("provider.require_parameters", why)
     if wanted.data_collection == "deny":
         why = "every stage can reconstruct the prompt: use provider.only with peers you trust"
         raise refused("provider.data_collection", why)

@@ -1,10 +1,14 @@
-"""Request bodies: decoded strictly where it matters, unknown fields accepted.
+"""Request bodies: decoded strictly where it matters.
 
-A field that we understand and cannot honour is refused by name rather than ignored.
+A field that we understand and cannot honour is refused by name rather than ignored. Unknown
+fields of the APIs' own are accepted, as their clients send ever more of them; unknown members
+of ``provider`` and ``plait`` are refused, as a misspelt limit would limit nothing.
 """
 
+import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -14,6 +18,7 @@ from plait.gateway.failure import INVALID, ApiError, invalid, refused
 from plait.types import BIASES_MAX, TOP_LOGPROBS_MAX
 
 BodyT = TypeVar("BodyT")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
@@ -34,7 +39,7 @@ class StreamOptions(Struct):
     include_usage: bool | None = None
 
 
-class MaxPrice(Struct):
+class MaxPrice(Struct, forbid_unknown_fields=True):
     """OpenRouter's object; only a price for the whole request can be kept."""
 
     request: Count | None = None
@@ -43,7 +48,7 @@ class MaxPrice(Struct):
     image: float | None = None
 
 
-class Provider(Struct):
+class Provider(Struct, forbid_unknown_fields=True):
     """Routing, in OpenRouter's vocabulary; providers are peer ids, prices microcredits."""
 
     sort: Literal["latency", "price", "throughput", "weighted"] | None = None
@@ -54,9 +59,11 @@ class Provider(Struct):
     data_collection: Literal["allow", "deny"] | None = None
     zdr: bool | None = None
     quantizations: list[str] | None = None
+    allow_fallbacks: bool | None = None
+    require_parameters: bool | None = None
 
 
-class PlaitFields(Struct):
+class PlaitFields(Struct, forbid_unknown_fields=True):
     """What only Plait has: evidence, bounds on predicted times, grammars of its own, and
     what is kept for the next request."""
 
@@ -167,6 +174,8 @@ class ChatRequest(Generating, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: Annotated[list[ToolSpec], Meta(max_length=TOOLS_MAX)] | None = None
     functions: list[Any] | None = None
+    function_call: Any = None
+    web_search_options: dict[str, Any] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolSpec | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -224,25 +233,41 @@ class DetokenizeRequest(Struct, kw_only=True):
 
 def decoder(kind: type[BodyT]) -> Callable[[bytes], BodyT]:
     """A function from a body to ``kind`` that raises ``ApiError`` naming the wrong field."""
-    json = msgspec.json.Decoder(kind)
+    decoder_ = msgspec.json.Decoder(kind)
 
     def decode(body: bytes) -> BodyT:
         try:
-            return json.decode(body)
+            return decoder_.decode(body)
         except msgspec.ValidationError as error:
             raise invalid(_field(str(error)), str(error)) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            message = f"the body is not JSON: {error}"
+            message = f"the body is not JSON: {_why_not_json(body, error)}"
             raise ApiError(400, message, kind=INVALID, code="invalid_json") from error
 
     return decode
 
 
 def _field(message: str) -> str | None:
-    if missing := re.search(r"missing required field `(\w+)`", message):
-        return missing[1]
-    path = re.search(r"at `\$\.?(.*)`$", message)
-    return path[1] or None if path else None
+    """The path of the field that a ``ValidationError`` is about."""
+    found = re.search(r"at `\$\.?(.*)`$", message)
+    path = found[1] if found else ""
+    if member := re.search(r"(?:missing required|unknown) field `([^`]+)`", message):
+        return f"{path}.{member[1]}" if path else member[1]
+    return path or None
+
+
+def _why_not_json(body: bytes, error: Exception) -> str:
+    """What is wrong with a body, where the decoder's own words mislead."""
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as where:
+        # The decoder counts from the beginning of a string.
+        return f"byte 0x{body[where.start]:02x} at position {where.start} is not UTF-8"
+    if _SURROGATE.search(text):
+        with suppress(ValueError, RecursionError):
+            json.loads(text)
+            return "a string has half of a surrogate pair, which is no character"
+    return str(error)
 
 
 def check_common(request: Generating) -> None:
@@ -256,10 +281,18 @@ def check_chat(request: ChatRequest) -> None:
     check_common(request)
     if request.functions:
         raise refused("functions", "functions are not supported: use tools")
+    if request.function_call not in (None, "none", "auto"):
+        raise refused("function_call", "function_call is not supported: use tool_choice")
+    if request.web_search_options is not None:
+        raise refused("web_search_options", "nothing is searched in the web")
     if set(request.modalities or ()) - {"text"}:
         raise refused("modalities", "only text is supported")
     if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs", "top_logprobs goes with logprobs: true only")
+    for number, message in enumerate(request.messages):
+        if message.role == "tool" and not message.tool_call_id:
+            why = "a tool's message says which call it answers"
+            raise invalid(f"messages[{number}].tool_call_id", why)
 
 
 def check_completion(request: CompletionRequest) -> None:

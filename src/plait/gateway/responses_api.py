@@ -33,6 +33,12 @@ from plait.gateway.running import Piece
 from plait.gateway.tools import ToolCall
 from plait.types import TOP_LOGPROBS_MAX
 
+CHAT_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+}
+"""What a chat's fields are called here."""
 _LOGPROBS = "message.output_text.logprobs"
 
 
@@ -93,6 +99,9 @@ class ResponsesRequest(Struct, kw_only=True):
     text: TextOptions | None = None
     previous_response_id: str | None = None
     background: bool | None = None
+    conversation: Any = None
+    prompt: Any = None
+    truncation: Literal["auto", "disabled"] | None = None
     metadata: dict[str, str] | None = None
     provider: Provider | None = None
     plait: PlaitFields | None = None
@@ -104,6 +113,11 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
         raise refused("previous_response_id", "responses are not stored: send the whole input")
     if request.background:
         raise refused("background", "background responses are not supported")
+    for name in ("conversation", "prompt"):
+        if getattr(request, name) is not None:
+            raise refused(name, f"nothing is stored, no {name} either: send the whole input")
+    if request.truncation == "auto":
+        raise refused("truncation", "input that does not fit the context is refused, not cut")
     wants = bool(request.top_logprobs) or _LOGPROBS in (request.include or ())
     return ChatRequest(
         model=request.model,
@@ -143,6 +157,8 @@ def _message(item: InputItem, where: str) -> Message:
             function = CalledFunction(item.name, item.arguments or "{}")
             return Message("assistant", tool_calls=[Called(function, item.call_id or "")])
         case "function_call_output":
+            if not item.call_id:
+                raise invalid(f"{where}.call_id", "an output says which call it is of")
             return Message("tool", _parts(item.output or ""), tool_call_id=item.call_id)
         case "reasoning":
             return Message("assistant", "")
