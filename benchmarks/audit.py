@@ -351,18 +351,18 @@ def other_threads(local: Any, dtype: str) -> dict[str, Any]:
     return tally.figures()
 
 
-def other_order(local: Any, count: int) -> dict[str, Any]:
-    """int4 replayed with onnxruntime's kernel for single rows, which adds up in another order.
+def other_order(local: Any, count: int, kernel: str) -> dict[str, Any]:
+    """int4 by a kernel, replayed by sums in another order.
 
     It stands for an auditor whose processor has other instructions: the sums differ by 1e-6, and
-    where that changes how an activation is rounded to 8 bits, by more. Only decoding differs.
+    where that changes how an activation is rounded to 8 bits, by more. onnxruntime's is replayed
+    by its own kernel for single rows, so that only decoding differs, ggml's by onnxruntime's.
     """
-    honest, auditing = load(local, "int4"), load(local, "int4")
-    for stage in auditing:
-        if "mlas" not in stage.numeric_class():
-            raise SystemExit("this machine's int4 is torch's")
-        for layer in stage._model._layers:
-            layer._projection._fewest_rows = layer._end._fewest_rows = 1
+    honest, auditing = load(local, f"int4/{kernel}"), load(local, "int4/mlas")
+    if kernel == "mlas":
+        for stage in auditing:
+            for layer in stage._model._layers:
+                layer.projection._fewest_rows = layer.end._fewest_rows = 1
     tally = Tally(honest[0].numeric_class())
     for seed in range(count):
         [one] = sessions_of(local, 1, seed)
@@ -482,7 +482,8 @@ def parts(
         case "threads":
             yield "other_threads_fp32", other_threads(local, "fp32")
         case "orders":
-            yield "other_order_int4", other_order(local, arguments.count)
+            yield "other_order_int4", other_order(local, arguments.count, "mlas")
+            yield "other_order_int4_ggml", other_order(local, arguments.count, "ggml")
         case "cheats":
             found = dict(known.get("cheats_fp32", {}))
             some = cheats_part(local, "fp32", arguments.count, arguments.cheat, arguments.stage)

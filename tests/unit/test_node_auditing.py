@@ -373,8 +373,9 @@ def test_the_judgement_is_by_the_worst_and_nan_is_no_excuse() -> None:
         tolerance_of("abc/fp99/hf")
     with pytest.raises(BadProof):
         tolerance_of("abc/fp99/mlas-w4a8/f32/t1")
-    rounds = tolerance_of("abc/int4/mlas-w4a8/f32/t1")
-    assert rounds.distance > tolerance_of("abc/int4/torch-int4pack32/f32/t1").distance
+    for kernel in ("mlas-w4a8", "ggml-w4a8"):
+        rounds = tolerance_of(f"abc/int4/{kernel}/f32/t1")
+        assert rounds.distance > tolerance_of("abc/int4/torch-int4pack32/f32/t1").distance
     nan = np.full((1, 4), np.nan, np.float32)
     assert distance(nan, np.ones((1, 4), np.float32)) == float("inf")
 
