@@ -4,37 +4,24 @@ import asyncio
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from plait.client import Answer, Options, Score
-from plait.errors import (
-    CapacityError,
-    ConfigError,
-    DeadlineExceeded,
-    LedgerError,
-    NoRoute,
-    PeerUnreachable,
-    PlaitError,
-    RemoteProtocolError,
-    SessionLost,
-    VerificationError,
-)
-from plait.gateway.app import Gateway
 from plait.gateway.config import GatewayConfig
 from plait.gateway.keys import KeyRing
 from plait.gateway.port import Ask
 from plait.model import catalog
 from plait.model.tokenizer import Tokenizer
 from plait.testing.accounting import key_of
+from plait.testing.calling import MODEL, Caller
 from plait.testing.upstream import FakeUpstream
 from plait.types import MILLION, Span
 
-MODEL = "tiny-random"
 KEY = "correct-horse-battery-staple"
 
 
@@ -47,91 +34,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def tokenizer() -> Tokenizer:
     return Tokenizer.load(catalog.load(MODEL))
-
-
-@dataclass
-class Reply:
-    """A response, collected."""
-
-    status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    def events(self) -> list[Any]:
-        lines = [line for line in self.body.decode().split("\n\n") if line.startswith("data: ")]
-        data = [line.removeprefix("data: ") for line in lines]
-        return [item if item == "[DONE]" else json.loads(item) for item in data]
-
-    def deltas(self) -> str:
-        chunks = [event for event in self.events() if event != "[DONE]" and "choices" in event]
-        choices = [choice for chunk in chunks for choice in chunk["choices"]]
-        return "".join(choice["delta"].get("content", "") for choice in choices)
-
-
-@dataclass
-class Caller:
-    """Calls the application as a server would."""
-
-    upstream: FakeUpstream = field(default_factory=FakeUpstream)
-    config: GatewayConfig = field(default_factory=lambda: GatewayConfig(version="1.2"))
-    headers: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.gateway = Gateway(self.upstream, "net-1", self.config)
-        self.app = self.gateway.app()
-
-    async def __call__(
-        self,
-        method: str,
-        path: str,
-        body: object = None,
-        *,
-        raw: bytes | None = None,
-        left: asyncio.Event | None = None,
-        on_body: Callable[[bytes], None] | None = None,
-        **headers: str,
-    ) -> Reply:
-        data = raw if raw is not None else b"" if body is None else json.dumps(body).encode()
-        lines = {"host": "127.0.0.1", "content-type": "application/json"} | self.headers
-        lines |= {name.replace("_", "-"): value for name, value in headers.items()}
-        path, _, query = path.partition("?")
-        scope = {
-            "type": "http",
-            "method": method,
-            "path": path,
-            "query_string": query.encode(),
-            "headers": [(name.encode(), value.encode()) for name, value in lines.items() if value],
-        }
-        reply, requests = Reply(), [{"type": "http.request", "body": data, "more_body": False}]
-
-        async def receive() -> MutableMapping[str, Any]:
-            if requests:
-                return requests.pop()
-            await (left or asyncio.Event()).wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                reply.status = message["status"]
-                reply.headers = {k.decode(): v.decode() for k, v in message["headers"]}
-            else:
-                reply.body += message.get("body", b"")
-                if on_body is not None:
-                    on_body(message.get("body", b""))
-
-        async with asyncio.timeout(10):
-            await self.app(scope, receive, send)
-        return reply
-
-    async def chat(self, **fields: Any) -> Reply:
-        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]} | fields
-        return await self("POST", "/v1/chat/completions", body)
-
-    async def complete(self, prompt: object, **fields: Any) -> Reply:
-        return await self("POST", "/v1/completions", {"model": MODEL, "prompt": prompt} | fields)
 
 
 # Answers ------------------------------------------------------------------------------
@@ -369,189 +271,6 @@ async def test_the_answer_must_fit_the_context() -> None:
     ids = tokenizer().encode("a " * 1000)
     assert (await call.complete("a " * 1000)).status == 200
     assert call.upstream.asked[-1].options.max_tokens == min(256, 2048 - len(ids))
-
-
-# Refusals and errors ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"tools": [{"type": "function"}]}, "tools[0].function"),
-        ({"function_call": {"name": "f"}}, "function_call"),
-        ({"web_search_options": {}}, "web_search_options"),
-        ({"max_completion_tokens": 2040}, "max_completion_tokens"),
-        ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-        ({"functions": [{}]}, "functions"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}},
-            "response_format",
-        ),
-        ({"plait": {"regex": "("}}, "plait.regex"),
-        ({"plait": {"lark": "start: ("}}, "plait.lark"),
-        ({"plait": {"regex": "a"}, "response_format": {"type": "json_object"}}, "plait.regex"),
-        ({"plait": {"ttft": 1}}, "plait.ttft"),
-        (
-            {
-                "tools": [{"function": {"name": "f", "parameters": {"type": 5}}}],
-                "tool_choice": "required",
-            },
-            "tools",
-        ),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
-        ({"plait": {"regex": "a", "lark": "start: a"}}, "plait.lark"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"logit_bias": {"500": 1}}, "logit_bias"),
-        ({"logit_bias": {"5": 101}}, "logit_bias[...]"),
-        ({"frequency_penalty": 2.5}, "frequency_penalty"),
-        ({"presence_penalty": -3}, "presence_penalty"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"modalities": ["audio"]}, "modalities"),
-        ({"stream_options": {}}, "stream_options"),
-        ({"stop": ""}, "stop"),
-        ({"stop": ["x"] * 17}, "stop"),
-        ({"n": 9}, "n"),
-        ({"temperature": 2.5}, "temperature"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": ""}]}, "messages"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages[0].content[0].type",
-        ),
-        ({"model": None}, "model"),
-        ({"provider": {"max_price": {"prompt": 1}}}, "provider.max_price.prompt"),
-        ({"provider": {"data_collection": "deny"}}, "provider.data_collection"),
-        ({"provider": {"order": ["a"]}}, "provider.order"),
-        ({"provider": {"onyl": ["a"]}}, "provider.onyl"),
-        ({"provider": {"max_price": {"total": 1}}}, "provider.max_price.total"),
-        ({"provider": {"allow_fallbacks": False}}, "provider.allow_fallbacks"),
-        ({"provider": {"require_parameters": True}}, "provider.require_parameters"),
-    ],
-)
-async def test_what_cannot_be_honoured_is_refused_by_name(
-    fields: dict[str, Any], param: str
-) -> None:
-    call = Caller()
-    reply = await call.chat(**fields)
-    error = reply.json()["error"]
-    assert (reply.status, error["param"]) == (400, param)
-    assert {"message", "type", "param", "code"} <= error.keys()
-    assert reply.headers["x-should-retry"] == "false"
-    assert not call.upstream.asked
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"logprobs": 21}, "logprobs"),
-        ({"suffix": "x"}, "suffix"),
-        ({"best_of": 3}, "best_of"),
-    ],
-)
-async def test_completions_refuse_too(fields: dict[str, Any], param: str) -> None:
-    reply = await Caller().complete("x", **fields)
-    assert (reply.status, reply.json()["error"]["param"]) == (400, param)
-
-
-ERRORS: list[tuple[Exception, int, str, str]] = [
-    (ConfigError("x"), 400, "invalid_request", "false"),
-    (NoRoute("x", missing=[(0, 1)]), 503, "no_route", "true"),
-    (NoRoute("x", cheapest=5), 400, "no_route", "false"),
-    (DeadlineExceeded("x"), 504, "deadline_exceeded", "true"),
-    (PeerUnreachable("x"), 503, "network_unreachable", "true"),
-    (CapacityError("x", retry_after_s=3), 503, "overloaded", "true"),
-    (LedgerError("x"), 402, "insufficient_quota", "false"),
-    (SessionLost("x"), 503, "session_lost", "true"),
-    (RemoteProtocolError("x"), 502, "peer_broke_protocol", "true"),
-    (VerificationError("x"), 502, "verification_failed", "true"),
-    (PlaitError("x"), 500, "internal_error", "false"),
-    (RuntimeError("a secret"), 500, "internal_error", "false"),
-]
-
-
-@pytest.mark.parametrize(("error", "status", "code", "retry"), ERRORS)
-@pytest.mark.parametrize("stream", [False, True])
-async def test_an_error_before_the_first_token_is_a_status(
-    error: Exception, status: int, code: str, retry: str, stream: bool
-) -> None:
-    reply = await Caller(FakeUpstream(error=error)).chat(stream=stream)
-    assert (reply.status, reply.json()["error"]["code"]) == (status, code)
-    assert reply.headers["x-should-retry"] == retry
-    assert ("retry-after" in reply.headers) == (status == 503 and retry == "true")
-    assert b"secret" not in reply.body
-    if isinstance(error, CapacityError):
-        assert reply.headers["retry-after"] == "3"
-
-
-async def test_an_error_in_a_stream_ends_it_without_done() -> None:
-    call = Caller(FakeUpstream(error=SessionLost("a stage died"), after=2))
-    reply = await call.chat(stream=True)
-    assert reply.status == 200
-    assert reply.deltas() == "Hello"
-    assert reply.events()[-1]["error"]["code"] == "session_lost"
-    assert (await call.chat()).status == 503
-
-
-async def test_an_unknown_model_and_one_without_a_pipeline() -> None:
-    call = Caller()
-    for name, shown in (("none", "'none'"), ("x" * 10_000, f"'{'x' * 64}…'")):
-        reply = await call.chat(model=name)
-        error = reply.json()["error"]
-        assert (reply.status, error["code"]) == (404, "model_not_found")
-        assert error["message"] == f"there is no model {shown}; served now: {MODEL}"
-    reply = await call.chat(model="smollm2-135m")
-    assert (reply.status, reply.json()["error"]["param"]) == (404, "model")
-    assert "plait models pull" in reply.json()["error"]["remedy"]
-
-
-@pytest.mark.parametrize(
-    "raw", [b"{", b"", b"\xff", b"[" * 100_000, b"[]", b'{"model": "\\ud800"}']
-)
-async def test_a_body_that_is_not_a_request(raw: bytes) -> None:
-    reply = await Caller()("POST", "/v1/chat/completions", raw=raw)
-    assert reply.status == 400
-
-
-@pytest.mark.parametrize(
-    ("raw", "why"),
-    [
-        (b'{"model": "a", "stop": "\xff"}', "byte 0xff at position 24 is not UTF-8"),
-        (b'{"model": "\\ud800"}', "surrogate"),
-        (b'{"model": "\\ud83d\\ude00"', "truncated"),
-    ],
-)
-async def test_what_is_wrong_with_a_body_is_told(raw: bytes, why: str) -> None:
-    reply = await Caller()("POST", "/v1/chat/completions", raw=raw)
-    error = reply.json()["error"]
-    assert (reply.status, error["code"]) == (400, "invalid_json")
-    assert why in error["message"]
-
-
-async def test_a_drawn_seed_is_a_number_that_json_readers_keep() -> None:
-    seeds = [(await (call := Caller()).chat()).json()["plait"]["answers"][0]["seed"] for _ in "abc"]
-    assert all(seed < 2**53 for seed in seeds)
-    assert call.upstream.asked[0].sampling.seed == seeds[-1]
-    given = (await call.chat(seed=2**63 - 1)).json()["plait"]["answers"][0]["seed"]
-    assert given == 2**63 - 1
-
-
-async def test_bodies_are_json_and_bounded() -> None:
-    call = Caller(config=GatewayConfig(body_bytes_max=100))
-    assert (await call("POST", "/tokenize", raw=b"x" * 101)).status == 413
-    assert (await call("POST", "/tokenize", {}, content_type="text/plain")).status == 415
-    assert (await call("POST", "/tokenize", {}, content_type="")).status == 415
-    assert (await call("PUT", "/tokenize")).status == 405
-    reply = await call("GET", "/nowhere")
-    assert (reply.status, reply.json()["error"]["code"]) == (404, "not_found")
 
 
 # Sessions -----------------------------------------------------------------------------
