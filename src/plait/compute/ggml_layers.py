@@ -185,13 +185,14 @@ class Part:
     def __init__(self, program: Program, arena: Arena, pad: "Callable[[int], int] | None") -> None:
         """``pad`` gives how many rows to compute for so many; None to find it out."""
         self._program = program
+        self._outputs = program.outputs
         self._arena = arena
         self._built: dict[int, _Built] = {}
         self.pad = pad or self._padding()
 
     def rows(self, *given: torch.Tensor) -> torch.Tensor:
         """[n, …] each -> [n, outputs]; each row's result is the same in any company."""
-        count = len(given[0])
+        count = given[0].shape[0]
         if count > TILE_ROWS:
             tiles = zip(*(one.split(TILE_ROWS) for one in given), strict=True)
             return torch.cat([self.rows(*tile) for tile in tiles])
@@ -204,7 +205,7 @@ class Part:
             one = one.contiguous()
             ctypes.memmove(place, one.data_ptr(), one.nbytes)
         self._arena.compute(built.graph.graph)
-        result = torch.empty(len(given[0]), self._program.outputs)
+        result = torch.empty(given[0].shape[0], self._outputs)
         ctypes.memmove(result.data_ptr(), built.output, result.nbytes)
         return result
 

@@ -54,7 +54,7 @@ class Part:
 
     def rows(self, *given: torch.Tensor) -> torch.Tensor:
         """[n, …] each -> [n, outputs]; each row's result is the same in any company."""
-        count = len(given[0])
+        count = given[0].shape[0]
         if count > TILE_ROWS:
             tiles = zip(*(one.split(TILE_ROWS) for one in given), strict=True)
             return torch.cat([self.rows(*tile) for tile in tiles])

@@ -107,7 +107,7 @@ class RaggedModel:
     def _layer(self, index: int, hidden: torch.Tensor, batch: "_Batch") -> torch.Tensor:
         layer, config = self._layers[index], self.config
         projected = layer.projected(hidden, batch.positions, batch.apply)
-        heads = projected.view(len(hidden), -1, config.head_size)
+        heads = projected.view(hidden.shape[0], -1, config.head_size)
         attended = batch.attention(index, heads if layer.turns else batch.rotated(heads))
         return layer.ended(hidden, attended, batch.apply)
 
@@ -122,9 +122,9 @@ class _Batch:
         items: Sequence[Item],
         memory: DeviceMemory,
     ) -> None:
-        self._order = sorted(range(len(items)), key=lambda i: len(items[i].hidden) > NARROW_ROWS)
+        self._order = sorted(range(len(items)), key=lambda i: items[i].rows > NARROW_ROWS)
         self._items = [items[i] for i in self._order]
-        self._sizes = [len(item.hidden) for item in self._items]
+        self._sizes = [item.rows for item in self._items]
         self.hidden = torch.cat([item.hidden for item in self._items])
         wide = [size for size in self._sizes if size > NARROW_ROWS]
         self._narrow_rows = sum(self._sizes) - sum(wide)
@@ -139,7 +139,7 @@ class _Batch:
 
     def apply(self, linear: Linear, rows: torch.Tensor) -> torch.Tensor:
         """Multiply the narrow items' rows together, each wide item's alone."""
-        if self._narrow_rows == len(rows):
+        if self._narrow_rows == rows.shape[0]:
             return linear.rows(rows)
         narrow, *wide = rows.split(self._pieces)
         results = [linear.item(piece) for piece in wide]
