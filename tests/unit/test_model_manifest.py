@@ -9,7 +9,8 @@ import pytest
 from plait.errors import ModelError, RemoteProtocolError
 from plait.ledger import merkle
 from plait.model.gguf_reader import GgufFile
-from plait.model.manifest import Manifest, build_manifest
+from plait.model.local import LocalModel
+from plait.model.manifest import Manifest, build_manifest, vocabulary_digest
 from plait.model.tiny import write_tiny
 from plait.model.weights import Weights
 from plait.model.wire import manifest_from_payload, manifest_to_payload, tensor_to_payload
@@ -28,6 +29,24 @@ def path(tmp_path: Path) -> Path:
 def manifest(path: Path) -> Manifest:
     with GgufFile.open(path) as gguf:
         return build_manifest("tiny-random", gguf)
+
+
+def test_models_read_each_others_ids_if_their_vocabularies_are_one(
+    path: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    def changed(old: bytes, new: bytes) -> LocalModel:
+        data = path.read_bytes()
+        assert old in data
+        other = tmp_path / f"{new.hex()}.gguf"
+        other.write_bytes(data.replace(old, new))
+        with GgufFile.open(other) as gguf:
+            return LocalModel("other", build_manifest("other", gguf), other)
+
+    ours = vocabulary_digest(LocalModel("tiny-random", manifest, path))
+    template = changed(b"<|im_start|>assistant", b"<|im_start|>ASSISTANT")
+    assert template.manifest.tokenizer_sha256 != manifest.tokenizer_sha256
+    assert vocabulary_digest(template) == ours
+    assert vocabulary_digest(changed(b"<|endoftext|>", b"<|ENDOFTEXT|>")) != ours
 
 
 def test_it_survives_the_wire(manifest: Manifest) -> None:

@@ -18,6 +18,7 @@ from plait.compute.port import StageCompute, Work
 from plait.errors import ConfigError, LocalProtocolError
 from plait.logs import get_logger
 from plait.model.local import LocalModel
+from plait.model.manifest import vocabulary_digest
 from plait.types import Sampling, SessionId, Span
 
 log = get_logger(__name__)
@@ -52,12 +53,11 @@ class DraftModel:
         return cls(local, stage, spawn)
 
     def fits(self, target: LocalModel) -> bool:
-        """Whether its ids mean what the target's mean."""
-        ours, theirs = self._local.manifest, target.manifest
-        return (ours.tokenizer_sha256, ours.vocabulary_size) == (
-            theirs.tokenizer_sha256,
-            theirs.vocabulary_size,
-        )
+        """Whether its ids mean what the target's mean; chat templates may differ.
+
+        Raises ``ModelError`` if a weights file is gone.
+        """
+        return vocabulary_digest(self._local) == vocabulary_digest(target)
 
     def drafter(
         self,

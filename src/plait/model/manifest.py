@@ -5,14 +5,20 @@ its protobuf payload, names the model on the network; ``model/wire.py`` knows th
 """
 
 import hashlib
+import struct
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from plait.errors import ModelError
 from plait.ledger import merkle
 from plait.model.config import read_config
 from plait.model.gguf_reader import GgufFile, metadata_digest_parts
 from plait.types import Digest, ModelShape
+
+if TYPE_CHECKING:
+    from plait.model.local import LocalModel
 
 FP32_BYTES = 4
 
@@ -110,6 +116,23 @@ def build_manifest(name: str, gguf: GgufFile) -> Manifest:
 def tokenizer_digest(gguf: GgufFile) -> Digest:
     """SHA-256 over the tokenizer's metadata: vocabulary, merges, template."""
     return _metadata_digest(gguf, tokenizer=True)
+
+
+def vocabulary_digest(local: "LocalModel") -> Digest:
+    """SHA-256 over what each id stands for: names and kinds of tokens, and how many rows the
+    embedding has. Models that agree in it can read each other's ids. Raises ``ModelError``."""
+    return _vocabulary_digest(local.weights_path, local.manifest.digest)
+
+
+@lru_cache(maxsize=16)
+def _vocabulary_digest(path: Path, manifest: Digest) -> Digest:
+    hashed = hashlib.sha256()
+    with GgufFile.open(path) as gguf:
+        for key in ("tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
+            kind, raw = gguf.raw(key)
+            hashed.update(struct.pack("<IQ", kind, len(raw)) + raw)
+        hashed.update(struct.pack("<Q", read_config(gguf).vocabulary_size))
+    return Digest(hashed.digest())
 
 
 def config_digest(gguf: GgufFile) -> Digest:
