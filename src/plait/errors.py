@@ -20,10 +20,14 @@ PlaitError
      └─ Overspend
 
 Each class has a stable ``code`` for machines, an ``exit_code`` for shells, and each
-instance says what happened (the message) and what to try (``remedy``).
+instance says what happened (the message) and what to try (``remedy``). A remedy names an option
+of a request in back-ticks, as the library spells it: see ``reworded``.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+
+_OPTION = re.compile(r"`(\w+)`")
 
 
 class PlaitError(Exception):
@@ -105,7 +109,8 @@ class NoRoute(RouteError):
 
     ``missing`` names the layers without a host, as half-open ranges; empty when a bound
     (price, pin, …) is what failed. ``cheapest`` is the lowest possible price in
-    microcredits when the price bound is what failed.
+    microcredits when the price bound is what failed. ``options`` are the request's own that no
+    route keeps, as ``client.Options`` spells them: asking again in a moment does not help.
     """
 
     code = "no-route"
@@ -116,11 +121,13 @@ class NoRoute(RouteError):
         *,
         missing: Sequence[tuple[int, int]] = (),
         cheapest: int | None = None,
+        options: Sequence[str] = (),
         remedy: str = "",
     ) -> None:
         super().__init__(message, remedy=remedy)
         self.missing = tuple(missing)
         self.cheapest = cheapest
+        self.options = tuple(options)
 
 
 class CapacityError(PlaitError):
@@ -186,3 +193,8 @@ class Overspend(VerificationError):
     """Somebody was charged or would be paid beyond what was signed."""
 
     code = "overspend"
+
+
+def reworded(remedy: str, name: Callable[[str], str]) -> str:
+    """A remedy for an interface that spells options in its own way, which ``name`` gives."""
+    return _OPTION.sub(lambda found: name(found[1]), remedy)

@@ -19,6 +19,7 @@ from plait.client.demand import ROUTE_LOST_MS, Demand
 from plait.client.epoch import Order, Party
 from plait.client.opening import OPEN_TIMEOUT_MS
 from plait.client.pipeline import OPEN_TIMEOUT_S
+from plait.client.reroute import Asked, plan_first
 from plait.client.session import SessionCore
 from plait.errors import CapacityError, NoRoute
 from plait.node.sessions import HOLD_MS
@@ -28,7 +29,7 @@ from plait.sim.model import MANIFEST, SHAPE, SPANS
 from plait.testing.accounting import NETWORK_ID, NOW_MS, key_of
 from plait.testing.compute import VOCABULARY_SIZE
 from plait.testing.offers import paper_offer
-from plait.types import Microcredits, Sampling
+from plait.types import Microcredits, PeerId, Sampling
 
 EVERYBODY = ("a", "b", "c")
 ORDER = Order(
@@ -101,6 +102,43 @@ def test_a_bound_that_no_route_keeps_is_not_waited_for() -> None:
     bounded = replace(ORDER, route=replace(ORDER.route, max_price=Microcredits(0)))
     (failed,) = core_with(routed_before(), bounded).handle(Viewed(view_of(EVERYBODY)), NOW_MS)
     assert isinstance(failed, Failed) and isinstance(failed.error, NoRoute)
+
+
+def names(*letters: str) -> frozenset[PeerId]:
+    return frozenset(key_of(letter).peer_id for letter in letters)
+
+
+@pytest.mark.parametrize("rule", ["only", "ignore"])
+def test_a_rule_that_no_route_keeps_is_not_waited_for(rule: str) -> None:
+    only = replace(ORDER.route, only=names("a", "c"))
+    ruled = replace(
+        ORDER, route=only if rule == "only" else replace(ORDER.route, ignore=names("b"))
+    )
+    (failed,) = core_with(routed_before(), ruled).handle(Viewed(view_of(EVERYBODY)), NOW_MS)
+    assert isinstance(failed, Failed) and isinstance(failed.error, NoRoute)
+    assert failed.error.options == (rule,)
+
+
+def test_a_peer_of_the_rules_that_falls_out_of_view_is_waited_for() -> None:
+    """Others have its layers, but the request may not use them."""
+    spare = replace(paper_offer("spare", SPANS[1]), model_digest=SHAPE.digest)
+    others = {**view_of("ac").offers, spare.peer: replace(spare, expires_ms=NOW_MS + 10**9)}
+    ruled = replace(ORDER, route=replace(ORDER.route, only=names(*EVERYBODY)))
+    core = core_with(routed_before(), ruled)
+    assert kinds(core.handle(Viewed(View(others, {})), NOW_MS)) == ["SetTimer"]
+    (failed,) = core.handle(Viewed(View(others, {})), NOW_MS + ROUTE_LOST_MS - 1)[-1:]
+    assert not isinstance(failed, Failed)
+    core = core_with(Demand(), ruled)
+    (failed,) = core.handle(Viewed(View(others, {})), NOW_MS)
+    assert isinstance(failed, Failed) and isinstance(failed.error, NoRoute)
+    assert failed.error.options == ("only",)
+
+
+def test_whom_the_client_avoids_itself_is_no_rule_of_the_request() -> None:
+    asked = Asked(SHAPE, ORDER.route, key_of("client").peer_id)
+    with pytest.raises(NoRoute) as caught:
+        plan_first(asked, view_of(EVERYBODY), names("b"), NOW_MS)
+    assert caught.value.missing and not caught.value.options
 
 
 def test_a_stage_that_does_not_answer_is_given_up() -> None:

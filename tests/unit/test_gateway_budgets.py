@@ -334,16 +334,21 @@ async def test_embeddings_are_held_and_charged(path: Path) -> None:
 
 
 async def test_a_key_keeps_to_its_models_peers_and_rate(path: Path) -> None:
-    here = str(peer_at(Span(0, 5)))
+    here, there = str(peer_at(Span(0, 5))), str(peer_at(Span(5, 8)))
     served = Served(path, FakeUpstream())
     other = made(path, models=frozenset({"smollm2-135m"}))
     status, _, body = await served.chat(other)
     assert (status, body["error"]["code"]) == (403, "model_not_allowed")
-    bound = made(path, peers=frozenset({here}), qos="batch")
+    bound = made(path, peers=frozenset({here, there}), qos="batch")
     assert (await served.chat(bound))[0] == 200
     ask = served.upstream.asked[-1]
-    assert (ask.options.only, ask.qos) == (frozenset({here}), "batch")
+    assert (ask.options.only, ask.qos) == (frozenset({here, there}), "batch")
     assert (await served.chat(bound, provider={"only": ["x"]}))[0] == 403
+    half = made(path, peers=frozenset({here}))
+    status, headers, body = await served.chat(half)
+    assert (status, body["error"]["code"]) == (403, "peer_not_allowed")
+    assert headers["x-should-retry"] == "false"
+    assert len(served.upstream.asked) == 1
     rated = made(path, rate=2)
     replies = [await served.chat(rated) for _ in range(3)]
     assert [status for status, _, _ in replies] == [200, 200, 429]

@@ -20,7 +20,8 @@ from plait.errors import (
 from plait.gateway.config import GatewayConfig
 from plait.model import catalog
 from plait.testing.calling import MODEL, Caller
-from plait.testing.upstream import FakeUpstream
+from plait.testing.upstream import FakeUpstream, peer_at
+from plait.types import Span
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,6 +123,7 @@ ERRORS: list[tuple[Exception, int, str, str]] = [
     (ConfigError("x"), 400, "invalid_request", "false"),
     (NoRoute("x", missing=[(0, 1)]), 503, "no_route", "true"),
     (NoRoute("x", cheapest=5), 400, "no_route", "false"),
+    (NoRoute("x", missing=[(0, 1)], options=["only"]), 400, "no_route", "false"),
     (DeadlineExceeded("x"), 504, "deadline_exceeded", "true"),
     (PeerUnreachable("x"), 503, "network_unreachable", "true"),
     (CapacityError("x", retry_after_s=3), 503, "overloaded", "true"),
@@ -146,6 +148,25 @@ async def test_an_error_before_the_first_token_is_a_status(
     assert b"secret" not in reply.body
     if isinstance(error, CapacityError):
         assert reply.headers["retry-after"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("provider.only", [str(peer_at(Span(0, 5)))]),
+        ("provider.ignore", [str(peer_at(Span(0, 5)))]),
+        ("provider.max_price", 1),
+        ("plait.ttft_s", 1e-6),
+        ("plait.tpot_s", 1e-6),
+    ],
+)
+async def test_what_no_route_keeps_is_named_as_the_request_has_it(field: str, value: Any) -> None:
+    part, _, name = field.partition(".")
+    body = {"model": MODEL, "prompt_tokens": 10, part: {name: value}}
+    reply = await Caller()("POST", "/v1/quote", body)
+    error = reply.json()["error"]
+    assert (reply.status, error["param"], reply.headers["x-should-retry"]) == (400, field, "false")
+    assert error["remedy"].endswith(f": {field}")
 
 
 async def test_an_error_in_a_stream_ends_it_without_done() -> None:

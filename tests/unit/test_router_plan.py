@@ -314,6 +314,46 @@ def test_missing_layers_are_named_with_the_hosts_that_were_rejected() -> None:
     assert caught.value.missing == ((0, 1),)
 
 
+def options_at_fault(view: View, **rules: Any) -> tuple[str, ...]:
+    with pytest.raises(NoRoute) as caught:
+        make_plan(view, ask(**rules))
+    assert caught.value.missing
+    return caught.value.options
+
+
+def test_a_rule_of_the_request_that_no_route_keeps_is_named() -> None:
+    view = make_view(make_offer(P, 0, 3), make_offer(Q, 3, 6), make_offer(R, 3, 6, state="loading"))
+    assert options_at_fault(view, only=frozenset({P})) == ("only",)
+    assert options_at_fault(view, only=frozenset({T})) == ("only",)
+    assert options_at_fault(view, ignore=frozenset({P})) == ("ignore",)
+    assert options_at_fault(view, only=frozenset({P, Q}), ignore=frozenset({Q})) == (
+        "only",
+        "ignore",
+    )
+    assert options_at_fault(view, regions_denied=frozenset({"eu"})) == ("region",)
+    # Whom the rules allow may yet come: they are not at fault, nor where nobody has a layer.
+    assert options_at_fault(view, only=frozenset({P, R})) == ()
+    assert options_at_fault(make_view(make_offer(P, 0, 3)), only=frozenset({Q})) == ()
+    assert options_at_fault(make_view(make_offer(P, 0, 6, kv_tokens_free=0))) == ()
+
+
+@given(swarms(), st.frozensets(st.sampled_from([P, Q, R, S]), max_size=3), st.booleans())
+def test_without_its_rules_every_layer_has_a_host_exactly_when_they_are_named(
+    view: View, peers: frozenset[PeerId], only: bool
+) -> None:
+    request = ask(only=peers) if only else ask(ignore=peers)
+    try:
+        make_plan(view, request)
+    except NoRoute as error:
+        if error.missing:
+            try:
+                make_plan(view, ask())
+            except NoRoute as without:
+                assert bool(without.missing) == (error.options == ())
+            else:
+                assert error.options == (("only",) if only else ("ignore",))
+
+
 def test_the_price_bound_names_the_cheapest_route_under_the_other_bounds() -> None:
     slow = make_offer(Q, 0, 6, decode_us=10**7, prices=Prices())
     view = make_view(make_offer(P, 0, 6), slow)
@@ -321,6 +361,7 @@ def test_the_price_bound_names_the_cheapest_route_under_the_other_bounds() -> No
     with pytest.raises(NoRoute, match="63 microcredits") as caught:
         make_plan(view, ask(max_price=Microcredits(62), tpot_s=0.1))
     assert caught.value.cheapest == 63 and "63" in caught.value.remedy
+    assert caught.value.options == ("max_price",)
     assert make_plan(view, ask(max_price=Microcredits(63), tpot_s=0.1)).stages[0].offer.peer == P
 
 

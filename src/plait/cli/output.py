@@ -79,3 +79,10 @@ def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     raise TypeError(f"JSON cannot say {type(value).__name__}")
+
+
+def flag(option: str) -> str:
+    """How the command line spells an option that a remedy names."""
+    if option == "explain":
+        return "plait route MODEL --explain"
+    return "--" + option.replace("_", "-")

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from plait.cli.run import Ignore, MaxPrice, Network, Only, Pin, Sort, _client, _options, _peers
-from plait.errors import NoRoute
+from plait.errors import NoRoute, reworded
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
@@ -67,7 +67,7 @@ def route(
     json_output: Json = False,
 ) -> None:
     """Show the route that a request would take now."""
-    from plait.cli.output import emit_json
+    from plait.cli.output import emit_json, flag
     from plait.router.explain import explain_lines
 
     options = _options(
@@ -76,6 +76,8 @@ def route(
     with _client(network) as client:
         client.wait_settled()
         account = client.explain(model, prompt_tokens, options)
+    if "error" in account:
+        account["error"]["remedy"] = reworded(account["error"]["remedy"], flag)
     if not explain:
         account = {key: value for key, value in account.items() if key not in _REASONS}
     if json_output:

@@ -14,8 +14,8 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from plait.cli import COMMANDS, overview
-from plait.cli.output import emit_json
-from plait.errors import ConfigError, PlaitError
+from plait.cli.output import emit_json, flag
+from plait.errors import ConfigError, PlaitError, reworded
 from plait.logs import to_stderr
 
 INTERRUPTED = 130
@@ -125,7 +125,7 @@ def _nearest(name: str) -> str:
 
 
 def _report(error: PlaitError, wants_json: bool) -> int:
-    _write_error(error.code, str(error), error.remedy, wants_json)
+    _write_error(error.code, str(error), reworded(error.remedy, flag), wants_json)
     return error.exit_code
 
 

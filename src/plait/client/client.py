@@ -75,7 +75,10 @@ class AsyncClient:
         self._draft = None if draft is None else load(draft)
         serial = len(self.network.authorities) > 1
         self.account: Account = open_account(self._folder, serial=serial)
-        self._planner = Planner(self.account.peer, self.audit_spool, self._watch, self._hosting)
+        self._demand = Demand()
+        self._planner = Planner(
+            self.account.peer, self.audit_spool, self._watch, self._hosting, self._demand
+        )
         self._stack = AsyncExitStack()
         self._connection: Connection | None = None
         self._starter: Starter | None = None
@@ -144,7 +147,7 @@ class AsyncClient:
             envelopes=connection.watch.envelopes,
             changed=connection.watch.changed,
             revoked=lambda: connection.notices.board.revoked,
-            demand=Demand(),
+            demand=self._demand,
             clock_ms=clock_ms,
             monotonic_s=time.monotonic,
             keep_for_audit=self._keep_for_audit if self._audits else None,

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from plait.router.request import RouteRequest
+from plait.router.view import View
 from plait.types import Digest, PeerId, Qos
 
 WINDOW_MS = 60_000
@@ -30,6 +32,7 @@ ROUTE_LOST_MS = 20_000
 """So long after there was a route another is waited for: a host that fell out of view because its
 pings went missing is back with its next offer, which it makes every 15 s."""
 MODELS_MAX = 256
+PEERS_MAX = 4096
 REQUESTS_MAX = 65_536
 """Of a window; more are counted as so many."""
 
@@ -56,6 +59,7 @@ class Demand:
     _retries: deque[int] = field(default_factory=lambda: deque(maxlen=REQUESTS_MAX))
     _busy: dict[Place, _Busy] = field(default_factory=dict)
     _routed_ms: dict[Digest, int] = field(default_factory=dict)
+    _used_ms: dict[PeerId, int] = field(default_factory=dict)
 
     def request(self, now_ms: int) -> None:
         """A request begins: its first opening is free."""
@@ -70,16 +74,30 @@ class Demand:
         self._retries.append(now_ms)
         return True
 
-    def routed(self, model: Digest, now_ms: int) -> None:
-        """There is a route for a model."""
+    def routed(self, model: Digest, peers: Iterable[PeerId], now_ms: int) -> None:
+        """There is a route for a model, over these peers."""
         if len(self._routed_ms) >= MODELS_MAX:
             self._routed_ms.clear()
         self._routed_ms[model] = now_ms
+        if len(self._used_ms) >= PEERS_MAX:
+            self._used_ms.clear()
+        self._used_ms.update(dict.fromkeys(peers, now_ms))
 
     def was_routed(self, model: Digest, now_ms: int) -> bool:
         """Whether there was a route for a model a moment ago."""
         routed_ms = self._routed_ms.get(model)
         return routed_ms is not None and now_ms < routed_ms + ROUTE_LOST_MS
+
+    def misses(self, request: RouteRequest, view: View, now_ms: int) -> bool:
+        """Whether a peer that the request's rules allow was in a route a moment ago and has
+        fallen out of view: then its absence, and not the rules, may be in the way."""
+        return any(
+            now_ms < used_ms + ROUTE_LOST_MS
+            and peer not in view.offers
+            and peer not in request.ignore
+            and (not request.only or peer in request.only)
+            for peer, used_ms in self._used_ms.items()
+        )
 
     def busy(self, qos: Qos, now_ms: int) -> dict[PeerId, int]:
         """The peers not to be asked yet, and in how many milliseconds they may be."""

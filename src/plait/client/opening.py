@@ -73,8 +73,10 @@ class Opening:
         try:
             chosen = plan_first(self._asked, view, {*avoid, *busy}, now_ms, self._order.warm)
         except NoRoute as error:
+            if error.missing and self._demand.misses(self._asked.request, view, now_ms):
+                error.options = ()
             if self._refusal is None and not busy:
-                if error.missing and self._may_come_back(now_ms):
+                if error.missing and not error.options and self._may_come_back(now_ms):
                     return None
                 raise
             if self._refusal is None:
@@ -87,9 +89,10 @@ class Opening:
             raise CapacityError(
                 f"no pipeline took the session: {self._refusal}",
                 retry_after_s=self._refusal.retry_after_s,
-                remedy="try again in a moment, or: plait route MODEL --explain",
+                remedy="try again in a moment, or see why each peer was rejected: `explain`",
             ) from error
-        self._demand.routed(self._order.model.digest, now_ms)
+        route = [stage.offer.peer for stage in chosen.stages]
+        self._demand.routed(self._order.model.digest, route, now_ms)
         if self._refusal is not None and not self._demand.may_retry(now_ms):
             raise CapacityError(
                 f"this client's retries are used up; the last refusal: {self._refusal}",

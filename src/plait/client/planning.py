@@ -6,6 +6,7 @@ from typing import Any
 
 from plait.client.audit_spool import AuditSpool, trust_of
 from plait.client.connection import clock_ms
+from plait.client.demand import Demand
 from plait.client.hosting import Hosting
 from plait.client.options import Options
 from plait.errors import ConfigError, LocalProtocolError, NoRoute
@@ -21,7 +22,8 @@ from plait.types import PeerId
 class Planner:
     """Plans over what ``watch`` knows; ``watch`` raises while there is nothing to know from.
 
-    ``source`` is the client's own peer; ``hosting`` its own nodes, if it has any.
+    ``source`` is the client's own peer; ``hosting`` its own nodes, if it has any; ``demand``
+    knows whom it used a moment ago.
     """
 
     def __init__(
@@ -30,8 +32,9 @@ class Planner:
         spool: AuditSpool,
         watch: Callable[[], NetworkWatch],
         hosting: Hosting | None,
+        demand: Demand,
     ) -> None:
-        self._source, self._spool = source, spool
+        self._source, self._spool, self._demand = source, spool, demand
         self._watch, self._hosting = watch, hosting
         self._models: dict[str, tuple[LocalModel, Tokenizer]] = {}
 
@@ -52,13 +55,13 @@ class Planner:
             if pins is None:
                 raise LocalProtocolError(f"no layers of {model} are hosted yet: wait_ready first")
             options = replace(options, pin=options.pin + pins)
-        return plan(
-            watch.view(),
-            shape,
-            self.request(options, prompt_tokens),
-            source=self._source,
-            now_ms=clock_ms(),
-        )
+        request, view, now_ms = self.request(options, prompt_tokens), watch.view(), clock_ms()
+        try:
+            return plan(view, shape, request, source=self._source, now_ms=now_ms)
+        except NoRoute as error:
+            if error.missing and self._demand.misses(request, view, now_ms):
+                error.options = ()
+            raise
 
     def explain(self, model: str, prompt_tokens: int, options: Options) -> dict[str, Any]:
         """The route that would be taken now, or why there is none; JSON-ready."""

@@ -47,5 +47,5 @@ def check_lengths(prompt_tokens: int, max_tokens: int, context_length: int) -> N
         raise ConfigError(
             f"the prompt has {prompt_tokens} tokens and {max_tokens} are asked for, "
             f"but the context ends at {context_length}",
-            remedy=f"--max-tokens {room}" if room > 0 else "shorten the prompt",
+            remedy=f"ask for at most {room}: `max_tokens`" if room > 0 else "shorten the prompt",
         )

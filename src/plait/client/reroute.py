@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from plait.client.prefix import Warm
 from plait.errors import NoRoute
 from plait.ledger.terms import SessionTerms, StageTerms
+from plait.router.eligibility import rules_in_the_way
 from plait.router.plan import Plan, PlannedStage, plan
 from plait.router.request import RouteRequest
 from plait.router.view import Offer, View
@@ -52,7 +53,13 @@ def plan_first(
     def best(request: RouteRequest) -> Plan:
         return plan(view, asked.model, request, source=asked.source, now_ms=now_ms, alternates=0)
 
-    cold = best(request)
+    try:
+        cold = best(request)
+    except NoRoute as error:
+        if error.missing:
+            # Whom we avoid ourselves is no rule of the request's.
+            error.options = rules_in_the_way(view, asked.model, asked.request)
+        raise
     if warm is None or _stages(cold) == frozenset(warm.stages):
         return cold
     same = replace(request, pin=request.pin + warm.stages)

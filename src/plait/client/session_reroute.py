@@ -128,7 +128,7 @@ class Rerouting(SessionState):
                 f"{self._recovery.reason}; {why} ({delivered} tokens were delivered)",
                 resumable_from=delivered,
                 cost_microcredits=self.books.cost,
-                remedy="run it again once the layers have a host: plait route MODEL --explain",
+                remedy="run it again once the layers have a host: `explain`",
             )
         )
 

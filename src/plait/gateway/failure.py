@@ -20,6 +20,7 @@ from plait.errors import (
     RemoteProtocolError,
     SessionLost,
     VerificationError,
+    reworded,
 )
 
 INVALID = "invalid_request_error"
@@ -38,6 +39,15 @@ _TABLE: tuple[tuple[type[PlaitError], int, str, str], ...] = (
     (VerificationError, 502, "peer_error", "verification_failed"),
 )
 _AGAIN_S = 1.0
+_FIELDS = {
+    "only": "provider.only",
+    "ignore": "provider.ignore",
+    "max_price": "provider.max_price",
+    "ttft_s": "plait.ttft_s",
+    "tpot_s": "plait.tpot_s",
+    "explain": "plait route MODEL --explain",
+}
+"""How a request spells what a remedy names, where it spells that in its own way."""
 ANTHROPIC_PATH = "/v1/messages"
 _ANTHROPIC = {
     400: "invalid_request_error",
@@ -142,8 +152,8 @@ def of(error: Exception) -> ApiError:
         )
     for kind, status, type_, code in _TABLE:
         if isinstance(error, kind):
-            # A bound that no route keeps is the request's, and will not be kept in a second either.
-            bounded = isinstance(error, NoRoute) and not error.missing
+            # What the request itself rules out will not be possible in a second either.
+            bounded = isinstance(error, NoRoute) and (bool(error.options) or not error.missing)
             return ApiError(
                 400 if bounded else status,
                 str(error),
@@ -157,17 +167,15 @@ def of(error: Exception) -> ApiError:
 
 
 def _remedy(error: PlaitError) -> str:
-    """What to try, in the words of a request where the error's own are a command's."""
-    if isinstance(error, NoRoute) and error.cheapest is not None:
-        return f"allow at least {error.cheapest}: provider.max_price"
-    return error.remedy
+    """What to try, in the words of a request."""
+    return reworded(error.remedy, lambda option: _FIELDS.get(option, option))
 
 
 def _param(error: Exception) -> str | None:
     if isinstance(error, ModelError):
         return "model"
-    if isinstance(error, NoRoute) and error.cheapest is not None:
-        return "provider.max_price"
+    if isinstance(error, NoRoute) and error.options:
+        return _FIELDS.get(error.options[0])
     return None
 
 

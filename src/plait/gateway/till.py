@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from plait.client import Options
+from plait.errors import NoRoute
 from plait.gateway.budgets import Key
 from plait.gateway.failure import ApiError
 from plait.gateway.key_store import Cashier, OverBudget, Spent
@@ -55,11 +56,13 @@ class Till:
     async def open(self, jobs: list[Job]) -> list[Job]:
         """Hold what the jobs may cost at most; each is then routed within its share.
 
-        Raises ``ApiError`` (402) when the key's budget does not allow it, what planning raises
-        when there is no route, and what the ledger does when it will not keep the limit.
+        Raises ``ApiError`` when the key's peers make no route (403) or its budget does not allow
+        it (402), what planning raises when there is no route, and what the ledger does when it
+        will not keep the limit.
         """
         if self._cashier is None or self._key is None:
             return jobs
+        self._check_peers(jobs[0], self._key)
         priced = jobs
         amount = 0
         share = self._key.share
@@ -87,6 +90,18 @@ class Till:
         if self._cashier is not None and self._hold is not None:
             self._cashier.settle(self._hold, spent)
             self._hold = None
+
+    def _check_peers(self, job: Job, key: Key) -> None:
+        options = job.ask.options
+        if not key.peers or options.only != key.peers:
+            return  # what the request narrowed further is the request's to mend
+        try:
+            self._upstream.plan(job.model.name, job.prompt_tokens, options)
+        except NoRoute as error:
+            if "only" in error.options:
+                raise ApiError(
+                    403, f"with the peers that this key may use, {error}", code="peer_not_allowed"
+                ) from error
 
     def _bounded(self, job: Job) -> Job:
         """The job with a price limit, which the router keeps."""

@@ -124,7 +124,7 @@ class Tokenizer:
             if not all(isinstance(message.get(key), str) for key in ("role", "content")):
                 raise ConfigError("a chat message needs a role and a content, both texts")
         if not self._facts.chat_template:
-            raise ConfigError("this model has no chat template", remedy="use --raw")
+            raise ConfigError("this model has no chat template", remedy="give raw text: `raw`")
         return _render(self._facts, [dict(message) for message in messages], tools)
 
     def token_bytes(self, token: int) -> bytes:

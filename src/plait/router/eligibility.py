@@ -11,6 +11,9 @@ from plait.router.request import RouteRequest
 from plait.router.view import Offer, View
 from plait.types import U64_MAX, ModelShape, PeerId
 
+_RULES = {"not-in-only": "only", "ignored": "ignore", "region": "region"}
+"""Codes of rejections by the request's rules on peers, and how its options spell these."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
@@ -35,6 +38,29 @@ def sift(
         else:
             rejections.append(Rejection(peer, *fault))
     return tuple(eligible), tuple(rejections)
+
+
+def rules_in_the_way(view: View, model: ModelShape, request: RouteRequest) -> tuple[str, ...]:
+    """The request's rules on peers without which every layer would have a host; often none.
+
+    Only the rules count, not what will pass: a host that they allow is one even while it is
+    full or draining. Where some layer has no host at all, no rule is in the way.
+    """
+    hosts = [
+        (offer, _unwanted(offer, request))
+        for offer in view.offers.values()
+        if offer.model_digest == model.digest and offer.span.end <= model.layers
+    ]
+    every = _layers(offer for offer, _ in hosts)
+    allowed = _layers(offer for offer, fault in hosts if fault is None)
+    if len(every) < model.layers or every == allowed:
+        return ()
+    codes = {fault[0] for offer, fault in hosts if fault and not _layers((offer,)) <= allowed}
+    return tuple(rule for code, rule in _RULES.items() if code in codes)
+
+
+def _layers(offers: Iterable[Offer]) -> set[int]:
+    return {layer for offer in offers for layer in range(offer.span.start, offer.span.end)}
 
 
 def _fault(

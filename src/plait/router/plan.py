@@ -19,7 +19,7 @@ from plait.router import cost
 from plait.router.bounds import Graph, Route
 from plait.router.compare import outclassed
 from plait.router.cost import Prediction, Stages
-from plait.router.eligibility import Rejection, sift
+from plait.router.eligibility import Rejection, rules_in_the_way, sift
 from plait.router.request import RouteRequest
 from plait.router.search import PRICE, TPOT, TTFT, Goal, best_route, goal_of
 from plait.router.view import Offer, View
@@ -27,6 +27,7 @@ from plait.router.wire_choice import on_wire, rounds, wire_of
 from plait.types import ModelShape, PeerId, Span, WireDtype
 
 _SPARE_LABELS_MAX = 2_000
+_SEE_WHY = "see why each peer was rejected: `explain`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +218,11 @@ def _missing_layers(
     pins = [f"{span} to {peer}" for span, peer in request.pin if _touches(span, missing)]
     if pins:
         message += f"; pinned: {', '.join(pins)}"
-    remedy = "see why each peer was rejected: plait route MODEL --explain"
-    return NoRoute(message, missing=missing, remedy=remedy)
+    rules = rules_in_the_way(view, model, request)
+    remedy = (
+        f"allow more peers: {' or '.join(f'`{rule}`' for rule in rules)}" if rules else _SEE_WHY
+    )
+    return NoRoute(message, missing=missing, options=rules, remedy=remedy)
 
 
 def _touches(span: Span, ranges: Iterable[tuple[int, int]]) -> bool:
@@ -237,26 +241,30 @@ def _failed_bound(graph: Graph) -> NoRoute:
                 f"the cheapest route costs {price} microcredits, over the limit of "
                 f"{request.max_price}",
                 cheapest=price,
-                remedy=f"allow at least {price}: --max-price {price}",
+                options=("max_price",),
+                remedy=f"allow at least {price}: `max_price`",
             )
-    for measure, bound_s, name in (
-        (TTFT, request.ttft_s, "time to first token"),
-        (TPOT, request.tpot_s, "time per output token"),
+    for measure, bound_s, name, option in (
+        (TTFT, request.ttft_s, "time to first token", "ttft_s"),
+        (TPOT, request.tpot_s, "time per output token", "tpot_s"),
     ):
         fastest = best_route(graph, Goal((measure,)))
         if fastest is None:
             return NoRoute(
                 "the hosts of all layers do not join into a pipeline that visits each peer once"
                 + (", pins included" if request.pin else ""),
-                remedy="see why each peer was rejected: plait route MODEL --explain",
+                options=("pin",) if request.pin else (),
+                remedy=_SEE_WHY,
             )
         fastest_s = measure.of(graph.totals(fastest)) / 1e9
         if bound_s is not None and fastest_s > bound_s:
             return NoRoute(
                 f"the shortest {name} is {fastest_s:.4f} s, over the limit of {bound_s} s",
-                remedy=f"allow at least {fastest_s:.4f} s",
+                options=(option,),
+                remedy=f"allow at least {fastest_s:.4f} s: `{option}`",
             )
     return NoRoute(
         "no route keeps both the time to first token and the time per output token",
-        remedy="loosen one of them",
+        options=("ttft_s", "tpot_s"),
+        remedy="loosen one of them: `ttft_s`, `tpot_s`",
     )

@@ -185,7 +185,7 @@ def _joint_bounds(bounds: _Bounds, graph: Graph, goal: Goal, labels_max: int) ->
     if bounds.labels_max >= labels_max:
         raise RouteError(
             "too many comparable routes under these bounds",
-            remedy="loosen a bound, or restrict the peers with --only",
+            remedy="loosen a bound, or restrict the peers: `only`",
         )
     joint = tuple(
         (cut.measure, cut.scale * limit + cut.offset)
