@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from plait.errors import CapacityError
+from plait.errors import CapacityError, SessionLost
 from plait.gateway.app import Gateway
 from plait.gateway.config import GatewayConfig
 from plait.model import catalog
@@ -43,6 +43,7 @@ class Caller:
         self.gateway = Gateway(self.upstream, "net", GatewayConfig(**config))
         self.app = self.gateway.app()
         self.status = 0
+        self.headers: dict[str, str] = {}
         self.data = b""
         self.queued = asyncio.Event()
 
@@ -64,7 +65,9 @@ class Caller:
             return await asyncio.Future()
 
         async def send(message: Any) -> None:
-            self.status = message.get("status", self.status)
+            if message["type"] == "http.response.start":
+                self.status = message["status"]
+                self.headers = {k.decode(): v.decode() for k, v in message["headers"]}
             self.data += message.get("body", b"")
             if b": queue position" in self.data:
                 self.queued.set()
@@ -320,6 +323,21 @@ async def test_errors_are_in_anthropics_words() -> None:
     failing = Caller(FakeUpstream(error=RuntimeError("x"), after=1))
     events = await failing("/v1/messages", max_tokens=5, messages=QUESTION, stream=True)
     assert events[-1]["type"] == "error"
+    assert events[-1]["request_id"] == failing.headers["request-id"]
+    poor = Caller(FakeUpstream(error=SessionLost("x", remedy="try again")))
+    body = await poor("/v1/messages", max_tokens=5, messages=QUESTION)
+    assert body["error"]["remedy"] == "try again"
+    assert body["request_id"] == poor.headers["request-id"] == poor.headers["x-request-id"]
+    await poor("/v1/responses", input="hi")
+    assert "request-id" not in poor.headers
+
+
+async def test_cached_tokens_are_told_as_anthropic_does() -> None:
+    call = Caller(FakeUpstream(cached_tokens=4))
+    usage = (await call("/v1/messages", max_tokens=9, messages=QUESTION))["usage"]
+    count = await call("/v1/messages/count_tokens", messages=QUESTION)
+    assert usage["cache_read_input_tokens"] == 4
+    assert usage["input_tokens"] + 4 == count["input_tokens"]
 
 
 # Embeddings ---------------------------------------------------------------------------

@@ -363,10 +363,23 @@ async def test_an_answer_that_takes_too_long_is_a_504() -> None:
 
 async def test_answers_at_once_are_bounded() -> None:
     call = Caller(config=GatewayConfig(sessions_max=2))
-    reply = await call.chat(n=3)
-    assert (reply.status, reply.json()["error"]["code"]) == (429, "rate_limit_exceeded")
-    assert reply.headers["retry-after"] == "1"
+    call.upstream.gate, left = asyncio.Event(), asyncio.Event()
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    async with asyncio.TaskGroup() as group:
+        group.create_task(call("POST", "/v1/chat/completions", body, left=left))
+        await call.upstream.started.wait()
+        reply = await call.chat(n=2)
+        assert (reply.status, reply.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert reply.headers["retry-after"] == "1"
+        left.set()
+    call.upstream.gate.set()
     assert (await call.chat(n=2)).status == 200
+    # What can never fit is not worth trying again.
+    for reply, param in ((await call.chat(n=3), "n"), (await call.complete(["x"] * 3), "prompt")):
+        assert (reply.status, reply.json()["error"]["param"]) == (400, param)
+        assert reply.headers["x-should-retry"] == "false"
+    body = {"model": MODEL, "input": ["x"] * 5}
+    assert (await call("POST", "/v1/embeddings", body)).status == 200
     assert (await call.complete(["x"] * 33)).status == 400
 
 

@@ -113,7 +113,7 @@ class Answering:
         place = self._desk.in_progress.enter(self._events, len(self._jobs))
         if place is None:
             problem = too_many(self._desk.in_progress)
-            await problem.response(scope["path"])(scope, receive, send)
+            await problem.response(scope)(scope, receive, send)
             return
         try:
             async with TaskScope() as tasks:
@@ -151,7 +151,7 @@ class Answering:
                 if self._begun:
                     await self._send(send, self._dialect.failed(problem), last=True)
                 else:
-                    await problem.response(scope["path"])(scope, receive, send)
+                    await problem.response(scope)(scope, receive, send)
 
     def _stall(self) -> None:
         # A reader that stalls must not keep its place for ever.

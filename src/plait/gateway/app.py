@@ -160,7 +160,7 @@ class Gateway:
         body = await self._body(request, self._messages_body)
         model = await self._shelf.get(body.model)
         jobs = await self._message_jobs(body, model)
-        dialect = MessagesDialect(self._head(request, "msg_", model))
+        dialect = MessagesDialect(self._head(request, messages_api.ID_PREFIX, model))
         return self._answering(request, dialect, jobs, stream=body.stream)
 
     async def count_tokens(self, request: Request) -> Response:
@@ -187,6 +187,10 @@ class Gateway:
     def _answering(
         self, request: Request, dialect: Dialect, jobs: list[Job], *, stream: bool | None
     ) -> Answering:
+        most = self._config.sessions_max
+        if len(jobs) > most:
+            name = "n" if jobs[-1].choice == len(jobs) - 1 else "prompt"
+            raise invalid(name, f"{len(jobs)} answers are asked for, {most} are given at once")
         return Answering(
             self._desk,
             dialect,

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from plait.gateway.budgets import Key
 from plait.gateway.config import GatewayConfig, is_loopback
-from plait.gateway.failure import ApiError
+from plait.gateway.failure import ANTHROPIC_PATH, ApiError
 from plait.gateway.key_store import Cashier
 from plait.gateway.metrics import Metrics
 from plait.gateway.rates import Rates
@@ -54,6 +54,8 @@ class Doorman:
                 state["begun"] = True
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                if scope["path"].startswith(ANTHROPIC_PATH):
+                    headers["request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"
                 headers.update(limits)
                 self._count(scope, message["status"])
@@ -67,7 +69,7 @@ class Doorman:
                 limits |= self._rates.take(state["key"])
         except ApiError as error:
             limits |= self._rates.told(state["key"])
-            response = error.response(scope["path"])
+            response = error.response(scope)
             if error.status == 401 and scope["path"] in BROWSER_PATHS:
                 response.headers["www-authenticate"] = 'Basic realm="plait"'
             await response(scope, receive, marked)

@@ -35,7 +35,8 @@ async def embeddings(
     """The response; raises ``ApiError`` or ``PlaitError``. What was computed is charged."""
     jobs = permitted(await _jobs(request, model, desk.config), key)
     till = Till(desk.cashier, desk.shares, key, desk.upstream)
-    place = desk.in_progress.enter(Events(jobs), min(len(jobs), _AT_ONCE))
+    at_once = min(len(jobs), _AT_ONCE, desk.config.sessions_max)
+    place = desk.in_progress.enter(Events(jobs), at_once)
     if place is None:
         raise too_many(desk.in_progress)
     found, errors = dict[int, Embedding](), list[PlaitError]()
@@ -43,7 +44,8 @@ async def embeddings(
         async with asyncio.timeout(desk.config.request_timeout_s):
             await place.open.wait()
             desk.count_sessions()
-            await _embed_all(desk.upstream, await till.open(jobs), found, errors)
+            held = await till.open(jobs)
+            await _embed_all(desk.upstream, held, at_once, found, errors)
     finally:
         desk.in_progress.leave(place)
         spent = _spent(jobs, found, errors)
@@ -69,7 +71,11 @@ async def _jobs(request: EmbeddingRequest, model: Shelved, config: GatewayConfig
 
 
 async def _embed_all(
-    upstream: Upstream, jobs: list[Job], found: dict[int, Embedding], errors: list[PlaitError]
+    upstream: Upstream,
+    jobs: list[Job],
+    at_once: int,
+    found: dict[int, Embedding],
+    errors: list[PlaitError],
 ) -> None:
     waiting = iter(jobs)
 
@@ -84,7 +90,7 @@ async def _embed_all(
                 errors.append(error)
 
     async with TaskScope() as tasks:
-        for worker in [tasks.create_task(work()) for _ in range(_AT_ONCE)]:
+        for worker in [tasks.create_task(work()) for _ in range(at_once)]:
             await worker
     if errors:
         raise errors[0]

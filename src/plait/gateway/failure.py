@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Scope
 
 from plait.errors import (
     CapacityError,
@@ -99,11 +100,13 @@ class ApiError(Exception):
             error["remedy"] = self.remedy
         return {"error": error}
 
-    def anthropic_body(self) -> dict[str, Any]:
-        """Anthropic's error object."""
+    def anthropic_body(self, request_id: str) -> dict[str, Any]:
+        """Anthropic's error object, with ``remedy`` where there is one."""
         kind = _ANTHROPIC.get(self.status, "api_error")
         error = {"type": kind, "message": str(self), "code": self.code, "param": self.param}
-        return {"type": "error", "error": error}
+        if self.remedy:
+            error["remedy"] = self.remedy
+        return {"type": "error", "error": error, "request_id": request_id}
 
     def headers(self) -> dict[str, str]:
         """Whether and when to try again, for SDKs that would guess from the status."""
@@ -114,9 +117,10 @@ class ApiError(Exception):
             headers["retry-after"] = str(max(1, round(after_s)))
         return headers
 
-    def response(self, path: str = "") -> Response:
-        """The error as a whole response, in the words of the API that ``path`` belongs to."""
-        body = self.anthropic_body() if path.startswith(ANTHROPIC_PATH) else self.body()
+    def response(self, scope: Scope) -> Response:
+        """The error as a whole response, in the words of the API that was asked."""
+        in_theirs = scope["path"].startswith(ANTHROPIC_PATH)
+        body = self.anthropic_body(scope["state"]["request_id"]) if in_theirs else self.body()
         return json_response(body, self.status, self.headers())
 
 

@@ -26,6 +26,7 @@ from plait.gateway.requests import (
 from plait.gateway.running import Piece
 from plait.gateway.tools import ToolCall
 
+ID_PREFIX = "msg_"
 CHAT_NAMES = {"messages": "messages", "stop": "stop_sequences"}
 """What a chat's fields are called here; its messages are numbered otherwise."""
 
@@ -222,8 +223,9 @@ class MessagesDialect:
 
     def begin(self, results: list[Result]) -> list[bytes]:
         """The message, empty."""
-        usage = {"input_tokens": results[0].job.prompt_tokens, "output_tokens": 0}
-        message = self._message([], None, None, usage)
+        # How much of the prompt was cached is known at the end, and told there.
+        usage = Usage(results[0].job.prompt_tokens, 0, 0)
+        message = self._message([], None, None, _usage(usage))
         return [named("message_start", {"type": "message_start", "message": message})]
 
     def piece(self, piece: Piece) -> list[bytes]:
@@ -260,7 +262,7 @@ class MessagesDialect:
 
     def failed(self, problem: ApiError) -> list[bytes]:
         """An error event."""
-        return [named("error", problem.anthropic_body())]
+        return [named("error", problem.anthropic_body(self._head.id.removeprefix(ID_PREFIX)))]
 
     def whole(self, results: list[Result], usage: Usage, plait: dict[str, Any]) -> dict[str, Any]:
         """The message."""
@@ -329,8 +331,11 @@ def _reason(result: Result) -> tuple[str, str | None]:
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
+    """As theirs: ``input_tokens`` leaves out what was cached."""
     return {
-        "input_tokens": usage.prompt_tokens,
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
         "cost": usage.cost,
     }

@@ -60,9 +60,9 @@ def _explained(error: Exception, scope: Scope) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # Nobody reads it; counted like who leaves later.
     if not isinstance(error, HTTPException):
-        return failure.of(error).response(scope["path"])
+        return failure.of(error).response(scope)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     message = f"{scope['method']} {scope['path']}: {error.detail}"
-    response = ApiError(error.status_code, message, code=code).response(scope["path"])
+    response = ApiError(error.status_code, message, code=code).response(scope)
     response.headers.update(error.headers or {})
     return response

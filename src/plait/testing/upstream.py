@@ -50,6 +50,7 @@ class FakeUpstream:
     graceful: bool = True
     vector: tuple[float, ...] = (0.5, -0.25, 0.125, 1.0)
     cost: int = 7
+    cached_tokens: int = 0
     vouched: int = 0
     cut: int = 0
     spans: tuple[Span, ...] = (Span(0, 5), Span(5, 8))
@@ -106,6 +107,7 @@ class FakeUpstream:
             predicted=PREDICTED,
             cost_microcredits=Microcredits(self.cost),
             receipts_verified=4,
+            cached_tokens=self.cached_tokens,
             seed=ask.sampling.seed,
             bundle=self.bundle if ask.options.bundle else None,
             prompt_scores=_scores(ask) if ask.options.score_prompt else (),
