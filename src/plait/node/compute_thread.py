@@ -86,10 +86,9 @@ class ComputeThread(Generic[JobT]):
                 results = self._step_safely(works)
                 elapsed_us = (time.perf_counter() - started_s) * 1e6
                 self._scheduler.stepped(parts, elapsed_us)
-                if len(works) == 1 and works[0].rows == 1:
-                    loop.call_soon_threadsafe(self._on_step, elapsed_us)
-                if ended_items := self._ended(parts, results):
-                    loop.call_soon_threadsafe(self._deliver, ended_items)
+                alone_us = elapsed_us if len(works) == 1 and works[0].rows == 1 else None
+                if (ended_items := self._ended(parts, results)) or alone_us is not None:
+                    loop.call_soon_threadsafe(self._deliver, ended_items, alone_us)
         except Exception as error:  # noqa: BLE001 - the top of a thread: the loop raises it
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(ended.set_exception, error)
@@ -139,9 +138,11 @@ class ComputeThread(Generic[JobT]):
             ended.append((part.item, pieces.whole(done)))
         return ended
 
-    def _deliver(self, ended: Sequence[tuple[JobT, Done]]) -> None:
+    def _deliver(self, ended: Sequence[tuple[JobT, Done]], alone_us: float | None) -> None:
         for job, done in ended:
             self._on_done(job, done)
+        if alone_us is not None:
+            self._on_step(alone_us)
 
 
 class Pieces:
