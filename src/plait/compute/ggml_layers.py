@@ -188,6 +188,7 @@ class Part:
         self._outputs = program.outputs
         self._arena = arena
         self._built: dict[int, _Built] = {}
+        self._build(TILE_ROWS)  # that it fits shows when loading
         self.pad = pad or self._padding()
 
     def rows(self, *given: torch.Tensor) -> torch.Tensor:
@@ -257,7 +258,7 @@ class GgmlParts:
         config = weights.config
         attention = (config.heads + 2 * config.kv_heads) * config.head_size
         # Of a row: inputs, sums and norms; projections with what is added; gates; group sums.
-        numbers = 8 * config.hidden_size + 6 * attention + 8 * config.feed_forward_size
+        numbers = 12 * config.hidden_size + 6 * attention + 8 * config.feed_forward_size
         numbers += (config.hidden_size + config.feed_forward_size) // _GROUP * 4
         size = 4 * numbers * TILE_ROWS + 64 * _ROW_TENSORS_BYTES
         self._arena = Arena(size, torch.get_num_threads())
