@@ -52,7 +52,7 @@ class Asked:
 
     def __init__(self, method: str, path: str) -> None:
         self.sent: list[Message] = []
-        self.state: dict[str, Any] = {}
+        self.state: dict[str, Any] = {"request_id": "r"}
         self.scope: Scope = {"type": "http", "method": method, "path": path, "headers": []}
         self.scope |= {"query_string": b"", "state": self.state, "server": ("127.0.0.1", 80)}
 
