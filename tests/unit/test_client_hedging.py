@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.client.answer import Answer
+from plait.client.answer import Answer, RouteStep
 from plait.client.driver import Deliver
 from plait.client.hedged import Emit, HedgedGeneration
 from plait.client.hedging import WINDOW_MS, HedgeBudget, Race, Side, late_after_s
 from plait.errors import CapacityError, PlaitError
+from plait.router.cost import Prediction
 from plait.task_scope import TaskScope
 from plait.types import PeerId
 
@@ -114,6 +115,8 @@ class Scripted:
 
     embedding: tuple[float, ...] = ()
     cost_microcredits = 0
+    route: tuple[RouteStep, ...] = ()
+    predicted: Prediction | None = None
 
     def __init__(self, avoid: frozenset[PeerId], emit: Emit) -> None:
         self.avoid, self._emit = avoid, emit

@@ -110,6 +110,11 @@ async def test_a_stream_is_role_text_reason_usage_done() -> None:
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert all(chunk["usage"] is None for chunk in chunks)
     assert chunks[-1]["plait"]["answers"][0]["cost_microcredits"] == 7
+    steps = chunks[-1]["plait"]["answers"][0]["route"]
+    route = ",".join(f"{step['start']}:{step['end']}={step['peer']}" for step in steps)
+    assert reply.headers["x-plait-route"] == route
+    assert reply.headers["x-plait-predicted-cost-microcredits"] == "50"
+    assert (await Caller().chat()).headers["x-plait-receipts-verified"] == "4"
     assert "usage" not in (await Caller().chat(stream=True)).events()[0]
 
 

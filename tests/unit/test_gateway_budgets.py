@@ -358,6 +358,8 @@ async def test_a_key_keeps_to_its_models_peers_and_rate(path: Path) -> None:
         "0",
     ]
     assert int(replies[2][1]["retry-after"]) in range(1, 31)
+    _, headers, _ = await served.get("/v1/models", rated)  # told, not counted
+    assert headers["x-ratelimit-limit-requests"] == "2"
     assert (await served.chat("plait-wrong"))[0] == 401
     served.gateway.close()
 

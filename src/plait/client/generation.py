@@ -58,6 +58,7 @@ from plait.ledger.service.committee import Ledger
 from plait.ledger.service.remote import Evidence
 from plait.logs import get_logger
 from plait.network_file import NetworkFile
+from plait.router.cost import Prediction
 from plait.router.view import View
 from plait.task_scope import TaskScope
 from plait.types import Digest, PeerId, SessionId
@@ -152,6 +153,16 @@ class Generation:
     def cost_microcredits(self) -> int:
         """What the session's vouchers promise by now; final once ``run`` has ended, however."""
         return self._core.cost_microcredits
+
+    @property
+    def route(self) -> tuple[RouteStep, ...]:
+        """The stages at work; empty before the first epoch is confirmed."""
+        return _steps(self._core.epochs[-1]) if self._core.epochs else ()
+
+    @property
+    def predicted(self) -> Prediction | None:
+        """What was predicted of the first route; None before it is confirmed."""
+        return self._core.epochs[0].plan.predicted if self._core.epochs else None
 
     def drafted(self) -> None:
         """The drafter may be ready."""
@@ -398,7 +409,7 @@ class Generation:
             end=self._end,
             prompt_tokens=len(self._order.prompt_ids),
             finish_reason=finish,
-            route=tuple(RouteStep(stage.peer, stage.span) for stage in core.epoch.terms.stages),
+            route=_steps(core.epoch),
             epochs=len(core.epochs),
             ttft_s=times[0] - started_s if times else 0.0,
             tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0,
@@ -411,6 +422,10 @@ class Generation:
             settled=settled,
             bundle=bundle,
         )
+
+
+def _steps(epoch: Epoch) -> tuple[RouteStep, ...]:
+    return tuple(RouteStep(stage.peer, stage.span) for stage in epoch.terms.stages)
 
 
 def _frame(frame: SendFrame) -> Frame:

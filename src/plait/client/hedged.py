@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, Protocol
 
-from plait.client.answer import Answer
+from plait.client.answer import Answer, RouteStep
 from plait.client.driver import Deliver
 from plait.client.hedging import Race, Side
 from plait.errors import PlaitError
 from plait.logs import get_logger
+from plait.router.cost import Prediction
 from plait.types import PeerId
 
 log = get_logger(__name__)
@@ -26,6 +27,14 @@ class Running(Protocol):
     @property
     def peers(self) -> Collection[PeerId]:
         """The stages asked so far; empty before the first."""
+
+    @property
+    def route(self) -> tuple[RouteStep, ...]:
+        """The stages at work, in order; empty before the first are."""
+
+    @property
+    def predicted(self) -> Prediction | None:
+        """What was predicted of the first route; None before there is one."""
 
     @property
     def cost_microcredits(self) -> int:
@@ -69,6 +78,16 @@ class HedgedGeneration:
     def peers(self) -> Collection[PeerId]:
         """Of the generation that answers."""
         return self._sides[self._race.winner or "first"].peers
+
+    @property
+    def route(self) -> tuple[RouteStep, ...]:
+        """Of the generation that answers."""
+        return self._sides[self._race.winner or "first"].route
+
+    @property
+    def predicted(self) -> Prediction | None:
+        """Of the generation that answers."""
+        return self._sides[self._race.winner or "first"].predicted
 
     @property
     def cost_microcredits(self) -> int:

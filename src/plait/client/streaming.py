@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from plait.client.answer import Answer, TextDelta
+from plait.client.answer import Answer, RouteStep, TextDelta
 from plait.client.driver import Deliver
 from plait.client.hedged import Running
 from plait.errors import PlaitError
 from plait.model.tokenizer import Tokenizer
+from plait.router.cost import Prediction
 from plait.task_scope import TaskScope
 
 
@@ -74,6 +75,18 @@ class TextStream:
         ended or is closed, whether or not there was an ``Answer``."""
         generation = self._course.generation
         return generation.cost_microcredits if generation is not None else 0
+
+    @property
+    def route(self) -> tuple[RouteStep, ...]:
+        """The stages at work; empty before they are. From the first token on it is known."""
+        generation = self._course.generation
+        return generation.route if generation is not None else ()
+
+    @property
+    def predicted(self) -> Prediction | None:
+        """What was predicted of the first route; None as long as there is none."""
+        generation = self._course.generation
+        return generation.predicted if generation is not None else None
 
     async def __aenter__(self) -> Self:
         return self

@@ -7,20 +7,19 @@ before the work and settled after it, whatever happens between.
 
 import asyncio
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from plait.client import RouteStep
 from plait.gateway import failure
 from plait.gateway.budgets import Key
 from plait.gateway.bundles import BundleStore
 from plait.gateway.config import GatewayConfig
 from plait.gateway.failure import ApiError
 from plait.gateway.frames import Dialect, Result, Usage
+from plait.gateway.headers import stream_headers, whole_headers
 from plait.gateway.key_store import Cashier, Spent
 from plait.gateway.metrics import Metrics
 from plait.gateway.orders import Job
@@ -36,6 +35,7 @@ from plait.gateway.running import (
     Outcome,
     Piece,
     Place,
+    Routed,
     run_job,
 )
 from plait.gateway.shares import Shares
@@ -192,7 +192,7 @@ class Answering:
         answers = [self._account(result) for result in self._results]
         usage = self._usage()
         body = self._dialect.whole(self._results, usage, {"answers": answers})
-        headers = _headers(self._results, answers, usage.cost)
+        headers = whole_headers(self._results, answers, usage.cost)
         await failure.json_response(body, headers=headers)({"type": "http"}, _nothing, send)
 
     # Streamed -----------------------------------------------------------------------
@@ -232,7 +232,8 @@ class Answering:
         if self._begun:
             return []
         self._begun = True
-        await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS]})
+        headers = [*_STREAM_HEADERS, *stream_headers(self._results[0])]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         return self._dialect.begin(self._results)
 
     async def _send(self, send: Send, frames: list[bytes], *, last: bool = False) -> None:
@@ -252,8 +253,9 @@ class Answering:
         while True:
             event = await self._events.next()
             self._note(event)
-            if not isinstance(event, Closed):
-                return _wanted(event)
+            wanted = _wanted(event)
+            if event is None or wanted is not None:
+                return wanted
 
     def _take_now(self) -> Piece | Done | None:
         event = self._events.next_now()
@@ -273,6 +275,9 @@ class Answering:
                 self._results[index].outcome = outcome
                 self._unfinished -= 1
                 self._note_answer(self._results[index].job, outcome)
+            case Routed(index, route, predicted_cost):
+                self._results[index].route = route
+                self._results[index].predicted_cost = predicted_cost
             case Closed(index, vouched):
                 self._results[index].vouched = vouched
 
@@ -358,28 +363,12 @@ def _wanted(event: Event | None) -> Piece | Done | None:
     return None
 
 
-def headers_of(routes: Sequence[Sequence[RouteStep]], cost: int) -> dict[str, str]:
-    """Cost and the first route, as headers."""
-    headers = {"x-plait-cost-microcredits": str(cost)}
-    if routes:
-        headers["x-plait-route"] = ",".join(f"{step.span}={step.peer}" for step in routes[0])
-    return headers
-
-
 def _of_owner(job: Job, owner: str) -> Job:
     """A job that shares cached prompts with jobs of the same owner only."""
     if job.ask.options.tenant == owner:
         return job
     options = replace(job.ask.options, tenant=owner)
     return replace(job, ask=replace(job.ask, options=options))
-
-
-def _headers(results: Sequence[Result], answers: list[dict[str, Any]], cost: int) -> dict[str, str]:
-    routes = [one.finished.answer.route for one in results if one.finished.answer is not None]
-    headers = headers_of(routes, cost)
-    if bundles := [answer["bundle"] for answer in answers if answer.get("bundle")]:
-        headers["x-plait-bundle"] = bundles[0]
-    return headers
 
 
 def too_many(in_progress: InProgress) -> ApiError:

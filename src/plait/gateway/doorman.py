@@ -67,6 +67,8 @@ class Doorman:
             state["owner"] = self._owner(scope["path"], headers, state)
             if state["key"] is not None and scope["method"] == "POST":
                 limits |= self._rates.take(state["key"])
+            else:
+                limits |= self._rates.told(state["key"])
         except ApiError as error:
             limits |= self._rates.told(state["key"])
             response = error.response(scope)

@@ -11,10 +11,11 @@ from starlette.responses import Response
 
 from plait.client import Embedding
 from plait.errors import PlaitError, SessionLost
-from plait.gateway.answering import Desk, headers_of, too_many
+from plait.gateway.answering import Desk, too_many
 from plait.gateway.budgets import Key
 from plait.gateway.config import GatewayConfig
 from plait.gateway.failure import invalid, json_response, refused
+from plait.gateway.headers import headers_of
 from plait.gateway.key_store import Spent
 from plait.gateway.orders import Job, max_tokens, options_of, text_ids
 from plait.gateway.port import Ask, Upstream
@@ -128,7 +129,9 @@ def _response(
         ],
         "usage": tokens | {"cost": spent.cost},
     }
-    return json_response(body, headers=headers_of([found[0].answer.route], spent.cost))
+    return json_response(
+        body, headers=headers_of([one.answer for one in found.values()], spent.cost)
+    )
 
 
 def _written(request: EmbeddingRequest, vector: Sequence[float]) -> list[float] | str:

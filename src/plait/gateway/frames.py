@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from plait.client import RouteStep
 from plait.gateway.failure import ApiError
 from plait.gateway.orders import Job
 from plait.gateway.running import Outcome, Piece, Token
@@ -48,7 +49,8 @@ class Usage:
 
 @dataclass(slots=True)
 class Result:
-    """What one job has given so far; ``outcome`` once it ended well, ``vouched`` once its
+    """What one job has given so far; ``route`` and ``predicted_cost`` (microcredits) once its
+    first token is there, ``outcome`` once it ended well, ``vouched`` once its
     session is closed: the microcredits that its vouchers promise, however it ended."""
 
     job: Job
@@ -57,6 +59,8 @@ class Result:
     calls: list[ToolCall] = field(default_factory=list)
     outcome: Outcome | None = None
     vouched: int = 0
+    route: tuple[RouteStep, ...] = ()
+    predicted_cost: int | None = None
 
     @property
     def text(self) -> str:

@@ -4,8 +4,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from plait.client import Answer, Embedding, Options, TextDelta
+from plait.client import Answer, Embedding, Options, RouteStep, TextDelta
 from plait.gateway.budgets import Share
+from plait.router.cost import Prediction
 from plait.router.plan import Plan
 from plait.router.view import View
 from plait.types import Qos, Sampling
@@ -27,6 +28,16 @@ class Stream(Protocol):
 
     def __aiter__(self) -> AsyncIterator[TextDelta | Answer]:
         """The items; raises ``PlaitError`` subclasses."""
+        ...
+
+    @property
+    def route(self) -> tuple[RouteStep, ...]:
+        """The stages at work; known from the first token on."""
+        ...
+
+    @property
+    def predicted(self) -> Prediction | None:
+        """What was predicted of the first route; known from the first token on."""
         ...
 
     @property

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from plait.client import Answer, TextDelta, Top
+from plait.client import Answer, RouteStep, TextDelta, Top
 from plait.errors import CapacityError, PlaitError, SessionLost
 from plait.gateway.orders import Job
 from plait.gateway.port import Stream, Upstream
@@ -57,6 +57,15 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Routed:
+    """A job's first token is there: by whom, and for what in all as far as was predicted."""
+
+    index: int
+    route: tuple[RouteStep, ...]
+    predicted_cost: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """A job ended well."""
 
@@ -85,7 +94,7 @@ class Gone:
     """Nobody waits for the answer any more."""
 
 
-Event = Piece | Done | Failed | Closed | Gone
+Event = Routed | Piece | Done | Failed | Closed | Gone
 
 
 class Events:
@@ -221,7 +230,13 @@ async def run_job(upstream: Upstream, job: Job, events: Events) -> None:
 async def _run(stream: Stream, job: Job, events: Events) -> None:
     reader, out = _Reader(job), _Echo(job, events)
     # The stream is emptied as fast as it comes: a slow reader must not fill the client's queue.
+    routed = False
     async for item in stream:
+        if not routed:
+            routed = True
+            predicted = stream.predicted
+            price = predicted.price_microcredits if predicted is not None else None
+            events.put(Routed(job.index, stream.route, price))
         if isinstance(item, Answer):
             reader.end(out)
             out.end(item)

@@ -64,6 +64,11 @@ class FakeUpstream:
         offers = [self._offer(span) for span in self.spans]
         self._view = View({offer.peer: offer for offer in offers}, {})
 
+    @property
+    def route(self) -> tuple[RouteStep, ...]:
+        """Who serves the spans."""
+        return tuple(RouteStep(peer_at(span), span) for span in self.spans)
+
     def view(self) -> View:
         """The same offers always."""
         return self._view
@@ -100,7 +105,7 @@ class FakeUpstream:
             logprobs=tuple(-0.5 * number for number in range(count)),
             prompt_tokens=len(ask.prompt_ids),
             finish_reason="ended" if finished else "length" if cut else "stop",
-            route=tuple(RouteStep(peer_at(span), span) for span in self.spans),
+            route=self.route,
             epochs=1,
             ttft_s=0.1,
             tpot_s=0.01,
@@ -132,6 +137,8 @@ class FakeStream:
         self._upstream, self._ask = upstream, ask
         self._finished = False
         self.cost_microcredits = 0
+        self.route: tuple[RouteStep, ...] = ()
+        self.predicted: Prediction | None = None
         self._items = self._run()
 
     def __aiter__(self) -> AsyncIterator[TextDelta | Answer]:
@@ -165,6 +172,7 @@ class FakeStream:
                 if upstream.interval_s:
                     due_s = started_s + (number + 1) * upstream.interval_s
                     await asyncio.sleep(max(0.0, due_s - loop.time()))
+                self.route, self.predicted = upstream.route, PREDICTED
                 yield self._delta(number, piece)
                 count += 1
                 if upstream.gate is not None:
