@@ -337,13 +337,23 @@ async def test_a_key_keeps_to_its_models_peers_and_rate(path: Path) -> None:
     here, there = str(peer_at(Span(0, 5))), str(peer_at(Span(5, 8)))
     served = Served(path, FakeUpstream())
     other = made(path, models=frozenset({"smollm2-135m"}))
-    status, _, body = await served.chat(other)
-    assert (status, body["error"]["code"]) == (403, "model_not_allowed")
+    for path_, fields in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/quote", {"prompt_tokens": 5}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "hi"}]}),
+    ):
+        status, _, body = await served.post(path_, other, {"model": MODEL} | fields)
+        assert (status, body["error"]["code"]) == (403, "model_not_allowed")
+    assert (await served.get("/v1/models", other))[2]["data"] == []
+    assert (await served.get(f"/v1/models/{MODEL}", other))[0] == 403
     bound = made(path, peers=frozenset({here, there}), qos="batch")
     assert (await served.chat(bound))[0] == 200
     ask = served.upstream.asked[-1]
     assert (ask.options.only, ask.qos) == (frozenset({here, there}), "batch")
     assert (await served.chat(bound, provider={"only": ["x"]}))[0] == 403
+    asked = {"model": MODEL, "prompt_tokens": 5}
+    assert (await served.get("/v1/models", bound))[2]["data"][0]["id"] == MODEL
+    assert (await served.post("/v1/quote", bound, asked | {"provider": {"only": ["x"]}}))[0] == 403
     half = made(path, peers=frozenset({here}))
     status, headers, body = await served.chat(half)
     assert (status, body["error"]["code"]) == (403, "peer_not_allowed")
@@ -517,6 +527,13 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             keys.app, ["create", "editor", "--team", "a", "--budget", "9", "--json"]
         ).stdout
     )
+    peer = str(peer_at(Span(0, 5)))
+    for wrong in ([""], ["x", "--model", "nope"], ["x", "--peer", "nope"]):
+        assert isinstance(runner.invoke(keys.app, ["create", *wrong]).exception, ConfigError)
+    terms = ["--model", MODEL, "--peer", peer, "--json"]
+    bound = json.loads(runner.invoke(keys.app, ["create", "bound", *terms]).stdout)
+    assert (bound["models"], bound["peers"]) == ([MODEL], [peer])
+    assert runner.invoke(keys.app, ["revoke", bound["id"]]).exit_code == 0
     store = KeyStore(opened)
     found = store.find(made_key["key"])
     assert found is not None
@@ -525,13 +542,16 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(number, int)
     store.transact([lambda: store.settle(number, Spent(1, 2, 3))])
     store.close()
-    [listed] = json.loads(runner.invoke(keys.app, ["ls", "--json"]).stdout)
-    assert (listed["budget"], "key" in listed) == (9, False)
-    assert "editor" in runner.invoke(keys.app, ["ls"]).stdout
+    listed, other = json.loads(runner.invoke(keys.app, ["ls", "--json"]).stdout)
+    assert (listed["budget"], "key" in listed, other["peers"]) == (9, False, [peer])
+    shown = runner.invoke(keys.app, ["ls"]).stdout
+    assert "editor" in shown
+    assert peer in shown
     told = runner.invoke(keys.app, ["team", "a", "--budget", "70", "--period", "week", "--json"])
     assert json.loads(told.stdout) == {"team": "a", "budget": 70, "period": "week"}
-    [listed] = json.loads(runner.invoke(keys.app, ["ls", "--json"]).stdout)
+    listed, _ = json.loads(runner.invoke(keys.app, ["ls", "--json"]).stdout)
     assert (listed["team_budget"], listed["team_period"]) == (70, "week")
+    assert "a of 70/week" in runner.invoke(keys.app, ["ls"]).stdout
     app = _as_app(usage_command.usage)
     [row] = json.loads(runner.invoke(app, ["--by", "team,day", "--json"]).stdout)
     assert row == {

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,6 +44,7 @@ def create(
     """
     from plait.gateway.budgets import Key
 
+    _check_terms(label, model or (), peer or ())
     key = Key(
         id="key-" + secrets.token_hex(4),
         label=label,
@@ -111,17 +113,17 @@ def list_keys(network: NetworkOption = None, as_json: JsonOption = False) -> Non
         emit_json(rows)
         return
     table(
-        ["key", "label", "team", "spent", "budget", "period", "rate", "models", "qos", "state"],
+        ["key", "label", "team", "spent", "budget", "rate", "models", "peers", "qos", "state"],
         [
             (
                 row["id"],
                 row["label"],
-                row["team"],
+                row["team"] + _per(" of ", row["team_budget"], row["team_period"]),
                 row["spent"],
-                "none" if row["budget"] is None else row["budget"],
-                row["period"],
+                _per("", row["budget"], row["period"]) or "none",
                 "none" if row["rate"] is None else f"{row['rate']}/min",
                 " ".join(row["models"]) or "all",
+                " ".join(row["peers"]) or "all",
                 row["qos"],
                 "revoked" if row["revoked_ms"] else "in use",
             )
@@ -151,6 +153,27 @@ def revoke(
         emit_json({"id": key_id, "revoked": True})
     else:
         status(f"{key_id} is revoked")
+
+
+def _check_terms(label: str, models: Iterable[str], peers: Iterable[str]) -> None:
+    """Raise ``ConfigError`` for a label or terms that no request could ever fit."""
+    from plait.identity import public_key_of
+    from plait.model import catalog
+
+    if not label.strip():
+        raise ConfigError("a key needs a label that tells what it is for")
+    for model in models:
+        if not catalog.exists(model):
+            raise ConfigError(f"there is no model {model!r}", remedy="plait models ls")
+    for peer in peers:
+        try:
+            public_key_of(peer)
+        except ValueError as error:
+            raise ConfigError(str(error), remedy="plait peers") from error
+
+
+def _per(before: str, budget: int | None, period: str) -> str:
+    return "" if budget is None else f"{before}{budget}/{period}"
 
 
 def described(key: Any, spent: int) -> dict[str, Any]:

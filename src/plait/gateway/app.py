@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from plait.gateway import messages_api, openapi, page, responses_api
 from plait.gateway.answering import Answering, Desk
+from plait.gateway.budgets import Key
 from plait.gateway.bundles import BundleStore
 from plait.gateway.config import GatewayConfig
 from plait.gateway.dialects import ChatDialect, Head, TextDialect
@@ -47,7 +48,7 @@ from plait.gateway.routing import Routes
 from plait.gateway.running import InProgress
 from plait.gateway.shares import Shares
 from plait.gateway.shelf import Shelf, Shelved, facts_of
-from plait.gateway.till import permitted
+from plait.gateway.till import check_model, permitted, within
 from plait.router.explain import explain
 
 BodyT = TypeVar("BodyT")
@@ -167,6 +168,7 @@ class Gateway:
         """``POST /v1/messages/count_tokens``."""
         body = await self._body(request, self._count_body)
         model = await self._shelf.get(body.model)
+        check_model(model.name, request.state.key)
         jobs = await self._message_jobs(body, model)
         return json_response({"input_tokens": jobs[0].prompt_tokens})
 
@@ -212,9 +214,10 @@ class Gateway:
         """``POST /v1/quote``."""
         body = await self._body(request, self._quote_body)
         model = await self._shelf.get(body.model)
+        check_model(model.name, request.state.key)
         count = body.prompt_tokens or await self._measure(model, body)
         limit = max_tokens(count, body.max_tokens, model, self._config, "prompt_tokens")
-        options = options_of(limit, body.provider, body.plait)
+        options = within(options_of(limit, body.provider, body.plait), request.state.key)
         decision = explain(self._upstream.plan(model.name, count, options))
         predicted = decision.pop("predicted")
         tokens = {"prompt_tokens": count, "max_tokens": options.max_tokens}
@@ -224,11 +227,14 @@ class Gateway:
 
     async def models(self, request: Request) -> Response:
         """``GET /v1/models``."""
-        return json_response({"object": "list", "data": await self._models()})
+        key: Key | None = request.state.key
+        listed = [one for one in await self._models() if key is None or key.allows(one["id"])]
+        return json_response({"object": "list", "data": listed})
 
     async def model(self, request: Request) -> Response:
         """``GET /v1/models/{id}``."""
         model = await self._shelf.get(request.path_params["id"])
+        check_model(model.name, request.state.key)
         for name, plan in self._shelf.ready():
             if name == model.name:
                 return json_response(self._shelf.describe(model, plan, self._created))

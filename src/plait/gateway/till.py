@@ -16,31 +16,41 @@ _SLACK = 1.5
 """A hold is this much above the predicted price, for a route that is dearer by then."""
 
 
-def permitted(jobs: list[Job], key: Key | None) -> list[Job]:
-    """Jobs within the key's models and peers; raises ``ApiError`` (403)."""
-    if key is None:
-        return jobs
-    model = jobs[0].model.name
-    if not key.allows(model):
+def check_model(model: str, key: Key | None) -> None:
+    """Raise ``ApiError`` (403) unless the key may use a model."""
+    if key is not None and not key.allows(model):
         raise ApiError(
             403, f"this key may not use {model}", code="model_not_allowed", param="model"
         )
+
+
+def within(options: Options, key: Key | None) -> Options:
+    """Options that keep to the key's peers and place in queues; raises ``ApiError`` (403)."""
+    if key is None:
+        return options
+    options = replace(options, qos=key.qos)
     if not key.peers:
-        return [_with(job, job.ask.options, key) for job in jobs]
+        return options
     peers = frozenset(PeerId(peer) for peer in key.peers)
-    only = jobs[0].ask.options.only
-    if only and not only & peers:
+    if options.only and not options.only & peers:
         raise ApiError(
             403,
             "this key may use none of these peers",
             code="peer_not_allowed",
             param="provider.only",
         )
-    return [_with(job, replace(job.ask.options, only=only & peers or peers), key) for job in jobs]
+    return replace(options, only=options.only & peers or peers)
 
 
-def _with(job: Job, options: Options, key: Key) -> Job:
-    return replace(job, ask=replace(job.ask, options=options, qos=key.qos))
+def permitted(jobs: list[Job], key: Key | None) -> list[Job]:
+    """Jobs within the key's models and peers; raises ``ApiError`` (403)."""
+    if key is None:
+        return jobs
+    check_model(jobs[0].model.name, key)
+    return [
+        replace(job, ask=replace(job.ask, qos=key.qos, options=within(job.ask.options, key)))
+        for job in jobs
+    ]
 
 
 class Till:
