@@ -49,7 +49,7 @@ EVERYTHING = ENGINES | {"node", "client", "gateway", "locate", "testnet", "sim",
 
 # What each package may import of plait, besides itself.
 ALLOWED = {
-    "types": set[str](),
+    "types": {"errors"},
     "errors": set[str](),
     "identity": {"types", "errors"},
     "envelope": {"types", "errors", "identity", "v1"},

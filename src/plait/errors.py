@@ -1,7 +1,8 @@
 """The error tree. Every error a user can meet is one of these.
 
 PlaitError
- ├─ ConfigError                 a flag, file or variable is wrong
+ ├─ ConfigError                 a flag, file, variable or argument is wrong
+ │   └─ BadSampling             sampling values out of range (a ValueError, too)
  ├─ ModelError                  unknown model, corrupt or missing weights
  ├─ NetworkError
  │   ├─ PeerUnreachable         no answer from an address
@@ -46,6 +47,12 @@ class ConfigError(PlaitError):
 
     code = "config"
     exit_code = 3
+
+
+class BadSampling(ConfigError, ValueError):
+    """A sampler cannot draw with these values."""
+
+    code = "bad-sampling"
 
 
 class ModelError(PlaitError):

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, NewType
 
+from plait.errors import BadSampling
+
 PeerId = NewType("PeerId", str)
 """base58btc identity multihash of an Ed25519 public key, ``12D3Koo…``."""
 
@@ -119,6 +121,19 @@ class Grammar:
             raise ValueError(f"a grammar has 1 to {GRAMMAR_CHARACTERS_MAX} characters")
 
 
+_INTEGERS = (
+    "temperature_micros",
+    "top_p_micros",
+    "top_k",
+    "seed",
+    "min_p_micros",
+    "presence_penalty_micros",
+    "frequency_penalty_micros",
+    "repetition_penalty_micros",
+    "top_logprobs",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the last stage draws tokens. Fixed-point, so that it can be signed.
@@ -128,7 +143,7 @@ class Sampling:
     Presence and frequency penalties are subtracted for ids already in the answer; the
     repetition penalty divides (or multiplies, below zero) for ids in prompt or answer. The
     draw at a position depends only on these values, that position and, with penalties or a
-    grammar, the ids before it.
+    grammar, the ids before it. Raises ``BadSampling``, a ``ConfigError`` and ``ValueError``.
     """
 
     temperature_micros: int = 0
@@ -145,32 +160,35 @@ class Sampling:
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
+        for name in _INTEGERS:
+            if not isinstance(value := getattr(self, name), int):
+                raise BadSampling(f"{name} is an integer, not {value!r}")
         if not 0 <= self.temperature_micros <= 100 * MILLION:
-            raise ValueError("temperature must be between 0 and 100")
+            raise BadSampling("temperature must be between 0 and 100")
         if not 0 < self.top_p_micros <= MILLION:
-            raise ValueError("top_p must be in (0, 1]")
+            raise BadSampling("top_p must be in (0, 1]")
         if self.top_k < 0:
-            raise ValueError("top_k must not be negative")
+            raise BadSampling("top_k must not be negative")
         if not 0 <= self.min_p_micros <= MILLION:
-            raise ValueError("min_p must be in [0, 1]")
+            raise BadSampling("min_p must be in [0, 1]")
         for penalty in (self.presence_penalty_micros, self.frequency_penalty_micros):
             if abs(penalty) > 2 * MILLION:
-                raise ValueError("a penalty must be between -2 and 2")
+                raise BadSampling("a penalty must be between -2 and 2")
         if not 0 < self.repetition_penalty_micros <= 10 * MILLION:
-            raise ValueError("repetition_penalty must be in (0, 10]")
+            raise BadSampling("repetition_penalty must be in (0, 10]")
         if not 0 <= self.top_logprobs <= TOP_LOGPROBS_MAX:
-            raise ValueError(f"top_logprobs must be between 0 and {TOP_LOGPROBS_MAX}")
+            raise BadSampling(f"top_logprobs must be between 0 and {TOP_LOGPROBS_MAX}")
         self._check_bias()
         checked_u64(self.seed, "seed")
 
     def _check_bias(self) -> None:
         ids = [token for token, _ in self.logit_bias]
         if len(ids) > BIASES_MAX:
-            raise ValueError(f"logit_bias has at most {BIASES_MAX} ids")
+            raise BadSampling(f"logit_bias has at most {BIASES_MAX} ids")
         if ids != sorted(set(ids)) or (ids and not 0 <= ids[0] <= ids[-1] < 2**32):
-            raise ValueError("logit_bias is ascending by id")
+            raise BadSampling("logit_bias is ascending by id")
         if any(abs(bias) > 100 * MILLION for _, bias in self.logit_bias):
-            raise ValueError("a logit bias must be between -100 and 100")
+            raise BadSampling("a logit bias must be between -100 and 100")
 
     @property
     def greedy(self) -> bool:

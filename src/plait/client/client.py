@@ -192,13 +192,13 @@ class AsyncClient:
 
     def plan(self, model: str, prompt_tokens: int, options: Options | None = None) -> Plan:
         """The route that would be taken now; raises ``NoRoute`` or ``PeerUnreachable``."""
-        return self._planner.plan(model, prompt_tokens, options or Options())
+        return self._planner.plan(model, prompt_tokens, _given(options))
 
     def explain(
         self, model: str, prompt_tokens: int, options: Options | None = None
     ) -> dict[str, Any]:
         """The route that would be taken now, or why there is none; JSON-ready."""
-        return self._planner.explain(model, prompt_tokens, options or Options())
+        return self._planner.explain(model, prompt_tokens, _given(options))
 
     def check_model(self, model: str) -> None:
         """Raise ``ModelError`` unless the model is known and its tokenizer is here."""
@@ -209,7 +209,7 @@ class AsyncClient:
     async def generate(self, model: str, prompt: Prompt, options: Options | None = None) -> Answer:
         """Answer a prompt. Raises ``PlaitError`` subclasses, ``NoRoute`` among them."""
         starter = _entered(self._starter)
-        begun = await starter.begin(model, prompt, options or Options(), _discard)
+        begun = await starter.begin(model, prompt, _given(options), _discard)
         return await begun.generation.run(begun.tokenizer.decode)
 
     def stream(self, model: str, prompt: Prompt, options: Options | None = None) -> TextStream:
@@ -221,7 +221,7 @@ class AsyncClient:
 
         async def begin(tokens: Tokens) -> Begun:
             starter = _entered(self._starter)
-            return await starter.begin(model, prompt, options or Options(), tokens.emit)
+            return await starter.begin(model, prompt, _given(options), tokens.emit)
 
         return TextStream(begin)
 
@@ -233,7 +233,7 @@ class AsyncClient:
         It is the model's final hidden state at the last token, which has seen them all,
         scaled to length 1. Costs the prompt and one token. Raises what ``generate`` raises.
         """
-        asked = replace(options or Options(), max_tokens=1, raw=True, drafts=False)
+        asked = replace(_given(options), max_tokens=1, raw=True, drafts=False)
         begun = await _entered(self._starter).begin(model, text, asked, _discard, embed=True)
         answer = await begun.generation.run(begun.tokenizer.decode)
         return Embedding(_unit(begun.generation.embedding), answer)
@@ -304,6 +304,17 @@ class AsyncClient:
 
     def _watch(self) -> NetworkWatch:
         return _entered(self._connection).watch
+
+
+def _given(options: Options | None) -> Options:
+    if options is None:
+        return Options()
+    if not isinstance(options, Options):
+        raise ConfigError(
+            f"options are an Options, not of type {type(options).__name__}",
+            remedy="Options(max_tokens=64)",
+        )
+    return options
 
 
 def _discard(token: Deliver) -> None:

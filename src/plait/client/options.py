@@ -2,18 +2,52 @@
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from plait.client.prefix import Reuse
 from plait.errors import ConfigError
 from plait.router.request import RouteRequest, Sort
 from plait.types import MILLION, Microcredits, PeerId, Qos, Sampling, Span, WireDtype
 
+_WHOLE = (int,), "a whole number"
+_NUMBER = (int, float), "a number"
+_PEERS = (Set,), "a set of peer ids"
+_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "max_tokens": _WHOLE,
+    "temperature": _NUMBER,
+    "top_p": _NUMBER,
+    "top_k": _WHOLE,
+    "seed": _WHOLE,
+    "sampling": ((Sampling,), "a Sampling"),
+    "max_price": _WHOLE,
+    "ttft_s": _NUMBER,
+    "tpot_s": _NUMBER,
+    "pin": ((tuple,), "a tuple of (span, peer id)"),
+    "only": _PEERS,
+    "ignore": _PEERS,
+    "audited_min": _WHOLE,
+    "sub_account": ((str,), "a name"),
+    "hedge_share": _NUMBER,
+    "replica_wait_s": _NUMBER,
+    "tenant": ((str,), "a name"),
+    "keep_alive_s": _WHOLE,
+}
+_OPTIONAL = frozenset({"seed", "sampling", "max_price", "ttft_s", "tpot_s"})
+_WORDS: Mapping[str, tuple[str | None, ...]] = {
+    "sort": get_args(Sort),
+    "qos": get_args(Qos),
+    "wire": (None, *get_args(WireDtype)),
+}
+_WAIT_S_MAX = 2**31
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """How to generate and how to route. ``seed`` None draws a fresh one.
+
+    Raises ``ConfigError`` for a value that cannot be.
 
     ``sampling`` gives every setting of the sampler and replaces temperature, top_p, top_k
     and seed; without end ids it ends where the model ends. ``max_price`` is microcredits for
@@ -61,6 +95,22 @@ class Options:
     keep_alive_s: int = 0
     """Have prompt and answer kept so long even if the stages need their room, for the next
     turn of a conversation. Each stage has its own limit."""
+
+    def __post_init__(self) -> None:
+        for name, (kinds, what) in _KINDS.items():
+            value = getattr(self, name)
+            optional = name in _OPTIONAL and value is None
+            if not optional and not isinstance(value, kinds):
+                raise ConfigError(f"{name} is {what}, not {value!r}")
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                known = ", ".join(str(word) for word in words)
+                raise ConfigError(f"there is no {name} {getattr(self, name)!r}", remedy=known)
+        if not 0 <= self.replica_wait_s < _WAIT_S_MAX:
+            raise ConfigError("replica_wait_s is a number of seconds")
+        self.route_request(1)
+        self.reusing()
+        self.drawing(())
 
     def route_request(self, prompt_tokens: int) -> RouteRequest:
         """The router's part of the options; raises ``ConfigError`` for one out of range."""

@@ -40,6 +40,8 @@ class Planner:
 
     def model(self, name: str) -> tuple[LocalModel, Tokenizer]:
         """A model and its tokenizer; raises ``ModelError`` unless both are here."""
+        if not isinstance(name, str):
+            raise ConfigError(f"a model has a name, not {name!r}")
         if name not in self._models:
             local = load(name)
             self._models[name] = (local, Tokenizer.load(local))

@@ -12,7 +12,7 @@ Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, *, raw: bool) -> tuple[int, ...]:
     """Token ids of a prompt through the chat template, or of raw text without it.
 
-    Ids are taken as they are. Raises ``ConfigError`` for an empty prompt.
+    Ids are taken as they are. Raises ``ConfigError`` for what is no prompt, or an empty one.
     """
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -20,17 +20,30 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, *, raw: bool) -> tuple[int,
         if raw:
             return tuple(tokenizer.encode(prompt))
         return tuple(tokenizer.chat([{"role": "user", "content": prompt}]))
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise ConfigError(f"a prompt is a text, messages or token ids, not {_named(prompt)}")
+    for one in prompt:
+        if not isinstance(one, int | Mapping):
+            raise ConfigError(f"a prompt has messages or token ids, not {_named(one)}")
     ids = tuple(part for part in prompt if isinstance(part, int))
-    messages = [dict(part) for part in prompt if not isinstance(part, int)]
+    messages = [dict(part) for part in prompt if isinstance(part, Mapping)]
     if ids and not messages:
         return ids
     if ids:
         raise ConfigError("the prompt mixes messages and token ids")
     if raw:
         raise ConfigError("raw takes text, not messages")
-    if not any(message.get("content", "").strip() for message in messages):
+    for number, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ConfigError(f"message {number} has no {key!r} that is a text")
+    if not any(message["content"].strip() for message in messages):
         raise ConfigError("the prompt is empty")
     return tuple(tokenizer.chat(messages))
+
+
+def _named(value: object) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def check_ids(ids: Sequence[int], vocabulary_size: int) -> None:
