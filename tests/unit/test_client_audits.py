@@ -1,6 +1,7 @@
 """The lottery that nobody asks for: what is due on disk, what is recorded, whom to trust."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -138,6 +139,18 @@ def test_the_spool_is_bounded(tmp_path: Path) -> None:
     for number in range(DUE_FILES_MAX + 5):
         spool.put(number.to_bytes(16, "big"), b"x", NOW + number)
     assert len(list((tmp_path / "due").iterdir())) == DUE_FILES_MAX
+
+
+def test_what_has_prompts_in_it_is_private_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        spool = AuditSpool(tmp_path / "audits")
+        spool.put(b"s" * 16, b"a bundle", NOW)
+        kept = spool.keep_evidence("one", b"evidence")
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "audits" / "due").iterdir(), Path(kept)]
+    assert [path.stat().st_mode & 0o777 for path in files] == [0o600, 0o600]
 
 
 def test_a_full_disk_or_a_file_in_the_way_fails_no_answer(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class AuditSpool:
         with _quietly("a session cannot be kept for audits"):
             self._due.mkdir(parents=True, mode=0o700, exist_ok=True)
             part = self._due / f"{session.hex()}.part"
-            part.write_bytes(bundle)
+            _write_privately(part, bundle)
             part.replace(self._due / f"{now_ms:015d}-{now_ms}-{session.hex()}.bundle")
             self._bound(self._due, DUE_FILES_MAX, DUE_BYTES_MAX)
 
@@ -116,7 +116,7 @@ class AuditSpool:
         path = self._evidence / f"{name}.audit"
         with _quietly("evidence cannot be kept"):
             self._evidence.mkdir(parents=True, mode=0o700, exist_ok=True)
-            path.write_bytes(data)
+            _write_privately(path, data)
             self._bound(self._evidence, EVIDENCE_FILES_MAX, DUE_BYTES_MAX)
             return str(path)
         return ""
@@ -189,6 +189,13 @@ class BackgroundSpool:
             log.exception("a session is not kept for audits", reason=str(error))
         finally:
             self._pending.release()
+
+
+def _write_privately(path: Path, data: bytes) -> None:
+    """Bundles hold prompts: nobody else reads them, wherever the folder is copied to."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
 
 
 @contextlib.contextmanager
