@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from plait.errors import BadProof, PlaitError, VerificationError
+from plait.errors import BadProof, PeerUnreachable, PlaitError, VerificationError
 from plait.ledger.exposures import Reported
 from plait.ledger.notices import Action, Compare, Frozen, NoticeBoard, Revoked, Told
 from plait.ledger.service.channels import pinned_channel
@@ -179,6 +179,8 @@ class NoticeExchange:
         authority = next(a for a in self._network.authorities if a.log_origin == question.origin)
         try:
             self.perform(await self._compared(question, authority))
+        except PeerUnreachable as error:
+            log.debug("a log cannot be asked yet", origin=question.origin, reason=str(error))
         except PlaitError as error:
             log.warning(
                 "two checkpoints of a log cannot be compared: it withholds its tree",
@@ -253,6 +255,9 @@ async def _fetch(stub: log_pb2_grpc.LogServiceStub, tile: Tile) -> bytes:
     try:
         response = await stub.GetTile(request, timeout=DEADLINE_S)
     except grpc.aio.AioRpcError as error:
+        # Who cannot be reached withholds nothing: it is down, or there is no way to it.
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            raise PeerUnreachable(f"{tile.path}: {error.details()}") from error
         raise BadProof(f"{tile.path}: {error.details()}") from error
     return bytes(response.data)
 
