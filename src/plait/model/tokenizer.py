@@ -9,7 +9,7 @@ import codecs
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import tokenizers
@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from plait.errors import ConfigError, ModelError
 from plait.model.byte_level import to_bytes
 from plait.model.gguf_reader import GgufFile
+from plait.model.literal import Disguise, disguise, pattern_of
 from plait.model.local import LocalModel
 from plait.model.manifest import tokenizer_digest
 
@@ -52,6 +53,10 @@ class Tokenizer:
         self._backend = backend
         self._facts = facts
         self._added: dict[int, Any] = backend.get_added_tokens_decoder()
+        self._special = {
+            token: str(one.content) for token, one in self._added.items() if one.special
+        }
+        self._names = pattern_of(self._special.values())
 
     @classmethod
     def load(cls, local: LocalModel) -> Self:
@@ -111,15 +116,21 @@ class Tokenizer:
         Each message has ``role`` and ``content``. ``tools``, and ``tool_calls`` of messages,
         are for a template that takes them. Raises ``ConfigError`` if a message has no
         content, if the model has no chat template, or if the template refuses.
+
+        Only the template's own markers become special tokens: their names in the messages and
+        tools are read as the text that they are.
         """
-        return self._encode(self.chat_text(messages, tools))
+        hidden = disguise([messages, tools], self._names)
+        if hidden is None:
+            return self._encode(self.chat_text(messages, tools))
+        return self._encode_apart(self.chat_text(hidden.on(messages), hidden.on(tools)), hidden)
 
     def chat_text(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The text that ``chat`` encodes."""
+        """The text of a conversation in the model's own format."""
         for message in messages:
             if not all(isinstance(message.get(key), str) for key in ("role", "content")):
                 raise ConfigError("a chat message needs a role and a content, both texts")
@@ -139,9 +150,35 @@ class Tokenizer:
         return name.encode() if raw is None else raw
 
     def _encode(self, text: str) -> list[int]:
-        # A lone surrogate cannot be encoded as UTF-8; the library would panic on it.
-        text = text.encode("utf-8", "replace").decode()
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(self._backend.encode(_whole(text), add_special_tokens=False).ids)
+
+    def _encode_apart(self, text: str, hidden: Disguise) -> list[int]:
+        """Ids of a text whose special tokens are markers, and what lies between them is text."""
+        text, ids, at = _whole(text), list[int](), 0
+
+        def read_to(end: int) -> list[int]:
+            part = hidden.off(text[at:end])
+            return list(self._plain.encode(part, add_special_tokens=False).ids)
+
+        found = self._backend.encode(text, add_special_tokens=False)
+        for token, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if token in self._special:
+                ids += [*read_to(start), token]
+                at = end
+        return ids + read_to(len(text))
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, but it knows no special token."""
+        plain = tokenizers.Tokenizer(self._backend.model)
+        plain.pre_tokenizer = self._backend.pre_tokenizer
+        plain.add_tokens([one for one in self._added.values() if not one.special])
+        return plain
+
+
+def _whole(text: str) -> str:
+    """The text without lone surrogates: the library would panic on what is not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class TextStream:
