@@ -9,6 +9,7 @@ Needs nothing but Python.
 import json
 import os
 import sys
+import urllib.error
 import urllib.request
 
 URL = os.environ.get("PLAIT_URL", "http://127.0.0.1:4700/v1")
@@ -28,8 +29,13 @@ def call(path: str, body: object = None) -> dict:
     """Ask the gateway."""
     data = None if body is None else json.dumps(body).encode()
     headers = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
-    with urllib.request.urlopen(urllib.request.Request(URL + path, data, headers)) as response:
-        return json.load(response)
+    try:
+        with urllib.request.urlopen(urllib.request.Request(URL + path, data, headers)) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        sys.exit(json.load(error)["error"]["message"])
+    except urllib.error.URLError as error:
+        sys.exit(f"no gateway at {URL}: {error.reason}")
 
 
 text = sys.argv[1] if len(sys.argv) > 1 else "Ada Lovelace was 36 years old."

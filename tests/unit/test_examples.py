@@ -54,3 +54,22 @@ def test_an_example_says_how_to_run_it(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring is not None
     assert f"python examples/{path.name}" in docstring
+
+
+@pytest.mark.parametrize("name", ["chat.py", "extract.py", "library.py"])
+def test_what_is_wrong_is_said_in_words(name: str, tmp_path: Path) -> None:
+    """Nobody answers at the address; the network file is not there, and neither are arguments."""
+    if name == "chat.py":
+        pytest.importorskip("openai")
+    for arguments in ([], ["tiny-random", "Why?"]):
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / name), *arguments],
+            env=os.environ
+            | {"PLAIT_URL": "http://127.0.0.1:9/v1", "PLAIT_NETWORK": str(tmp_path / "none.toml")},
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 1
+        assert done.stderr.strip() and "Traceback" not in done.stderr
