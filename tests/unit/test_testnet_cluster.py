@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from plait.errors import ConfigError, NetworkError
+from plait.gateway.budgets import Key
+from plait.gateway.key_store import KEYS_FILE, KeyStore
 from plait.identity import load_key
 from plait.network_file import load_network_file
 from plait.testnet.cluster import bootstrap_of, create, load
@@ -78,6 +80,23 @@ def test_an_ended_testnet_is_replaced_but_other_files_stay(folder: Path) -> None
     assert second.network_id != first.network_id
     assert second.members[0].peer != first.members[0].peer
     assert (folder / "bundle.json").exists()
+
+
+def test_the_gateways_keys_outlive_the_network(folder: Path) -> None:
+    create(folder, PLACED, model="tiny")
+    client = folder / "client"
+    before = (client / "identity.key").read_text()
+    store = KeyStore(client / KEYS_FILE)
+    secret = store.create(Key(id="key-1", label="editor", created_ms=0))
+    (client / "audits").mkdir()
+    create(folder, PLACED, model="tiny")  # while a gateway still has it open, too
+    store.close()
+    assert (client / "identity.key").read_text() != before
+    assert not (client / "audits").exists()
+    again = KeyStore(client / KEYS_FILE)
+    found = again.find(secret)
+    again.close()
+    assert found is not None and found.label == "editor"
 
 
 def test_a_folder_of_something_else_is_refused(folder: Path) -> None:

@@ -31,6 +31,7 @@ from plait.testnet.folder import (
     CLIENT_DIR,
     CLUSTER_FILE,
     ISSUER_DIR,
+    KEYS_FILE,
     LOCK_FILE,
     LOGS_DIR,
     NETWORK_FILE,
@@ -147,6 +148,7 @@ def create(
 ) -> Cluster:
     """Make the files of a new testnet, replacing an ended one in the same folder.
 
+    Only its gateway's keys and usage stay.
     So many of the nodes are witnesses too, by default three. The caller holds the folder's
     lock. Raises ``ConfigError`` if the folder holds anything else and ``NetworkError`` if
     ports are short.
@@ -225,10 +227,19 @@ def _clear(directory: Path) -> None:
     for path in directory.iterdir():
         if path.name not in OWN_NAMES or path.name == LOCK_FILE:
             continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+        if path.name == CLIENT_DIR and path.is_dir() and not path.is_symlink():
+            for part in path.iterdir():
+                if not part.name.startswith(KEYS_FILE):  # SQLite has files beside it
+                    _remove(part)
         else:
-            path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def make_data_dir(folder: Path) -> PeerId:

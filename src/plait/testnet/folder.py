@@ -7,6 +7,9 @@ NETWORK_FILE = "network.toml"
 LOCK_FILE = "testnet.lock"
 CONTROL_SOCKET = "control.sock"
 CLIENT_DIR, ISSUER_DIR, NODES_DIR, LOGS_DIR = "client", "issuer", "nodes", "logs"
+KEYS_FILE = "gateway.db"
+"""In the client's folder: the gateway's API keys and their usage, which outlive a network. Without
+them the next gateway would let everybody in."""
 
 SUPERVISOR_NAME = "supervisor"
 WAN_NAME = "wan"
