@@ -1,7 +1,9 @@
 """OpenAI's completions and chat completions, whole and in chunks, as its clients expect them."""
 
 import codecs
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from plait.gateway.failure import ApiError
@@ -142,13 +144,18 @@ class TextDialect(_Completions):
 
     def begin(self, results: list[Result]) -> list[bytes]:
         """Text has no role."""
+        for result in results:
+            self._offsets[result.job.index] = _first_offset(result)
         return []
 
     def piece(self, piece: Piece) -> list[bytes]:
         """A piece of text."""
-        offset = self._offsets.get(piece.index, 0)
-        self._offsets[piece.index] = offset + len(piece.text)
-        return [self._chunk(self._choice(piece.index, piece.text, piece.tokens, offset, None))]
+        if not piece.text and self._logprobs is None:
+            return []
+        offset = self._offsets[piece.index]
+        choice = self._choice(piece.index, piece.text, piece.tokens, offset, None)
+        self._offsets[piece.index] += sum(self._lengths(piece.tokens))
+        return [self._chunk(choice)]
 
     def finish(self, result: Result, plait: dict[str, Any]) -> list[bytes]:
         """No text, and the reason."""
@@ -162,7 +169,7 @@ class TextDialect(_Completions):
                 result.job.index,
                 result.text,
                 tuple(result.tokens),
-                0 if result.job.ask.options.score_prompt else len(result.job.echo),
+                _first_offset(result),
                 result.finished.finish_reason,
             )
             for result in results
@@ -178,18 +185,19 @@ class TextDialect(_Completions):
         return choice | {"finish_reason": reason}
 
     def _text_logprobs(self, tokens: tuple[Token, ...], offset: int) -> dict[str, Any]:
-        offsets = list[int]()
-        # A character may have several tokens: it is where its last one completes it.
-        decoder = _UTF8(errors="replace")
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(decoder.decode(self._head.model.tokenizer.token_bytes(token.id)))
+        model = self._head.model
+        ends = accumulate(self._lengths(tokens), initial=offset)
         return {
-            "tokens": [self._text_of(token.id) for token in tokens],
+            "tokens": [_bytes_of(model, token).decode("utf-8", "replace") for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens] if self._logprobs else None,
-            "text_offset": offsets,
+            "text_offset": list(ends)[: len(tokens)],
         }
+
+    def _lengths(self, tokens: Sequence[Token]) -> list[int]:
+        """Characters of each token; one that has several is where its last one completes it."""
+        decoder = _UTF8(errors="replace")
+        return [len(decoder.decode(_bytes_of(self._head.model, token))) for token in tokens]
 
     def _top(self, token: Token) -> dict[str, float] | None:
         """The likeliest tokens and the one itself; None for the first of a prompt."""
@@ -198,26 +206,40 @@ class TextDialect(_Completions):
         found = dict[str, float]()
         # Tokens that are no text of their own may look alike: the likeliest of them counts.
         for other, value in (*token.top, (token.id, token.logprob)):
-            text = self._text_of(other)
+            raw = _bytes_of(self._head.model, token, other)
+            text = raw.decode("utf-8", "replace")
             found[text] = max(value, found.get(text, value))
         return found
-
-    def _text_of(self, token: int) -> str:
-        return self._head.model.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
 def chat_logprobs(model: Shelved, tokens: "list[Token] | tuple[Token, ...]") -> dict[str, Any]:
     """The ``logprobs`` member of a chat's choice."""
     content = [
-        _logprob(model, token.id, token.logprob)
-        | {"top_logprobs": [_logprob(model, other, value) for other, value in token.top]}
+        _logprob(_bytes_of(model, token), token.logprob)
+        | {
+            "top_logprobs": [
+                _logprob(_bytes_of(model, token, other), value) for other, value in token.top
+            ]
+        }
         for token in tokens
     ]
     return {"content": content, "refusal": None}
 
 
-def _logprob(model: Shelved, token: int, logprob: float | None) -> dict[str, Any]:
-    raw = model.tokenizer.token_bytes(token)
+def _first_offset(result: Result) -> int:
+    """Where the first token with a log-probability stands."""
+    return 0 if result.job.ask.options.score_prompt else len(result.job.echo)
+
+
+def _bytes_of(model: Shelved, token: Token, other: int | None = None) -> bytes:
+    """What was delivered of a token, or another one that could have stood in its place."""
+    if other is not None and other != token.id:
+        return model.tokenizer.token_bytes(other)
+    raw = model.tokenizer.token_bytes(token.id)
+    return raw[: len(raw) - token.cut]
+
+
+def _logprob(raw: bytes, logprob: float | None) -> dict[str, Any]:
     return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
 
 

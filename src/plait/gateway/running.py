@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from plait.client import Answer, RouteStep, TextDelta, Top
@@ -24,11 +24,15 @@ _ROOM = 16
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A delivered token, the log-probability the model gave it, and the likeliest ones."""
+    """A delivered token, the log-probability the model gave it, and the likeliest ones.
+
+    ``cut`` is how many bytes at its end were not, where a stop sequence begins within it.
+    """
 
     id: int
     logprob: float | None
     top: Top = ()
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,16 +297,18 @@ class _Echo:
 class _Reader:
     """The text of one job on its way: stop sequences end it, calls are taken out.
 
-    A token goes out with the text that it begins; one that only a stop sequence needed
-    does not.
+    A token goes out once its text has, at the latest with the end; of one that a stop sequence
+    cut only that part, and one that only a stop sequence needed does not.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._stops = StopFilter(job.stops)
         self._calls = CallReader(job.tools)
-        self._tokens: list[tuple[int, Token]] = []
+        self._tokens: list[tuple[int, str, Token]] = []
+        """Those that wait, each with the place and the text of its delta."""
         self._read = self._passed = 0
+        self._over = False
         self.delivered = 0
 
     @property
@@ -316,13 +322,14 @@ class _Reader:
             logprob = delta.logprobs[number] if delta.logprobs else None
             top = delta.top_logprobs[number] if delta.top_logprobs else ()
             known = Token(token, logprob, top)
-            self._tokens.append((self._read, known))
+            self._tokens.append((self._read, delta.text, known))
         self._read += len(delta.text)
         if text := self._stops.push(delta.text):
             self._passed += len(text)
             self._put(*self._calls.push(text), events)
 
     def end(self, events: _Echo) -> None:
+        self._over = True
         held = self._stops.flush()
         text, calls = self._calls.push(held)
         more, last = self._calls.flush()
@@ -331,10 +338,22 @@ class _Reader:
         self._put(text + more, calls + last, events)
 
     def _put(self, text: str, calls: list[ToolCall], events: _Echo) -> None:
-        tokens = tuple(token for start, token in self._tokens if start < self._passed)
-        if text or calls or (tokens and self._passed > self._read):
-            self._tokens = [pair for pair in self._tokens if pair[0] >= self._passed]
+        tokens = self._ready() if text or calls or self._over else ()
+        if text or calls or tokens:
             events.put(Piece(self._job.index, text, tokens, tuple(calls)))
+
+    def _ready(self) -> tuple[Token, ...]:
+        """The tokens whose text has passed, which then wait no more."""
+        passed, ended = self._passed, self._over or self.stopped
+        ready, waiting = list[Token](), list[tuple[int, str, Token]]()
+        for start, text, token in self._tokens:
+            if start >= passed or (start + len(text) > passed and not ended):
+                waiting.append((start, text, token))
+            else:
+                cut = len(text[passed - start :].encode())
+                ready.append(replace(token, cut=cut) if cut else token)
+        self._tokens = waiting
+        return tuple(ready)
 
     def outcome(self, answer: Answer) -> Outcome:
         reason: Reason = (
