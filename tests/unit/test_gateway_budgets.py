@@ -357,6 +357,7 @@ async def test_a_key_keeps_to_its_models_peers_and_rate(path: Path) -> None:
     half = made(path, peers=frozenset({here}))
     status, headers, body = await served.chat(half)
     assert (status, body["error"]["code"]) == (403, "peer_not_allowed")
+    assert (await served.post("/v1/quote", half, asked))[0] == 403
     assert headers["x-should-retry"] == "false"
     assert len(served.upstream.asked) == 1
     rated = made(path, rate=2)

@@ -48,7 +48,7 @@ from plait.gateway.routing import Routes
 from plait.gateway.running import InProgress
 from plait.gateway.shares import Shares
 from plait.gateway.shelf import Shelf, Shelved, facts_of
-from plait.gateway.till import check_model, permitted, within
+from plait.gateway.till import check_model, check_peers, permitted, within
 from plait.router.explain import explain
 
 BodyT = TypeVar("BodyT")
@@ -218,6 +218,7 @@ class Gateway:
         count = body.prompt_tokens or await self._measure(model, body)
         limit = max_tokens(count, body.max_tokens, model, self._config, "prompt_tokens")
         options = within(options_of(limit, body.provider, body.plait), request.state.key)
+        check_peers(self._upstream, model.name, count, options, request.state.key)
         decision = explain(self._upstream.plan(model.name, count, options))
         predicted = decision.pop("predicted")
         tokens = {"prompt_tokens": count, "max_tokens": options.max_tokens}

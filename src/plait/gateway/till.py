@@ -53,6 +53,21 @@ def permitted(jobs: list[Job], key: Key | None) -> list[Job]:
     ]
 
 
+def check_peers(
+    upstream: Upstream, model: str, prompt_tokens: int, options: Options, key: Key | None
+) -> None:
+    """Raise ``ApiError`` (403) if it is the key's peers, not the request's, that make no route."""
+    if key is None or not key.peers or options.only != key.peers:
+        return  # what the request narrowed further is the request's to mend
+    try:
+        upstream.plan(model, prompt_tokens, options)
+    except NoRoute as error:
+        if "only" in error.options:
+            raise ApiError(
+                403, f"with the peers that this key may use, {error}", code="peer_not_allowed"
+            ) from error
+
+
 class Till:
     """Holds and settles the money of one request. ``open`` before the work, ``close`` after."""
 
@@ -72,7 +87,9 @@ class Till:
         """
         if self._cashier is None or self._key is None:
             return jobs
-        self._check_peers(jobs[0], self._key)
+        first = jobs[0]
+        asked = first.ask.options
+        check_peers(self._upstream, first.model.name, first.prompt_tokens, asked, self._key)
         priced = jobs
         amount = 0
         share = self._key.share
@@ -100,18 +117,6 @@ class Till:
         if self._cashier is not None and self._hold is not None:
             self._cashier.settle(self._hold, spent)
             self._hold = None
-
-    def _check_peers(self, job: Job, key: Key) -> None:
-        options = job.ask.options
-        if not key.peers or options.only != key.peers:
-            return  # what the request narrowed further is the request's to mend
-        try:
-            self._upstream.plan(job.model.name, job.prompt_tokens, options)
-        except NoRoute as error:
-            if "only" in error.options:
-                raise ApiError(
-                    403, f"with the peers that this key may use, {error}", code="peer_not_allowed"
-                ) from error
 
     def _bounded(self, job: Job) -> Job:
         """The job with a price limit, which the router keeps."""
