@@ -1,5 +1,6 @@
 """What ``--dtype auto`` stands for. Slow because torch takes seconds to import."""
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -59,12 +60,12 @@ def test_the_int4_kernel_follows_from_the_processor(
 ) -> None:
     import torch
 
-    from plait.compute import choice
+    from plait.compute import choice, ggml
 
     monkeypatch.setattr(choice, "has_bf16", lambda: has_bf16)
-    monkeypatch.setattr(choice.platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(choice.ggml, "shared_object", lambda: Path("ggml.so") if here else None)
+    monkeypatch.setattr(ggml, "shared_object", lambda: Path("ggml.so") if here else None)
     assert choice.int4_kernel() == kernel
 
 
