@@ -23,22 +23,28 @@ from plait.network_file import NetworkFile
 from plait.testing.testnets import run_plait
 from plait.testnet import cluster, launch
 from plait.testnet.layout import place
-from plait.types import PeerId, Span
+from plait.types import PeerId
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 TINY = "tiny-random"
-STAGES, LAYER, END = 3, 3, 6
+STAGES, LAYER = 3, 3
 TOKENS = 40
 ATTEMPTS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where the testnet lives, and who hosts the second span."""
+    """Where the testnet lives, who hosts the second span, and one host of each other span."""
 
     directory: Path
     liar: PeerId
     honest: PeerId
+    auditors: frozenset[PeerId]
+
+    def ignored(self, peer: PeerId) -> frozenset[PeerId]:
+        """A route without these goes through ``peer``, has one host of each span, and leaves the
+        other to audit it."""
+        return self.auditors | ({self.liar, self.honest} - {peer})
 
     def bundle(self, peer: PeerId, name: str) -> Path:
         """The bundle of a generation whose second stage is ``peer``."""
@@ -46,8 +52,8 @@ class Stage:
 
         async def generate() -> bytes:
             async with AsyncClient(self.directory / "network.toml") as client:
-                span = Span(LAYER, END)
-                options = Options(max_tokens=TOKENS, bundle=True, pin=((span, peer),), raw=True)
+                ignore = self.ignored(peer)
+                options = Options(max_tokens=TOKENS, bundle=True, ignore=ignore, raw=True)
                 # A session that moved on a busy machine leaves no host that took no part.
                 for _ in range(ATTEMPTS):
                     answer = await client.generate(TINY, "The sky is blue and", options)
@@ -115,7 +121,9 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         hosts = [node for node in nodes if node["span"] and node["span"][0] == LAYER]
         [lying] = [node["peer"] for node in hosts if str(node["pid"]) == mark.read_text()]
         [honest] = [node["peer"] for node in hosts if node["peer"] != lying]
-        yield Stage(directory, PeerId(lying), PeerId(honest))
+        auditors = {node["span"][0]: PeerId(node["peer"]) for node in nodes if node["span"]}
+        del auditors[LAYER]
+        yield Stage(directory, PeerId(lying), PeerId(honest), frozenset(auditors.values()))
     finally:
         launch.abandon(directory, process)
 
@@ -168,7 +176,7 @@ def test_the_lottery_is_held_without_being_asked(net: Stage) -> None:
     network = net.directory / "network.toml"
 
     async def play() -> tuple[AuditRecord, ...]:
-        options = Options(max_tokens=TOKENS, ignore=frozenset({net.honest}), raw=True)
+        options = Options(max_tokens=TOKENS, ignore=net.ignored(net.liar), raw=True)
         async with AsyncClient(network) as client:
             for _ in range(ATTEMPTS):
                 answer = await client.generate(TINY, "The sky is blue and", options)

@@ -56,7 +56,7 @@ def test_planes_add_up_to_the_weights(name: str) -> None:
     np.testing.assert_allclose(total, fp32(name), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["F32", "F16", "Q6_K"])
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
 def test_other_formats_have_no_planes(name: str) -> None:
     assert planes(name) == ()
 
