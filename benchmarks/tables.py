@@ -56,7 +56,11 @@ def tables() -> str:
     parts = []
     for name, title, rows_of in (
         ("compute_llama_cpp", "One stage with all layers, and llama.cpp", decode_rows),
-        ("compute_int4_avx2", "The same without AVX-512, int4 by ggml and by onnxruntime", decode_rows),
+        (
+            "compute_int4_avx2",
+            "The same without AVX-512, int4 by ggml and by onnxruntime",
+            decode_rows,
+        ),
         ("compute", "All number formats, another run, both cores busy", decode_rows),
         ("quality", "Divergence from fp32, in nats, int4 by torch, before ADR 16", figure_rows),
         ("quality_int4_avx2", "Divergence from fp32, int4 by onnxruntime and by ggml", figure_rows),
