@@ -20,6 +20,7 @@ import platformdirs
 from plait.errors import ModelError, RemoteProtocolError
 from plait.model.catalog_entry import ENTRY_FILE, check_name, is_name, read_entry, write_entry
 from plait.model.catalog_entry import CatalogEntry as CatalogEntry
+from plait.model.config import read_config
 from plait.model.download import (
     Progress,
     file_sha256,
@@ -175,13 +176,12 @@ def add(
     Raises ``ModelError``: a name that is taken or cannot be one, a file that is none of a
     known family, a full disk.
     """
-    from plait.model.tokenizer import Tokenizer  # only needed here
-
     check_name(name)
     known = _find(name)
     if known is not None and not (known.own and force):
         remedy = "plait models add … --force replaces it" if known.own else "choose another --name"
         raise ModelError(f"there is a model {name!r} already", remedy=remedy)
+    _check_usable(file)
     with _storing(name, progress) as folder, _scratch(folder) as scratch:
         weights = scratch / WEIGHTS_FILE
         link_or_copy(file, weights, progress)
@@ -189,8 +189,6 @@ def add(
         sha256 = file_sha256(weights, size, progress)
         progress("checking tensors", 0, size)
         with GgufFile.open(weights) as gguf:
-            check_whole(gguf)
-            Tokenizer.from_gguf(gguf)
             manifest = build_manifest(name, gguf)
             described = description or gguf.text("general.name", file.name)
             licensed = license or gguf.text("general.license", "not stated")
@@ -204,6 +202,18 @@ def add(
         (scratch / ENTRY_FILE).replace(folder / ENTRY_FILE)
         _publish(manifest, scratch, folder)
     return load(name)
+
+
+def _check_usable(file: Path) -> None:
+    """Raise ``ModelError`` about the user's own file, before anything is made of it."""
+    from plait.model.tokenizer import Tokenizer  # only needed here
+
+    if not file.is_file():
+        raise ModelError(f"there is no file {file}")
+    with GgufFile.open(file) as gguf:
+        check_whole(gguf)
+        read_config(gguf)
+        Tokenizer.from_gguf(gguf)
 
 
 def remove(name: str) -> int:

@@ -359,7 +359,9 @@ class _Walk:
         return value
 
     def _bad(self, what: str) -> ModelError:
-        return ModelError(f"{self._path} {what}", remedy="pull the model again")
+        return ModelError(
+            f"{self._path} {what}", remedy="pull the model again, or add another file"
+        )
 
 
 def metadata_digest_parts(gguf: GgufFile, *, tokenizer: bool) -> Iterator[bytes]:
