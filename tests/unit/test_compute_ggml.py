@@ -136,7 +136,7 @@ def test_a_projection_is_of_the_normed_rows_its_heads_turned(
     matrices = [matrix for matrix, _ in made]
     factors = np.linspace(1, 8, 8, dtype=np.float32) if divided else np.ones(8, np.float32)
     width, heads = 32 * len(kinds), 3
-    rotary = Rotary(heads, 16, width, 10_000.0, constant(factors) if divided else None)
+    rotary = Rotary(heads, 16, 10_000.0, constant(factors) if divided else None)
     program = Projection(
         constant(weight), 1e-5, matrices, constant(bias) if biased else None, rotary
     )

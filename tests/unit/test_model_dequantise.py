@@ -110,11 +110,13 @@ def test_planes_add_up_to_the_weights(name: str) -> None:
     planes = kind.to_nibbles(raw.reshape(-1), shape)
     assert {plane.group for plane in planes} == {16 if name == "Q6_K" else 32}
     assert len(planes) == (1 if name.startswith("Q4") else 2)
-    found = sum(
-        plane.codes * plane.scale.repeat(plane.group, 1) + plane.offset.repeat(plane.group, 1)
-        for plane in planes
-    )
-    np.testing.assert_allclose(found, kind.to_fp32(raw.reshape(-1), shape), rtol=1e-4, atol=1e-4)
+    total = np.zeros(shape, np.float64)
+    for plane in planes:
+        assert plane.codes.dtype == np.uint8 and plane.codes.max() <= 15
+        total += plane.codes * plane.scale.repeat(plane.group, 1).astype(np.float64)
+        total += plane.offset.repeat(plane.group, 1)
+    weights = kind.to_fp32(raw.reshape(-1), shape)
+    np.testing.assert_allclose(total, weights, rtol=0, atol=1e-6 * np.abs(weights).max())
 
 
 def test_sizes_count_whole_groups_only() -> None:

@@ -70,24 +70,29 @@ class HedgedGeneration:
         self._tasks: dict[Side, asyncio.Task[Answer | PlaitError]] = {}
 
     @property
+    def _answering(self) -> Running:
+        """The first, until another has won."""
+        return self._sides[self._race.winner or "first"]
+
+    @property
     def embedding(self) -> tuple[float, ...]:
         """Of the generation that answers."""
-        return self._sides[self._race.winner or "first"].embedding
+        return self._answering.embedding
 
     @property
     def peers(self) -> Collection[PeerId]:
         """Of the generation that answers."""
-        return self._sides[self._race.winner or "first"].peers
+        return self._answering.peers
 
     @property
     def route(self) -> tuple[RouteStep, ...]:
         """Of the generation that answers."""
-        return self._sides[self._race.winner or "first"].route
+        return self._answering.route
 
     @property
     def predicted(self) -> Prediction | None:
         """Of the generation that answers."""
-        return self._sides[self._race.winner or "first"].predicted
+        return self._answering.predicted
 
     @property
     def cost_microcredits(self) -> int:

@@ -23,8 +23,10 @@ from plait.errors import LocalProtocolError
 PACKAGE = "xllamacpp"
 F32, I32, BF16 = 0, 26, 30
 """ggml's codes of types are GGUF's."""
-_ALIGNMENT = 64
-_NODES_MAX = 64
+ALIGNMENT = 64
+"""Of each tensor in an arena, bytes."""
+NODES_MAX = 64
+"""Of a graph."""
 _ENUM = c_int
 
 
@@ -129,31 +131,44 @@ class Constant:
     """A weight in ggml's memory: [outputs, inputs] of a type, or one row of fp32."""
 
     def __init__(self, raw: npt.NDArray[Any], kind: int, inputs: int, outputs: int = 1) -> None:
-        """``raw`` are the bytes as GGUF stores them; they are copied."""
-        lib = self._lib = library()
-        self.kind, self.inputs, self.outputs = kind, inputs, outputs
+        """``raw`` are the bytes as GGUF stores them; they are copied.
+
+        Raises ``LocalProtocolError`` if there is no memory.
+        """
+        self._context: int | None = None
         self._buffer: int | None = None
-        self._context = lib.ggml_init(_InitParams(4 * lib.ggml_tensor_overhead(), None, True))
-        for where in (_repacking(), lib.ggml_backend_cpu_buffer_type()):
-            if where is None:
-                continue
-            self.tensor = lib.ggml_new_tensor_2d(self._context, kind, inputs, outputs)
-            self._buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(self._context, where)
-            if where is not _repacking() or self._is_taken():
-                break
-            lib.ggml_backend_buffer_free(self._buffer)
-            lib.ggml_free(self._context)
-            self._context = lib.ggml_init(_InitParams(4 * lib.ggml_tensor_overhead(), None, True))
+        lib = self._lib = library()
+        self.inputs = inputs
+        fast = _repacking()
+        if fast is not None:
+            self._allocate(fast, kind, inputs, outputs)
+        if fast is None or not self._is_fast():
+            self._allocate(lib.ggml_backend_cpu_buffer_type(), kind, inputs, outputs)
         flat = np.ascontiguousarray(raw)
         assert flat.nbytes == lib.ggml_nbytes(self.tensor), (flat.nbytes, kind, inputs, outputs)
         lib.ggml_backend_tensor_set(self.tensor, flat.ctypes.data, 0, flat.nbytes)
 
     def __del__(self) -> None:
-        if self._buffer is not None:
-            self._lib.ggml_backend_buffer_free(self._buffer)
-            self._lib.ggml_free(self._context)
+        self._free()
 
-    def _is_taken(self) -> bool:
+    def _allocate(self, where: c_void_p, kind: int, inputs: int, outputs: int) -> None:
+        """Have the tensor in this kind of buffer, and nowhere else."""
+        self._free()
+        lib = self._lib
+        self._context = lib.ggml_init(_InitParams(4 * lib.ggml_tensor_overhead(), None, True))
+        self.tensor: int = lib.ggml_new_tensor_2d(self._context, kind, inputs, outputs)
+        self._buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(self._context, where)
+        if not self._buffer:
+            raise LocalProtocolError(f"no memory for a weight of {outputs} by {inputs}")
+
+    def _free(self) -> None:
+        if self._buffer:
+            self._lib.ggml_backend_buffer_free(self._buffer)
+        if self._context:
+            self._lib.ggml_free(self._context)
+        self._buffer = self._context = None
+
+    def _is_fast(self) -> bool:
         """Whether products with the weights laid out anew exist here."""
         rows = self._lib.ggml_new_tensor_2d(self._context, F32, self.inputs, 1)
         product = self._lib.ggml_mul_mat(self._context, self.tensor, rows)
@@ -187,14 +202,13 @@ class Arena:
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """A rotary embedding of the first ``heads`` heads of rows of ``width`` numbers.
+    """A rotary embedding of the first ``heads`` heads of a row.
 
     Neighbours turn together, as llama's files have them (ggml's mode 0).
     """
 
     heads: int
     head_size: int
-    width: int
     base: float
     factors: Constant | None
 
@@ -211,10 +225,10 @@ class Graph:
         self.rows = rows
         self._arena = arena
         self._used = 0
-        size = _NODES_MAX * lib.ggml_tensor_overhead()
-        size += lib.ggml_graph_overhead_custom(_NODES_MAX, False)
+        size = NODES_MAX * lib.ggml_tensor_overhead()
+        size += lib.ggml_graph_overhead_custom(NODES_MAX, False)
         self._context = lib.ggml_init(_InitParams(size, None, True))
-        self.graph: int = lib.ggml_new_graph_custom(self._context, _NODES_MAX, False)
+        self.graph: int = lib.ggml_new_graph_custom(self._context, NODES_MAX, False)
         self.places: dict[int, int] = {}
         """Addresses of the tensors' data."""
 
@@ -260,10 +274,10 @@ class Graph:
         """silu of the first half of each row, times the second."""
         return self._placed(self._lib.ggml_swiglu(self._context, rows))
 
-    def turned(self, rows: int, positions: int, rotary: Rotary) -> int:
+    def turned(self, rows: int, width: int, positions: int, rotary: Rotary) -> int:
         """The rotary embedding of the first heads of rows, which are changed in their place."""
         lib, size, number = self._lib, rotary.head_size, 4
-        strides = (size * number, rotary.width * number, 0)
+        strides = (size * number, width * number, 0)
         view = lib.ggml_view_3d(self._context, rows, size, rotary.heads, self.rows, *strides)
         factors = None if rotary.factors is None else rotary.factors.tensor
         plain = (rotary.base, 1.0, 0.0, 1.0, 0.0, 0.0)  # no scaling of positions
@@ -287,7 +301,7 @@ class Graph:
 
     def _placed(self, tensor: int) -> int:
         place = self._arena.base + self._used
-        self._used += -(-self._lib.ggml_nbytes(tensor) // _ALIGNMENT) * _ALIGNMENT
+        self._used += -(-self._lib.ggml_nbytes(tensor) // ALIGNMENT) * ALIGNMENT
         if self._used > self._arena.size:
             raise LocalProtocolError(f"{self.rows} rows do not fit {self._arena.size} bytes")
         self._lib.ggml_backend_tensor_alloc(self._arena.buffer, tensor, place)

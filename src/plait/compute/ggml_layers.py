@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from plait.compute import ort
-from plait.compute.ggml import F32, Arena, Constant, Graph, Rotary
+from plait.compute.ggml import ALIGNMENT, F32, NODES_MAX, Arena, Constant, Graph, Rotary
 from plait.compute.layers import Half, HalvedLayer, Layer, tensor_names
 from plait.errors import LocalProtocolError
 from plait.model.gguf_types import BY_NAME, TensorType
@@ -36,8 +36,6 @@ _TRIED = (1, 2, 3, 4, 5, 8)
 _GROUP = 32
 _BARE, _OFFSET = BY_NAME["Q4_0"], BY_NAME["Q4_1"]
 _FAST = frozenset({"Q4_0", "Q4_1", "Q4_K"})
-_ROW_TENSORS_BYTES = 64
-"""What aligning the tensors of a row may cost, for each of them."""
 
 
 class Matrix:
@@ -138,7 +136,7 @@ class Projection:
         found = _products(graph, self.matrices, normed)
         if self.bias is not None:
             found = graph.added(found, self.bias.tensor)
-        return found, graph.turned(found, positions, self.rotary)
+        return found, graph.turned(found, self.outputs, positions, self.rotary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +180,7 @@ class _Built:
 class Part:
     """A program as graphs for numbers of rows, made when first needed."""
 
-    def __init__(self, program: Program, arena: Arena, pad: "Callable[[int], int] | None") -> None:
+    def __init__(self, program: Program, arena: Arena, pad: Callable[[int], int] | None) -> None:
         """``pad`` gives how many rows to compute for so many; None to find it out."""
         self._program = program
         self._outputs = program.outputs
@@ -260,14 +258,13 @@ class GgmlParts:
         # Of a row: inputs, sums and norms; projections with what is added; gates; group sums.
         numbers = 12 * config.hidden_size + 6 * attention + 8 * config.feed_forward_size
         numbers += (config.hidden_size + config.feed_forward_size) // _GROUP * 4
-        size = 4 * numbers * TILE_ROWS + 64 * _ROW_TENSORS_BYTES
+        size = 4 * numbers * TILE_ROWS + NODES_MAX * ALIGNMENT
         self._arena = Arena(size, torch.get_num_threads())
         self._pads: dict[tuple[str, ...], Callable[[int], int]] = {}
         factors = weights.rotary_factors()
         self._rotary = Rotary(
             heads=config.heads + config.kv_heads,
             head_size=config.head_size,
-            width=attention,
             base=config.rope_base,
             factors=None if factors is None else _row(factors),
         )
@@ -275,8 +272,9 @@ class GgmlParts:
     def layer(self, index: int) -> Layer:
         """Layer ``index``. Raises ``ModelError`` on a bad tensor."""
         projection, end = self._projection(index), self._end(index)
-        ours = (isinstance(half, Part) for half in (projection, end))
-        return HalvedLayer(projection, end, *ours)
+        # Ours apply the rotary embedding and round; onnxruntime's leave that to others.
+        turns, rounds = isinstance(projection, Part), isinstance(end, Part)
+        return HalvedLayer(projection, end, turns=turns, rounds=rounds)
 
     def head(self) -> ort.Part:
         """The last matrix."""

@@ -124,7 +124,7 @@ def load(name: str) -> LocalModel:
         return pull(name)
     folder = models_dir() / name
     if not (folder / WEIGHTS_FILE).is_file():
-        raise ModelError(f"{name} is not on this machine", remedy=f"plait models pull {name}")
+        raise ModelError(f"{name} is not on this machine", remedy=_how_to_have(wanted))
     try:
         manifest = manifest_from_payload((folder / MANIFEST_FILE).read_bytes())
     except (OSError, RemoteProtocolError) as error:
@@ -152,7 +152,7 @@ def pull(
     if wanted.own:
         raise ModelError(
             f"{name} was added from a file and cannot be pulled",
-            remedy=f"plait models add FILE --name {name} --force",
+            remedy=f"{_how_to_have(wanted)} --force",
         )
     with _storing(name, progress) as folder:
         if force or not installed(name):
@@ -295,7 +295,10 @@ def _lock(path: Path, progress: Progress) -> Iterator[None]:
 
 
 def _damaged(name: str, why: str) -> ModelError:
-    how = "add FILE --name" if entry(name).own else "pull"
-    return ModelError(
-        f"{name} on this machine is damaged: {why}", remedy=f"plait models {how} {name} --force"
-    )
+    remedy = f"{_how_to_have(entry(name))} --force"
+    return ModelError(f"{name} on this machine is damaged: {why}", remedy=remedy)
+
+
+def _how_to_have(model: CatalogEntry) -> str:
+    how = "add FILE --name" if model.own else "pull"
+    return f"plait models {how} {model.name}"

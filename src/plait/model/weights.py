@@ -101,8 +101,9 @@ class Weights:
 
     def _order(self, name: str) -> npt.NDArray[np.int64] | None:
         """Where each row of queries or keys lies in the file; None if the order is right."""
-        config, (part, *_) = self.config, name.split(".")[2:] or [""]
-        heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(part)
+        config = self.config
+        turned = {"attn_q": config.heads, "attn_k": config.kv_heads}
+        heads = next((turned[part] for part in name.split(".") if part in turned), None)
         if heads is None or not config.family.rotary_halves:
             return None
         rows = np.arange(heads * config.head_size).reshape(heads, 2, -1)
