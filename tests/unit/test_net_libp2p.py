@@ -1,6 +1,7 @@
 """The real gossip network on loopback: its life, its links, and attacks on it."""
 
 import asyncio
+import contextlib
 import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -9,7 +10,7 @@ from typing import Any
 import libp2p
 import pytest
 import trio
-from libp2p.abc import IHost, INetStream
+from libp2p.abc import IHost, INetConn, INetStream, INetwork
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.io.utils import read_exactly
@@ -25,6 +26,7 @@ from plait.errors import NetworkError, PeerUnreachable
 from plait.identity import SigningKey
 from plait.net import libp2p as real
 from plait.net.bridge import Bridge
+from plait.net.libp2p_links import Links, close_socket
 from plait.net.port import Message, PeerEvent
 from plait.types import PeerId
 
@@ -98,7 +100,8 @@ async def stranger(
     keys = create_new_key_pair(bytes([9] * 32))
     host = libp2p.new_host(key_pair=keys, sec_opt=security)
 
-    host.get_network().register_notifee(real._Links(lambda peer: None))  # closes its sockets
+    host.get_network().register_notifee(_SocketCloser())
+    host.set_stream_handler(real.MESHSUB, _swallow)  # or it would be dropped for not gossiping
 
     async def main(bridge: Bridge, ready: Callable[[], None]) -> None:
         async with host.run([Multiaddr("/ip4/127.0.0.1/tcp/0")]):
@@ -113,6 +116,23 @@ async def stranger(
         network = host.get_network()
         await bridge.call(_close_all, network)
         await bridge.stop()
+
+
+async def _swallow(stream: INetStream) -> None:
+    with contextlib.suppress(Exception):  # which would stop the bare host
+        while await stream.read(4096):
+            pass
+
+
+class _SocketCloser(Links):
+    """Takes no links, and closes what libp2p leaves open."""
+
+    def __init__(self) -> None: ...
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None: ...
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        close_socket(conn)
 
 
 async def _close_all(network: Any) -> None:
@@ -154,6 +174,32 @@ async def test_a_clean_stop_is_seen_at_once_and_a_restart_is_rejoined() -> None:
         async with Plane(key(3), listen=listen, bootstrap=second.multiaddrs) as again:
             await again.subscribe(TOPIC, accept)
             await until_heard(again, queue)
+
+
+async def test_dials_that_cross_leave_one_link() -> None:
+    async with Plane(key(1)) as first, Plane(key(2)) as second:
+        queues = [await plane.subscribe(TOPIC, accept) for plane in (first, second)]
+        await asyncio.gather(
+            first.connect(second.multiaddrs[0]),
+            second.connect(first.multiaddrs[0]),
+            return_exceptions=True,  # one may lose to the other
+        )
+        first.learn(second.multiaddrs)
+        await until_heard(first, queues[1])
+        await until_heard(second, queues[0])
+        for plane in (first, second):
+            assert len(plane._program._host.get_network().get_connections()) == 1
+
+
+async def test_only_those_who_are_linked_count_against_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(real, "CONNECTIONS_MAX", 2)
+    async with Plane(key(1)) as first:
+        for number in range(2, 6):
+            async with Plane(key(number), bootstrap=first.multiaddrs) as other:
+                await until_linked(first, other.peer)
+            await until_linked(first, other.peer, linked=False)
 
 
 async def test_sequence_numbers_never_repeat_after_a_restart() -> None:
@@ -252,9 +298,10 @@ Attack = Callable[[Plane, IHost], Awaitable[None]]
 
 
 async def _stream(victim: Plane, host: IHost, protocol: str = real.MESHSUB) -> INetStream:
-    await host.connect(info_from_p2p_addr(Multiaddr(victim.multiaddrs[0])))
-    peer = info_from_p2p_addr(Multiaddr(victim.multiaddrs[0])).peer_id
-    return await host.new_stream(peer, [TProtocol(protocol)])
+    info = info_from_p2p_addr(Multiaddr(victim.multiaddrs[0]))
+    await host.disconnect(info.peer_id)  # the victim may have dropped us for the last attack
+    await host.connect(info)
+    return await host.new_stream(info.peer_id, [TProtocol(protocol)])
 
 
 async def _send(stream: INetStream, rpc: rpc_pb2.RPC) -> None:

@@ -1,8 +1,9 @@
 """The real gossip network: py-libp2p 0.8.1, hardened, in a trio thread behind a bridge.
 
-Only this module imports libp2p, and importing it takes about a second: import it late.
-Out of the box one stranger's bytes can stop py-libp2p or impersonate a peer, silent links
-go unnoticed and lost ones stay lost; each guard below says which of these it is for.
+Only this module, ``libp2p_gossip`` and ``libp2p_links`` import libp2p, and importing it takes
+about a second: import them late. Out of the box one stranger's bytes can stop py-libp2p or
+impersonate a peer, silent links go unnoticed and lost ones stay lost; each guard says which of
+these it is for.
 """
 
 import asyncio
@@ -10,24 +11,21 @@ import contextlib
 import random
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import libp2p
 import trio
-from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
+from libp2p.abc import IHost, INetStream, IRawConnection
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
-from libp2p.host.ping import ID as PING
-from libp2p.host.ping import perform_ping_roundtrip
 from libp2p.network.config import ConnectionConfig
+from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import info_from_p2p_addr
-from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pb import rpc_pb2
-from libp2p.pubsub.pubsub import Pubsub
 from libp2p.rcmgr import new_resource_manager
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
@@ -39,6 +37,8 @@ from plait.identity import SigningKey
 from plait.logs import get_logger
 from plait.net.bridge import Bridge, describe
 from plait.net.dialing import DialBook, Target
+from plait.net.libp2p_gossip import GuardedPubsub, GuardedRouter
+from plait.net.libp2p_links import Links
 from plait.net.port import (
     QUEUE_LENGTH,
     Message,
@@ -54,93 +54,11 @@ MESHSUB = TProtocol("/meshsub/1.1.0")
 """Later versions cost twice the time per message for nothing at our sizes."""
 
 DEGREE = 6
-MESSAGE_BYTES_MAX = 4096
-RPC_BYTES_MAX = 64 * 1024
-TOPICS_PER_PEER_MAX = 64
-CONTROL_IDS_MAX = 512
-PRUNE_BACKOFF_S_MAX = 120
 CONNECTIONS_MAX = 128
 
-PING_INTERVAL_S = 1.0
-PING_TIMEOUT_S = 1.8
 FLUSH_S = 0.1
 DIAL_TIMEOUT_S = 5.0
 RESTART_BACKOFF_S_MAX = 15.0
-
-
-class _Router(GossipSub):
-    """GossipSub that takes nothing on trust from a control message."""
-
-    async def heartbeat(self) -> None:
-        """Beat on: one bad beat must not stop the host."""
-        while True:
-            with _guarded("heartbeat"):
-                await super().heartbeat()
-            await trio.sleep(self.heartbeat_interval)
-
-    async def on_peer_subscribed(self, peer_id: ID, topic: str) -> None:
-        with _guarded("on_peer_subscribed"):
-            await super().on_peer_subscribed(peer_id, topic)
-
-    async def flush_pending_messages(self, peer_id: ID) -> None:
-        with _guarded("flush_pending_messages"):
-            await super().flush_pending_messages(peer_id)
-
-    async def handle_ihave(self, ihave_msg: rpc_pb2.ControlIHave, sender_peer_id: ID) -> None:
-        if ihave_msg.topicID in self.mesh:
-            del ihave_msg.messageIDs[CONTROL_IDS_MAX:]
-            await super().handle_ihave(ihave_msg, sender_peer_id)
-
-    async def handle_iwant(self, iwant_msg: rpc_pb2.ControlIWant, sender_peer_id: ID) -> None:
-        del iwant_msg.messageIDs[CONTROL_IDS_MAX:]
-        await super().handle_iwant(iwant_msg, sender_peer_id)
-
-    async def handle_graft(self, graft_msg: rpc_pb2.ControlGraft, sender_peer_id: ID) -> None:
-        if graft_msg.topicID in self.mesh:  # topics we never joined would only fill memory
-            await super().handle_graft(graft_msg, sender_peer_id)
-
-    async def handle_prune(self, prune_msg: rpc_pb2.ControlPrune, sender_peer_id: ID) -> None:
-        if prune_msg.topicID in self.mesh:
-            prune_msg.backoff = min(prune_msg.backoff, PRUNE_BACKOFF_S_MAX)
-            del prune_msg.peers[:]  # addresses a stranger wants us to dial
-            await super().handle_prune(prune_msg, sender_peer_id)
-
-
-class _Pubsub(Pubsub):
-    """Pubsub that survives any message and looks at each only once at a time."""
-
-    def __init__(self, host: IHost, router: GossipSub) -> None:
-        super().__init__(
-            host,
-            router,
-            max_concurrent_validator_count=64,
-            max_subscriptions_per_rpc=TOPICS_PER_PEER_MAX,
-            max_subscriptions_per_peer=TOPICS_PER_PEER_MAX,
-            max_inbound_rpc_size=RPC_BYTES_MAX,
-        )
-        # Seconds, the default, repeat after a restart and lose messages to others' caches.
-        self.counter = time.time_ns()
-        self._in_flight: set[bytes] = set()
-
-    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
-        name = msg.from_id + msg.seqno
-        if name in self._in_flight or len(msg.topicIDs) != 1 or len(msg.data) > MESSAGE_BYTES_MAX:
-            return
-        self._in_flight.add(name)
-        try:
-            with _guarded("message"):
-                await super().push_msg(msg_forwarder, msg)
-        finally:
-            self._in_flight.discard(name)
-
-
-@contextlib.contextmanager
-def _guarded(what: str) -> Iterator[None]:
-    """Log an exception instead of letting it cancel the host: a task boundary."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001
-        log.debug("libp2p.refused", what=what, error=describe(error))
 
 
 def _make_host(seed: bytes) -> IHost:
@@ -177,42 +95,18 @@ def _make_host(seed: bytes) -> IHost:
 
     network: Any = host.get_network()
     network.set_stream_handler(guard)
+    upgrade = network.upgrade_inbound_raw_conn
+
+    async def upgrade_and_wait(raw: IRawConnection, listener: Multiaddr) -> None:
+        # It counts everybody who ever dialled in against the limit: make its task end.
+        connection = await upgrade(raw, listener)
+        await connection.event_closed.wait()
+        raise SwarmException("the connection ended")
+
+    network.upgrade_inbound_raw_conn = upgrade_and_wait
     # It dials whatever addresses strangers told us, whatever the watermarks say.
     network.auto_connector.maybe_connect = trio.lowlevel.checkpoint
     return host
-
-
-class _Links(INotifee):
-    """Tells the host program of connections that come and go."""
-
-    def __init__(self, changed: Callable[[ID], None]) -> None:
-        self._changed = changed
-
-    async def connected(self, network: INetwork, conn: INetConn) -> None:
-        self._changed(conn.muxed_conn.peer_id)
-
-    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
-        _close_socket(conn)
-        self._changed(conn.muxed_conn.peer_id)
-
-    async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
-
-    async def closed_stream(self, network: INetwork, stream: INetStream) -> None: ...
-
-    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
-
-    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
-
-
-def _close_socket(connection: INetConn) -> None:
-    """Close what libp2p leaves open when the other end closed, or takes no more bytes."""
-    if getattr(connection, "_shared_muxed_conn", False):  # a second wrapper of a live one
-        return
-    layer: Any = getattr(connection.muxed_conn, "secured_conn", None)
-    for name in ("conn", "conn", "stream", "stream"):
-        layer = getattr(layer, name, None)
-    if isinstance(layer, trio.SocketStream):
-        layer.socket.close()
 
 
 def check_free(listen: str) -> None:
@@ -238,7 +132,7 @@ class _HostProgram:
     def __init__(self, plane: "Libp2pControlPlane", seed: bytes, listen: str) -> None:
         self._plane = plane
         self._host = _make_host(seed)
-        self._router = _Router(
+        self._router = GuardedRouter(
             protocols=[MESHSUB],
             degree=DEGREE,
             degree_low=4,
@@ -246,19 +140,19 @@ class _HostProgram:
             heartbeat_interval=1,
             spam_protection_enabled=False,  # it counts forwarders, not authors, and drops
         )
-        self._pubsub = _Pubsub(self._host, self._router)
+        self._pubsub = GuardedPubsub(self._host, self._router)
+        self._links = Links(self._host, self._pubsub, self._linked)
         self._listen = Multiaddr(listen)
-        self._linked: set[ID] = set()
         self._nursery: trio.Nursery
 
     async def run(self, bridge: Bridge, ready: Callable[[], None]) -> None:
         """Run until cancelled."""
         self._bridge = bridge
         check_free(str(self._listen))
-        self._host.get_network().register_notifee(_Links(self._changed))
         # One stack in strict order, or trio finds its nurseries misnested.
         async with contextlib.AsyncExitStack() as stack:
             self._nursery = await stack.enter_async_context(trio.open_nursery())
+            self._links.start(self._nursery)
             await stack.enter_async_context(self._host.run([self._listen]))
             if not self._host.get_transport_addrs():
                 raise NetworkError(f"cannot listen on {self._listen}")
@@ -269,15 +163,12 @@ class _HostProgram:
             try:
                 await trio.sleep_forever()
             finally:
-                for conn in self._host.get_network().get_connections():
-                    _close_socket(conn)
+                self._links.close_sockets()
 
     async def hang_up(self) -> None:
-        """Close all links; a host that is only cancelled leaves its peers waiting."""
+        """Close all links, after a moment for what was just published to leave."""
         await trio.sleep(FLUSH_S)
-        async with trio.open_nursery() as nursery:
-            for peer in list(self._host.get_network().connections):
-                nursery.start_soon(self._disconnect, peer)
+        await self._links.hang_up()
 
     def multiaddrs(self) -> tuple[str, ...]:
         """Our own addresses."""
@@ -314,65 +205,12 @@ class _HostProgram:
         except Exception as error:
             raise PeerUnreachable(f"cannot reach {multiaddr}: {describe(error)}") from error
 
+    def _linked(self, peer: ID, linked: bool) -> None:
+        self._bridge.post(self._plane.link_changed, PeerId(str(peer)), linked)
+
     async def _drain(self, subscription: Any) -> None:
         while True:  # its queue holds 32 and then complains; delivery was in the validator
             await subscription.get()
-
-    def _is_linked(self, peer: ID) -> bool:
-        return any(
-            not conn.muxed_conn.is_closed for conn in self._host.get_network().get_connections(peer)
-        )
-
-    def _changed(self, peer: ID) -> None:
-        linked = self._is_linked(peer)
-        if linked and peer not in self._linked:
-            self._linked.add(peer)
-            self._bridge.post(self._plane.link_changed, PeerId(str(peer)), True)
-            self._nursery.start_soon(self._watch, peer)
-        elif not linked and peer in self._linked:
-            self._linked.discard(peer)
-            self._bridge.post(self._plane.link_changed, PeerId(str(peer)), False)
-
-    async def _watch(self, peer: ID) -> None:
-        """Ping a linked peer; libp2p itself never notices a link that fell silent."""
-        stream: INetStream | None = None
-        failures = 0
-        while peer in self._linked:
-            await trio.sleep(PING_INTERVAL_S)
-            try:
-                with trio.fail_after(PING_TIMEOUT_S):
-                    stream = stream or await self._host.new_stream(peer, [PING])
-                    await perform_ping_roundtrip(stream)
-                failures = 0
-            except trio.TooSlowError:
-                break
-            except Exception as error:  # noqa: BLE001 - a closed stream may be opened again
-                log.debug("libp2p.ping", peer=str(peer), error=describe(error))
-                stream, failures = None, failures + 1
-                if failures == 2:
-                    break
-                # The connection under it may have been replaced, as after a hang of ours:
-                # gossip would go on writing to the old one, so it must begin anew too.
-                self._pubsub._handle_dead_peer(peer)
-        await self._drop(peer)
-
-    async def _drop(self, peer: ID) -> None:
-        if peer not in self._linked:
-            return
-        log.info("libp2p.link_dead", peer=str(peer))
-        self._linked.discard(peer)
-        self._bridge.post(self._plane.link_changed, PeerId(str(peer)), False)
-        await self._disconnect(peer)
-        self._pubsub._handle_dead_peer(peer)
-
-    async def _disconnect(self, peer: ID) -> None:
-        network = self._host.get_network()
-        connections = network.get_connections(peer)
-        with trio.move_on_after(0.5), contextlib.suppress(Exception):
-            await self._host.disconnect(peer)
-        for connection in connections:
-            _close_socket(connection)
-        network.connections.pop(peer, None)
 
 
 class Libp2pControlPlane:
