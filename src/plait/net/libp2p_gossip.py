@@ -40,6 +40,26 @@ class GuardedRouter(GossipSub):
         with guarded("on_peer_subscribed"):
             await super().on_peer_subscribed(peer_id, topic)
 
+    async def send_recent_messages(self, peer_id: ID, topic: str) -> None:
+        """Send a new neighbour the newest message of each author, in few writes.
+
+        All recent messages, each in a write with a freshly signed address of ours, as libp2p
+        does it, take longer than a ping may when links are made again after a hang.
+        """
+        newest: dict[bytes, rpc_pb2.Message] = {}
+        for name in self.mcache.window(topic):
+            message = self.mcache.get(name)
+            if message is not None:
+                known = newest.setdefault(message.from_id, message)
+                newest[message.from_id] = max(known, message, key=lambda m: m.seqno)
+        pubsub = self.pubsub
+        stream = pubsub.peers.get(peer_id) if pubsub else None
+        if pubsub and stream and newest:
+            messages, step = list(newest.values()), RPC_BYTES_MAX // MESSAGE_BYTES_MAX // 2
+            for start in range(0, len(messages), step):
+                rpc = rpc_pb2.RPC(publish=messages[start : start + step])
+                await pubsub.write_msg(stream, rpc)
+
     async def flush_pending_messages(self, peer_id: ID) -> None:
         with guarded("flush_pending_messages"):
             await super().flush_pending_messages(peer_id)
