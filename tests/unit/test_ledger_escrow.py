@@ -282,7 +282,7 @@ def test_an_auditor_sees_what_an_authority_makes_up(world: World) -> None:
     assert world.audit(_without(EntryKind.ESCROW, world)).violations
     assert world.audit(world.entries[:-1]).violations  # the last share is owed
     smaller = world.entries[-1]
-    lines = [replace(one, debit=one.debit // 2, credit=one.credit // 2) for one in smaller.lines]
+    lines = [one._replace(debit=one.debit // 2, credit=one.credit // 2) for one in smaller.lines]
     assert world.audit(_last(world, lines=tuple(lines))).violations
     early = Entry(
         NETWORK_ID,

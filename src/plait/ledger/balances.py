@@ -7,6 +7,7 @@ LIMIT says. Only ``issuer:equity`` has none. A balance is credits minus debits.
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from plait.envelope import decode, encode
 from plait.errors import LedgerError
@@ -38,8 +39,7 @@ class EntryKind(IntEnum):
 _KINDS: dict[int, EntryKind] = {int(kind): kind for kind in EntryKind}
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One side of an entry: exactly one of debit and credit is above zero."""
 
     account: AccountId
@@ -188,11 +188,11 @@ class Balances:
         if entry.network_id != self.network_id or entry.index != self.size:
             return "it is not the next entry of this network"
         debits = credits = 0
-        for line in entry.lines:
-            if (line.debit == 0) == (line.credit == 0):
+        for _, debit, credit in entry.lines:
+            if (debit == 0) == (credit == 0):
                 return "a line is not exactly one of debit and credit"
-            debits += line.debit
-            credits += line.credit
+            debits += debit
+            credits += credit
         if debits != credits:
             return "debits and credits differ"
         if not _has_shape(entry):
@@ -231,16 +231,16 @@ class Balances:
         limits, issued = self._limits_total, 0
         if entry.limit is not None:
             limits += entry.limit.credit_limit - self.limit(entry.limit.account)
-        for line in entry.lines:
-            if line.account == EQUITY:
-                issued += line.debit
+        for account, debit, _ in entry.lines:
+            if account == EQUITY:
+                issued += debit
         return issued - self.of(EQUITY) + limits
 
     def _after(self, entry: Entry) -> dict[AccountId, int]:
         changed: dict[AccountId, int] = {}
-        for line in entry.lines:
-            before = changed.get(line.account, self.of(line.account))
-            changed[line.account] = before + line.credit - line.debit
+        for account, debit, credit in entry.lines:
+            before = changed.get(account, self.of(account))
+            changed[account] = before + credit - debit
         return changed
 
 
@@ -254,12 +254,12 @@ def _has_shape(entry: Entry) -> bool:
     if entry.sub_account and kind is not EntryKind.RESERVE:
         return False
     hold = f"{HOLD}{entry.session_id.hex()}:"
-    debits = [line.account for line in entry.lines if line.debit]
-    credits = [line.account for line in entry.lines if line.credit]
+    debits = [account for account, debit, _ in entry.lines if debit]
+    credits = [account for account, _, credit in entry.lines if credit]
     match kind:
         case EntryKind.SETTLE:  # first, since most are
             paid = all(account.startswith(hold) for account in debits)
-            return paid and bool(credits) and not any(":" in account for account in credits)
+            return paid and bool(credits) and ":" not in "".join(credits)
         case EntryKind.SUB_ACCOUNT:
             return entry.terms is not None and ":" not in entry.terms.account and not entry.lines
         case EntryKind.LIMIT:

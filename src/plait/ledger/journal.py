@@ -131,8 +131,8 @@ class Books:
     def pending(self, account: AccountId, sub_account: str = "") -> int:
         """Credit of the account, or of one sub-account, that stands in holds, microcredits."""
         return sum(
-            self.balances.of(hold_account(*key))
-            for key, hold in self._open.items()
+            self.balances.of(hold.name)
+            for hold in self._open.values()
             if hold.account == account and sub_account in ("", hold.sub_account)
         )
 
@@ -421,12 +421,11 @@ class Books:
 
     def void(self, session_id: SessionId, epoch: int, cause: bytes, now_ms: int) -> Entry | None:
         """The entry, not posted, that gives a hold's remainder back; ``None`` if none is left."""
-        account = hold_account(session_id, epoch)
-        remainder = self.balances.of(account)
+        hold = self._sessions[session_id][epoch]
+        remainder = self.balances.of(hold.name)
         if remainder == 0:
             return None
-        owner = self._sessions[session_id][epoch].account
-        lines = Line(account, debit=remainder), Line(owner, credit=remainder)
+        lines = Line(hold.name, debit=remainder), Line(hold.account, credit=remainder)
         return self._entry(EntryKind.VOID, session_id, cause, lines, now_ms)
 
     def _released(
@@ -495,6 +494,7 @@ class Books:
     def _open_hold(self, entry: Entry, reservation: BudgetReservation) -> None:
         session_id = SessionId(reservation.session_id)
         hold = Hold(
+            name=hold_account(session_id, reservation.epoch),
             account=AccountId(reservation.account),
             epoch=reservation.epoch,
             reservation=Digest(entry.cause),
@@ -509,7 +509,7 @@ class Books:
             )
         self._sessions.setdefault(session_id, {})[reservation.epoch] = hold
         self._open[session_id, reservation.epoch] = hold
-        self._named[hold_account(session_id, reservation.epoch)] = hold
+        self._named[hold.name] = hold
         self._reservations[hold.reservation] = entry.index
         self._lanes.setdefault((hold.account, reservation.lane), []).append(hold.reservation)
 

@@ -27,13 +27,13 @@ class History:
             touched.add(entry.limit.account)
         if entry.terms is not None:
             touched |= {entry.terms.account, f"{entry.terms.account}/{entry.terms.name}"}
-        for line in entry.lines:
-            if line.account.startswith(HOLD):
-                hold = holds[line.account]
+        for account, *_ in entry.lines:
+            if account.startswith(HOLD):
+                hold = holds[account]
                 touched.add(hold.account)
                 if hold.sub_account:
                     touched.add(f"{hold.account}/{hold.sub_account}")
             else:
-                touched.add(escrow_of(line.account) or line.account)
+                touched.add(escrow_of(account) or account)
         for name in touched:
             self._indexes.setdefault(name, []).append(entry.index)

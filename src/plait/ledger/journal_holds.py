@@ -13,8 +13,9 @@ FRESHNESS_MS = 120_000
 
 @dataclass(slots=True)
 class Hold:
-    """Credit set aside for one epoch of a session."""
+    """Credit of ``account`` set aside for one epoch of a session, in the account ``name``."""
 
+    name: AccountId
     account: AccountId
     epoch: int
     reservation: Digest

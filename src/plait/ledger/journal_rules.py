@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from plait.identity import public_key_of
-from plait.ledger.balances import EntryKind, Line, hold_account
+from plait.ledger.balances import EntryKind, Line
 from plait.ledger.journal_commands import Refusal, Reserve, Settle
 from plait.ledger.journal_holds import FRESHNESS_MS, Hold
 from plait.types import AccountId
@@ -128,7 +128,7 @@ def payment_lines(voucher: SessionVoucher, holds: Iterable[Hold], paid: Paid) ->
                 credits.append(Line(payee, 0, take))
                 owed[payee] = sum_owed - take
         if credits:
-            lines.append(Line(hold_account(voucher.session_id, hold.epoch), total))
+            lines.append(Line(hold.name, total))
             lines += credits
     return lines
 
