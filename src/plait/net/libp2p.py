@@ -347,7 +347,8 @@ class Libp2pControlPlane:
         try:
             await self.connect(target.multiaddr)
         except PeerUnreachable as error:
-            problem = str(error)
+            if target.peer not in self._linked:  # else it dialled us meanwhile
+                problem = str(error)
         except NetworkError:  # our own host is down: says nothing about the address
             target.dialling = False
             return

@@ -14,7 +14,7 @@ from plait.sim.engine import S
 from plait.sim.host import Host
 from plait.sim.network import Wires
 from plait.v1.identity_pb2 import SignedEnvelope
-from plait.v1.ledger_pb2 import SessionVoucher, SettlementRequest, SettleRequest, SettleResponse
+from plait.v1.ledger_pb2 import SettlementRequest, SettleRequest, SettleResponse
 
 RETRY_US = 5 * S
 DEADLINE_US = 5 * S
@@ -46,9 +46,9 @@ class SpooledSettler:
         host.every(RETRY_US, "", self._retry)
 
     def settle(self, books: StageBooks, cert: SignedEnvelope) -> None:
-        """Keep the best voucher on disk and present it."""
+        """Keep the best voucher on disk, or that nothing is owed, and present it."""
         request = books.settlement(self._host.now_ms(), True)
-        if request is not None and books.voucher is not None:
+        if request is not None:
             message = SettleRequest(request=request, payee_cert=cert, voucher=books.voucher)
             self.keep(message, granted=books.granted)
 
@@ -57,8 +57,8 @@ class SpooledSettler:
 
         Without a grant, on bounded credit, it may be refused: that is the risk that was taken.
         """
-        voucher = open_envelope(message.voucher, SessionVoucher)
-        name = f"{voucher.session_id.hex()}-{voucher.epoch}"
+        settlement = open_envelope(message.request, SettlementRequest)
+        name = f"{settlement.session_id.hex()}-{settlement.epoch}"
         if self._disk.failing:
             self._disk.lost += 1
             return
