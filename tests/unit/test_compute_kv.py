@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-ONE, TWO, THREE = (SessionId(bytes([digit]) * 16) for digit in (49, 50, 51))
+ONE, TWO, THREE, OTHER = (SessionId(bytes([digit]) * 16) for digit in (49, 50, 51, 52))
 ALICE, BOB = "12D3KooWalice", "12D3KooWbob"
 PROMPT = tuple(range(40, 93))  # three pages and five tokens
 HASHES = prefix_hashes(PROMPT)
@@ -73,17 +73,39 @@ def test_a_published_prefix_is_used_by_the_same_tenant_only(stage: "TorchStage")
     assert stage.kv_tokens_free == stage.kv_tokens_total
 
 
-def test_shared_pages_are_stored_once(stage: "TorchStage") -> None:
+def make_scarce(stage: "TorchStage") -> None:
+    """Leave less than half of the pages to two sessions of five."""
+    stage.reserve(OTHER, PAGE_TOKENS, Sampling())
+
+
+def test_shared_pages_are_stored_once_when_room_is_scarce(stage: "TorchStage") -> None:
+    make_scarce(stage)
     prefilled(stage, ONE)
     stage.publish_prefix(ONE, ALICE, HASHES)
     stage.reserve(TWO, 80, Sampling())
-    assert stage.kv_tokens_free == (20 - 10) * PAGE_TOKENS
+    assert stage.kv_tokens_free == (20 - 11) * PAGE_TOKENS
     stage.adopt_prefix(TWO, ALICE, HASHES)
     step(stage, TWO, 48, PROMPT[48:])
-    assert stage.kv_tokens_free == (20 - 7) * PAGE_TOKENS
+    assert stage.kv_tokens_free == (20 - 8) * PAGE_TOKENS
+
+
+def test_where_there_is_room_a_prefix_is_copied_next_to_what_follows(stage: "TorchStage") -> None:
+    wanted = prefilled(stage, ONE)
+    stage.publish_prefix(ONE, ALICE, HASHES)
+    stage.reserve(TWO, 80, Sampling())
+    assert stage.adopt_prefix(TWO, ALICE, HASHES) == 48
+    assert step(stage, TWO, 48, PROMPT[48:]) == wanted
+    assert stage.kv_tokens_free == (20 - 10) * PAGE_TOKENS
+    kv = stage._kv.get(TWO)
+    assert kv is not None
+    assert kv.views(53) is not None
+    stage.free(TWO)
+    stage.free(ONE)
+    assert stage.kv_tokens_free == stage.kv_tokens_total
 
 
 def test_writing_into_a_shared_prefix_copies_it(stage: "TorchStage") -> None:
+    make_scarce(stage)
     prefilled(stage, ONE)
     following = [step(stage, ONE, 53 + index, (60 + index,)) for index in range(3)]
     stage.publish_prefix(ONE, ALICE, HASHES)
@@ -99,12 +121,13 @@ def test_writing_into_a_shared_prefix_copies_it(stage: "TorchStage") -> None:
 
 
 def test_less_of_a_prefix_may_be_used_than_was_found(stage: "TorchStage") -> None:
+    make_scarce(stage)
     prefilled(stage, ONE)
     stage.publish_prefix(ONE, ALICE, HASHES)
     stage.reserve(TWO, 80, Sampling())
     assert stage.adopt_prefix(TWO, ALICE, HASHES) == 48
     shorter = step(stage, TWO, 21, PROMPT[21:])
-    assert stage.kv_tokens_free == (20 - 9) * PAGE_TOKENS
+    assert stage.kv_tokens_free == (20 - 10) * PAGE_TOKENS
     step(stage, ONE, 21, PROMPT[21:])
     assert step(stage, ONE, 21, PROMPT[21:]) == shorter
 

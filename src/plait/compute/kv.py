@@ -4,7 +4,8 @@ Room is granted in whole pages when a session is reserved, so a session that was
 never runs out and the cache never grows. Prefixes are shared page by page and copied when
 somebody writes to them (``pages.py``); those that are to be kept are also on disk
 (``kept.py``). A session whose pages lie next to each other, as they mostly do, is read in
-place; one that shares a prefix is put together for each layer.
+place; one that shares a prefix is put together for each layer of each step. So while there is
+plenty of room a session copies the prefix once, into pages of its own, and shares it no more.
 """
 
 import threading
@@ -325,17 +326,20 @@ class KvCache:
                     self._copy(kv, index, kept=index * PAGE_TOKENS < first_position)
 
     def _settle(self, kv: SessionKv, used: int) -> None:
-        """Take the pages in memory for the session's own; read those on disk into its own."""
+        """Take the pages in memory for the session's own, or copy them; read those on disk."""
         with self._lock:
             adopted, kv.adopted = kv.adopted, ()
             used = min(used, len(adopted))
             self._let_go(adopted[used:])
             pages = list(kv.pages)
+            copies = self._is_roomy() and len(_slices(kv.pages)) == 1
             for index, one in enumerate(adopted[:used]):
-                if one.page is not None:
+                if one.page is not None and not copies:
                     self._table.release([pages[index]])
                     pages[index] = one.page
             kv.pages = tuple(pages)
+        if copies:
+            self._copy_all(kv, adopted[:used])
         on_disk = [
             (page, one)
             for page, one in zip(pages, adopted[:used], strict=False)
@@ -353,6 +357,21 @@ class KvCache:
         with self._lock:
             self._table.file([one.key for _, one in on_disk], [page for page, _ in on_disk])
             self._table.used([one.key for one in adopted[:used]], self._clock_ms())
+
+    def _is_roomy(self) -> bool:
+        return 2 * self._table.available >= self._table.total
+
+    def _copy_all(self, kv: SessionKv, adopted: Sequence[Adopted]) -> None:
+        """Copy those in memory into the session's first pages, and let go of them."""
+        shared = [
+            (one.page, own)
+            for one, own in zip(adopted, kv.pages, strict=False)
+            if one.page is not None
+        ]
+        for page, own in shared:
+            self._page(kv.span, own).copy_(self._page(kv.span, page))
+        with self._lock:
+            self._table.release([page for page, _ in shared])
 
     def _copy(self, kv: SessionKv, index: int, *, kept: bool) -> None:
         shared = kv.pages[index]
