@@ -25,7 +25,7 @@ from plait.ledger.lottery import Lot, audit_seed, auditor_of, is_drawn, session_
 from plait.ledger.service.committee import Ledger
 from plait.ledger.service.proving import fetch_anchor
 from plait.ledger.terms import StageTerms
-from plait.network_file import NetworkFile
+from plait.network_file import Authority, NetworkFile
 from plait.router.view import Offer, View
 from plait.types import Digest, PeerId
 from plait.v1 import stage_pb2, stage_pb2_grpc
@@ -89,6 +89,7 @@ async def audit_bundle(
     # The bundle may be from before a stage was paid.
     evidence = await ledger.evidence(parts.terms.session_id)
     parts = replace(parts, entries=evidence.entries)
+    log = _log_of(evidence.checkpoint, network)
     opened_with = account.with_key(parts.terms.client_ledger_key)
     nonce = session_nonce(opened_with.ledger_key, parts.terms.session_id)
     anchors: dict[bytes, stage_pb2.AuditAnchor] = {}
@@ -97,7 +98,7 @@ async def audit_bundle(
     for lot in [one for one in lots_of(parts) if one not in skip]:
         peer = audited_peer(parts, lot)
         try:
-            anchor = await _anchor(parts, lot, network, anchors)
+            anchor = await _anchor(parts, lot, log, anchors)
             seed = _seed(parts, lot, network, anchor, nonce)
             if not is_drawn(seed, lot, network.audit_rate_percent):
                 audited.append(Audited(lot, peer, "undrawn"))
@@ -111,16 +112,25 @@ async def audit_bundle(
     return audited
 
 
+def _log_of(checkpoint: str, network: NetworkFile) -> Authority:
+    """Whose log a checkpoint is of: in a committee each has its own, with indexes of its own."""
+    origin = checkpoint.partition("\n")[0]
+    for authority in network.authorities:
+        if authority.log_origin == origin:
+            return authority
+    raise BadProof(f"the network has no log {origin[:80]!r}")
+
+
 async def _anchor(
     parts: BundleParts,
     lot: Lot,
-    network: NetworkFile,
+    log: Authority,
     fetched: dict[bytes, stage_pb2.AuditAnchor],
 ) -> stage_pb2.AuditAnchor:
     number, voucher = paying_entry(parts, lot)
     entry = parts.entries[number]
     if entry not in fetched:
-        proof = await fetch_anchor(network.authorities[0], entry_from_payload(entry).index)
+        proof = await fetch_anchor(log, entry_from_payload(entry).index)
         fetched[entry] = stage_pb2.AuditAnchor(
             entry=entry,
             voucher=voucher,
