@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,7 +26,9 @@ from multiaddr import Multiaddr
 from plait.errors import NetworkError, PeerUnreachable
 from plait.identity import SigningKey
 from plait.net import libp2p as real
+from plait.net import libp2p_links
 from plait.net.bridge import Bridge
+from plait.net.libp2p_gossip import GuardedPubsub
 from plait.net.libp2p_links import Links, close_socket
 from plait.net.port import Message, PeerEvent
 from plait.types import PeerId
@@ -189,6 +192,33 @@ async def test_dials_that_cross_leave_one_link() -> None:
         await until_heard(second, queues[0])
         for plane in (first, second):
             assert len(plane._program._host.get_network().get_connections()) == 1
+
+
+async def test_a_link_that_is_replaced_leaves_no_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    senders = Counter[GuardedPubsub]()
+    send = GuardedPubsub.handle_sending_messages
+
+    async def counted(pubsub: GuardedPubsub, *given: Any) -> None:
+        senders[pubsub] += 1
+        try:
+            await send(pubsub, *given)
+        finally:
+            senders[pubsub] -= 1
+
+    monkeypatch.setattr(GuardedPubsub, "handle_sending_messages", counted)
+    monkeypatch.setattr(libp2p_links, "TOGETHER_S", 0)
+    async with pair() as (first, second, queue):
+        info = info_from_p2p_addr(Multiaddr(first.multiaddrs[0]))
+
+        async def dial_again() -> None:  # as a peer does that has lost its link
+            network: Any = second._program._host.get_network()
+            await network.dial_addr(info.addrs[0], info.peer_id)
+
+        for _ in range(3):
+            await second._bridge.call(dial_again)
+            await until_heard(first, queue)
+        await until_linked(second, first.peer)
+        assert sorted(senders.values()) == [1, 1]
 
 
 async def test_only_those_who_are_linked_count_against_the_limit(

@@ -1,4 +1,5 @@
-"""py-libp2p's gossipsub, guarded: a stranger's bytes stop nothing, and no stream ends a peer."""
+"""py-libp2p's gossipsub, guarded: a stranger's bytes stop nothing, and gossip with a peer begins
+and ends with its connection."""
 
 import contextlib
 import time
@@ -122,15 +123,18 @@ class GuardedPubsub(Pubsub):
         """Forget a peer whose connection is gone from the host."""
         self._handle_dead_peer(peer)
 
+    def _schedule_peer_stream_retry(self, peer_id: ID) -> None:
+        """Begin nothing by itself: two beginnings at once would leave a sender for ever."""
+
     async def stream_handler(self, stream: INetStream) -> None:
-        """Read what a peer sends until its stream fails."""
+        """Read what a peer sends until its stream ends, for whatever reason."""
         try:
             await self.continuously_read_stream(stream)
         except Exception as error:  # noqa: BLE001 - a task boundary
             log.debug("libp2p.refused", what="gossip", error=describe(error))
-            with contextlib.suppress(Exception):
-                await stream.reset()
-            self.stream_failed(stream.muxed_conn)
+        with contextlib.suppress(Exception):
+            await stream.reset()
+        self.stream_failed(stream.muxed_conn)
 
     async def write_msg(self, stream: INetStream, rpc_msg: rpc_pb2.RPC) -> bool:
         """Send to a peer; False if its stream is broken."""
