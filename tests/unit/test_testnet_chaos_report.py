@@ -55,8 +55,13 @@ def test_quantiles_are_values_that_occurred() -> None:
     assert quantile([], 0.5) is None
 
 
+def told(kind: str, how: str) -> dict[str, Any]:
+    return {"kind": kind, "node": "node-1", "outcome": how}
+
+
 def report(**changes: Any) -> dict[str, Any]:
     fine: dict[str, Any] = {
+        "faults": [told("kill", "applied"), told("restart", "applied")],
         "requests": {"ok": 3, "failed": 0, "tokens_wrong": 0},
         "ledger": {"balanced": True, "violations": []},
         "leaks": {"pages_and_sessions": {}, "processes": 0},
@@ -74,3 +79,24 @@ def test_all_is_well_only_if_nothing_is_wrong() -> None:
     assert verdict(report(ledger={"balanced": True, "violations": ["root"]}))
     assert verdict(report(ledger={"balanced": False, "violations": []}))
     assert verdict(report(leaks={"processes": 1})) == ["leaked processes: 1"]
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [],
+        [told("fill", "skipped: no disks"), told("cut", "skipped: no WAN")],
+        [told("fill", "skipped: no disks"), told("heal", "applied")],
+    ],
+    ids=["none planned", "all skipped", "only an end"],
+)
+def test_a_run_without_a_fault_shows_nothing(faults: list[dict[str, Any]]) -> None:
+    assert verdict(report(faults=faults)) == ["no fault was applied: the run shows nothing"]
+
+
+def test_a_fault_that_failed_is_wrong_and_one_that_was_skipped_is_not() -> None:
+    applied = told("hang", "applied by a CPU quota")
+    assert verdict(report(faults=[applied, told("fill", "skipped: no disks")])) == []
+    assert verdict(
+        report(faults=[applied, told("kill", "failed: no node"), told("cut", "failed: x")])
+    ) == ["2 faults could not be applied, first: kill of node-1: failed: no node"]

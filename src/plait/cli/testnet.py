@@ -224,7 +224,8 @@ def chaos(
     """Do harm to a live testnet under load and report what its users noticed.
 
     Every answer is compared with the undisturbed one. Exit code 1 if a request failed, a
-    token is wrong, the ledger does not hold or something leaked. Ctrl-C heals and reports.
+    token is wrong, the ledger does not hold, something leaked, or no fault was applied.
+    Ctrl-C heals and reports.
 
     Example: plait testnet chaos --random 7 --duration 60 --every 10
     """

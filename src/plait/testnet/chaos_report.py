@@ -12,6 +12,8 @@ from plait.testnet.load import Outcome
 AFTERMATH_S = 15.0
 """How long after a fault a pause is put down to it."""
 
+_HARMFUL = (*DISRUPTIVE, "restart")
+
 Applied = tuple[Fault, float, str]
 """A fault, when it was applied (monotonic), and how that went."""
 
@@ -85,7 +87,7 @@ def quantile(values: Sequence[float], share: float) -> float | None:
 def verdict(report: Mapping[str, Any]) -> list[str]:
     """What a run must not show; empty when all is well."""
     requests, ledger, leaks = report["requests"], report["ledger"], report["leaks"]
-    wrong = []
+    wrong = _wrong_with(report["faults"])
     if requests["failed"]:
         wrong.append(f"{requests['failed']} requests failed")
     if requests["tokens_wrong"]:
@@ -95,6 +97,26 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     if not ledger.get("balanced") or ledger.get("violations"):
         wrong.append("the ledger does not hold")
     wrong += [f"leaked {what}: {found}" for what, found in leaks.items() if found]
+    return wrong
+
+
+def _wrong_with(faults: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A run that did not do what it planned, or did no harm at all, has shown nothing."""
+    failed = [fault for fault in faults if fault["outcome"].startswith("failed")]
+    harm = [
+        fault
+        for fault in faults
+        if fault["kind"] in _HARMFUL and fault["outcome"].startswith("applied")
+    ]
+    wrong = []
+    if failed:
+        first = failed[0]
+        wrong.append(
+            f"{len(failed)} faults could not be applied, first: "
+            f"{first['kind']} of {first['node']}: {first['outcome']}"
+        )
+    if not harm:
+        wrong.append("no fault was applied: the run shows nothing")
     return wrong
 
 

@@ -36,7 +36,7 @@ class Outcome:
     """How one request went; ``code`` and ``failure``, the error's, are empty if it ended well.
 
     Times are of the monotonic clock; ``arrivals_s`` are the moments at which text reached the
-    user. ``wrong`` counts delivered tokens that differ from the undisturbed answer's.
+    user. ``tokens`` counts what was delivered, ``wrong`` is of ``wrong_tokens``.
     """
 
     started_s: float
@@ -89,26 +89,42 @@ async def work(
 async def ask(client: AsyncClient, model: str, case: Case) -> Outcome:
     """One request, timed and compared; a failure is an outcome, not an exception."""
     outcome = Outcome(time.monotonic())
-    text = ""
+    text, delivered, final = "", list[int](), None
     try:
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
             # A fresh copy: what a session may remember of its options must not be shared.
             async for item in client.stream(model, case.prompt, replace(case.options)):
                 if isinstance(item, Answer):
-                    outcome.tokens, outcome.epochs = len(item.token_ids), item.epochs
-                    outcome.wrong = _differing(item.token_ids, case.token_ids)
+                    final, outcome.epochs = item.token_ids, item.epochs
                     continue
                 outcome.arrivals_s.append(time.monotonic())
                 text += item.text
-                outcome.tokens += len(item.token_ids)
-                # Of an answer that never ends we have only the text.
-                outcome.wrong += not case.text.startswith(text)
+                delivered += item.token_ids
     except TimeoutError:
         outcome.code, outcome.failure = "timeout", f"no end within {REQUEST_TIMEOUT_S:g} s"
     except PlaitError as error:
         outcome.code, outcome.failure = error.code, str(error)
     outcome.ended_s = time.monotonic()
+    outcome.tokens = len(delivered)
+    outcome.wrong = wrong_tokens(case, delivered, text, final)
     return outcome
+
+
+def wrong_tokens(
+    case: Case, delivered: Sequence[int], text: str, final: Sequence[int] | None
+) -> int:
+    """How many tokens are wrong of what a user was given piece by piece, and at the end.
+
+    ``final`` are the ids that the finished answer names, None if it did not finish: what was
+    delivered must then begin the undisturbed answer. A finished answer must be what was
+    delivered as well as the undisturbed one; each difference counts. Text that is wrong
+    although every id is right counts as one.
+    """
+    if final is None:
+        wrong = _differing(delivered, case.token_ids[: len(delivered)])
+        return wrong or int(not case.text.startswith(text))
+    wrong = _differing(final, delivered) + _differing(final, case.token_ids)
+    return wrong or int(text != case.text)
 
 
 def _differing(got: Sequence[int], wanted: Sequence[int]) -> int:
