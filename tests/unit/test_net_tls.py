@@ -1,5 +1,9 @@
 """Certificates and pinning, on a real loopback server."""
 
+import asyncio
+import json
+import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from plait.errors import BadSignature, ConfigError, RemoteProtocolError
 from plait.identity import SigningKey
 from plait.net import tls
+from plait.testing.echo import METHOD
 
 NOW = 1_000_000
 PEER = SigningKey.from_seed(bytes(32)).peer_id
@@ -180,3 +185,25 @@ async def test_the_right_root_is_found_among_a_thousand() -> None:
     credentials = tls.server_credentials_peer(identity, lambda: (*crowd, last.cert_der))
     async with serving(credentials) as address:
         assert await call(address, identity.cert_der, last) == last.cert_der
+
+
+@pytest.mark.slow
+async def test_a_peer_that_hangs_breaks_the_stream() -> None:
+    program = (sys.executable, "-m", "plait.testing.echo")
+    process = await asyncio.create_subprocess_exec(*program, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        said = json.loads(await process.stdout.readline())
+        address, certificate = f"127.0.0.1:{said['port']}", bytes.fromhex(said["certificate"])
+        async with tls.channel(address, certificate) as channel:
+            call: Any = channel.stream_stream(METHOD)()
+            await call.write(b"alive")
+            assert await call.read() == b"alive"
+            process.send_signal(signal.SIGSTOP)  # its kernel goes on to acknowledge bytes
+            await call.write(b"and now?")
+            with pytest.raises(grpc.aio.AioRpcError, match="ping"):
+                async with asyncio.timeout(30):
+                    await call.read()
+    finally:
+        process.kill()
+        await process.wait()

@@ -62,7 +62,10 @@ _OPTIONS_BOTH: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.keepalive_time_ms", 1_000),
-    ("grpc.keepalive_timeout_ms", 500),
+    ("grpc.keepalive_timeout_ms", 1_000),
+    # What counts for a process that hangs: its kernel goes on to acknowledge bytes, and without
+    # this gRPC waits a minute for the answer to a ping.
+    ("grpc.http2.ping_timeout_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )
@@ -235,7 +238,7 @@ def channel(
     """Open a channel to exactly the holder of ``peer_cert_der`` at ``host:port``.
 
     ``identity`` is shown to the peer port; the public port needs none. A dead link fails
-    the calls on it within 1.5 s, and a lost one is retried at most once a second. Raises
+    the calls on it within 2 s, and a lost one is retried at most once a second. Raises
     ``RemoteProtocolError`` for an address of another form.
     """
     if not is_address(address):

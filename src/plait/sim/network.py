@@ -17,8 +17,8 @@ from plait.errors import DeadlineExceeded, NetworkError, PeerUnreachable, PlaitE
 from plait.sim.engine import MS, Engine
 from plait.sim.host import Host, Reply
 
-KEEPALIVE_US = (950 * MS, 1_700 * MS)
-"""When a silent connection is given up: a ping each second, half a second for the answer."""
+KEEPALIVE_US = (950 * MS, 2_050 * MS)
+"""When a silent connection is given up: a ping each second, a second for the answer."""
 RETRANSMIT_US = 200 * MS
 
 
