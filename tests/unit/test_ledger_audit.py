@@ -1,5 +1,6 @@
 """The audit of a journal: every entry against its signed cause, and every lie is named."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from plait.envelope import digest, pae, seal
-from plait.errors import BadSignature
+from plait.errors import BadSignature, RemoteProtocolError
 from plait.identity import SigningKey, verify
 from plait.ledger.balances import (
     EQUITY,
@@ -34,8 +35,8 @@ from plait.ledger.journal import (
 )
 from plait.ledger.journal_audit import JournalAuditor, JournalPage, JournalReport, audit_journal
 from plait.ledger.journal_file import journal_lines, read_journal
-from plait.ledger.merkle import leaf_hash, root_of
-from plait.ledger.statement import Period, make_invoice, make_statement
+from plait.ledger.merkle import EMPTY_ROOT, leaf_hash, root_of
+from plait.ledger.statement import Coverage, Period, make_invoice, make_statement
 from plait.testing.accounting import key_of
 from plait.types import AccountId, SessionId
 from plait.v1 import ledger_pb2 as pb
@@ -323,6 +324,25 @@ def test_a_journal_file_holds_all_of_it(world: World) -> None:
     read = read_journal(lines)
     assert read.pages == tuple(pages)
     assert read.checkpoint == "note\n7\n"
+    assert not read.forged
+
+
+def test_a_line_says_the_same_to_readers_as_its_payload(world: World) -> None:
+    world.limit(50)
+    page = JournalPage(tuple(entry.payload for entry in world.entries), tuple(world.objects))
+    lines = list(journal_lines(page, 9, "note\n9\n"))
+    assert not read_journal(lines).forged
+    for number, text in enumerate(lines):
+        members = json.loads(text)
+        for name in members.keys() - {"payload", "objects", "checkpoint"}:
+            for changed in (members | {name: "x"}, {k: v for k, v in members.items() if k != name}):
+                forged = [*lines[:number], json.dumps(changed), *lines[number + 1 :]]
+                assert read_journal(forged).forged.startswith(f"line {number + 1} ")
+    twice = lines[0][:-1] + ', "kind": "issue"}'
+    with pytest.raises(RemoteProtocolError, match="twice"):
+        read_journal([twice, *lines[1:]])
+    no_entry = json.dumps(json.loads(lines[0]) | {"payload": "ff"})
+    assert not read_journal([no_entry]).forged  # what it is, the audit says
 
 
 def test_a_damaged_tree_or_network(world: World) -> None:
@@ -356,8 +376,24 @@ def test_statement_and_invoice(world: World) -> None:
     assert bill.total == 25
     assert make_invoice(entries, ALICE, always).charges == ()
     assert make_invoice(entries, CLIENT, then).total == 0
-    assert bill.encoded() == make_invoice(reversed([*reversed(entries)]), CLIENT, always).encoded()
-    assert whole.encoded().startswith(b'{"account":"12D3KooW')
+    assert make_invoice(reversed([*reversed(entries)]), CLIENT, always) == bill
+    assert make_invoice(entries[:-1], CLIENT, always).total == bill.total
+
+
+def test_a_document_names_the_tree_and_how_far_it_reaches(world: World) -> None:
+    late = NOW + TTL_MS + GRACE_MS + 1
+    root = root_of(leaf_hash(entry.payload) for entry in world.entries)
+    coverage = Coverage.of(world.entries, "log.example", root)
+    assert (coverage.tree_size, coverage.complete_until_ms) == (8, world.entries[-1].posted_ms)
+    for until_ms, complete in ((late - 1, b"true"), (late, b"false")):
+        period = Period(NOW, until_ms)
+        for made in (make_statement, make_invoice):
+            document = made(world.entries, CLIENT, period).encoded(coverage)
+            assert document.startswith(b'{"account":"12D3KooW')
+            assert b'"complete":' + complete in document
+            assert root.hex().encode() in document and b'"tree_size":8' in document
+    nothing = Coverage.of((), "log.example", EMPTY_ROOT)
+    assert not nothing.covers(Period(0, 1))
 
 
 def test_declining_frees_a_hold_that_nobody_used() -> None:

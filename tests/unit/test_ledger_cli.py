@@ -1,13 +1,14 @@
 """``plait ledger`` against an authority in a thread."""
 
 import asyncio
+import copy
 import csv
 import dataclasses
 import io
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,15 +142,17 @@ def test_settle_presents_what_a_stopped_node_left(
     run(world, capsys, "settle", str(tmp_path), code=3)
 
 
-async def reserved_session(world: World) -> pb.SettleRequest:
+async def reserved_session(
+    world: World, session_id: bytes = b"s" * 16, sequence: int = 1
+) -> pb.SettleRequest:
     """Reserve for a session and sign what its one stage would present."""
     key = load_key(world.path.parent / "client" / "ledger.key")
     peer = load_key(world.path.parent / "client" / "identity.key")
     now_ms, network_id = time.time_ns() // 1_000_000, world.network.network_id
-    names: dict[str, Any] = {"network_id": network_id, "session_id": b"s" * 16}
+    names: dict[str, Any] = {"network_id": network_id, "session_id": session_id}
     caps = [pb.PayeeAmount(payee=PAYEE.peer_id, microcredits=30)]
     reservation = pb.BudgetReservation(
-        **names, account=peer.peer_id, sequence=1, amount=30, caps=caps, issued_ms=now_ms
+        **names, account=peer.peer_id, sequence=sequence, amount=30, caps=caps, issued_ms=now_ms
     )
     reservation.expires_ms = now_ms + 60_000
     ledger = RemoteLedger(world.network.authorities[0])
@@ -244,16 +247,143 @@ def test_statement_and_invoice_come_out_byte_for_byte(
     period = ["--from", "2026-01-01", "--until", until]
     run(world, capsys, "export", "--output", str(file))
     for document in ("statement", "invoice"):
-        live = run(world, capsys, document, *period)
+        offline = run(world, capsys, document, *period, "--journal", str(file))
         run(world, capsys, "issue", world.client, "9")  # after the period
-        assert run(world, capsys, document, *period) == live
-        assert run(world, capsys, document, *period, "--journal", str(file)) == live
-        assert json.loads(live)["account"] == world.client
-        assert live.strip().encode() == encode_canonical(json.loads(live))
+        shown = json.loads(offline)
+        size = shown["log"]["tree_size"]
+        live = run(world, capsys, document, *period, "--tree-size", str(size))
+        assert live == offline
+        assert shown["account"] == world.client
+        assert offline.strip().encode() == encode_canonical(shown)
+        newer = json.loads(run(world, capsys, document, *period))
+        assert newer["log"]["tree_size"] > size and newer["complete"]
+        run(world, capsys, document, *period, "--tree-size", "999999", code=3)
     closing = int(json.loads(run(world, capsys, "statement", *period))["closing_balance"])
     assert closing == run_json(world, capsys, "balance")["available_microcredits"] - 18
     run(world, capsys, "statement", "--from", until, "--until", until, code=3)
     run(world, capsys, "statement", "--from", "yesterday", "--until", until, code=3)
+
+
+def test_a_document_says_what_it_covers(
+    world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run(world, capsys, "issue", world.client, "9", "--order-id", "cd")
+    file = tmp_path / "journal.jsonl"
+    run(world, capsys, "export", "--output", str(file))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    period = ["--from=2020-01-01", "--until=2090-01-01", "--journal", str(file)]
+    audited = run_json(world, capsys, "audit", str(file))
+    for document in ("statement", "invoice"):
+        result = invoke(["ledger", document, *period, "--network", str(world.path)])
+        shown, said = capsys.readouterr()
+        assert result == 0 and "not complete" in said
+        assert json.loads(shown)["log"] == {
+            "origin": "log.example/net-1",
+            "tree_size": len(lines),
+            "root_hash": audited["root_hash"],
+        }
+        assert json.loads(shown)["complete"] is False
+        assert json.loads(shown)["complete_until_ms"] == lines[-1]["posted_ms"]
+
+
+def test_help_says_whose_documents_anybody_gets(
+    world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    period = ["--from=2020-01-01", "--until=2090-01-01"]
+    (world.path.parent / "issuer" / "issuer.key").rename(tmp_path / "issuer.key")
+    try:  # without the issuer's key
+        shown = json.loads(run(world, capsys, "statement", PAYEE.peer_id, *period))
+        assert shown["account"] == PAYEE.peer_id
+        run(world, capsys, "balance", PAYEE.peer_id, code=3)
+    finally:
+        (tmp_path / "issuer.key").rename(world.path.parent / "issuer" / "issuer.key")
+    for command in ("statement", "invoice"):
+        assert invoke(["ledger", command, "--help"]) == 0
+        shown_help = " ".join(capsys.readouterr().out.split())
+        assert "anybody's" in shown_help and "issuer's key" not in shown_help
+
+
+def paid_journal(
+    world: World, capsys: pytest.CaptureFixture[str], folder: Path
+) -> list[dict[str, Any]]:
+    """The lines of an export in which one session was paid."""
+    run(world, capsys, "issue", world.client, "100")
+    number = run_json(world, capsys, "balance")["next_sequence"]
+    session = reserved_session(world, number.to_bytes(16, "big"), number)
+    (folder / "s-0").write_bytes(asyncio.run(session).SerializeToString())
+    run(world, capsys, "settle", str(folder))
+    exported = run(world, capsys, "export").splitlines()
+    return [json.loads(line) for line in exported]
+
+
+def settled(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(line for line in reversed(lines) if line["kind"] == "settle")
+
+
+def multiply_in_payload(lines: list[dict[str, Any]], *, for_readers: bool) -> None:
+    """A payment of ten times as much, in what is hashed and, if asked, also for readers."""
+    line = settled(lines)
+    entry = pb.JournalEntry.FromString(bytes.fromhex(line["payload"]))
+    for one in entry.lines:
+        one.debit, one.credit = one.debit * 10, one.credit * 10
+    line["payload"] = entry.SerializeToString(deterministic=True).hex()
+    for one in line["lines"] if for_readers else ():
+        one["debit"], one["credit"] = one["debit"] * 10, one["credit"] * 10
+
+
+FALSIFIED: dict[str, Callable[[list[dict[str, Any]]], object]] = {
+    "payload": lambda lines: multiply_in_payload(lines, for_readers=False),
+    "payload and readers": lambda lines: multiply_in_payload(lines, for_readers=True),
+    "amount for readers": lambda lines: settled(lines)["lines"][0].update(debit=300),
+    "kind for readers": lambda lines: settled(lines).update(kind="void"),
+    "more for readers": lambda lines: settled(lines).update(memo="paid twice"),
+    "less for readers": lambda lines: settled(lines).pop("lines"),
+    "first lines only": lambda lines: lines.__delitem__(slice(3, None)),
+    "newest line gone": lambda lines: lines.pop(-2),
+    "another log's": lambda lines: lines[-1].update(
+        checkpoint=sign_checkpoint(LEDGER, "log.example/net-1", 3, bytes(32))
+    ),
+    "another checkpoint": lambda lines: lines[-1].update(
+        checkpoint=sign_checkpoint(LOG, "log.example/net-1", len(lines), bytes(32))
+    ),
+}
+
+
+@pytest.mark.slow
+def test_no_document_is_made_from_a_false_journal(
+    world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file, good = tmp_path / "journal.jsonl", paid_journal(world, capsys, tmp_path)
+
+    def save(lines: list[dict[str, Any]]) -> None:
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    period = ["--from=2020-01-01", "--until=2090-01-01", "--journal", str(file)]
+    save(good)
+    assert int(json.loads(run(world, capsys, "invoice", *period))["total"]) >= 30
+    for name, falsify in FALSIFIED.items():
+        lines = copy.deepcopy(good)
+        falsify(lines)
+        save(lines)
+        run(world, capsys, "audit", str(file), code=1)
+        for document in ("statement", "invoice"):
+            assert run(world, capsys, document, *period, code=1) == "", name
+
+
+def test_a_journal_of_another_network_is_refused(
+    world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file, other = tmp_path / "journal.jsonl", tmp_path / "other.toml"
+    run(world, capsys, "issue", world.client, "9", "--order-id", "ce")
+    run(world, capsys, "export", "--output", str(file))
+    period = ["--from=2020-01-01", "--until=2090-01-01", "--journal", str(file)]
+    renamed = dataclasses.replace(world.network, network_id="net-2")  # with the same log key
+    foreign = dataclasses.replace(world.network.authorities[0], log_key=PAYEE.public)
+    for network in (renamed, dataclasses.replace(renamed, authorities=(foreign,))):
+        network.save(other, FOUNDER)
+        command = ["ledger", "statement", world.client, *period, "--network", str(other)]
+        assert invoke(command) == 1
+        assert capsys.readouterr().out == ""
 
 
 def test_a_sub_account_from_opening_to_closing(

@@ -27,8 +27,8 @@ from plait.ledger.journal import (
     Settle,
 )
 from plait.ledger.journal_audit import JournalAuditor, JournalPage, audit_journal
-from plait.ledger.merkle import leaf_hash, root_of
-from plait.ledger.statement import Period, make_invoice, make_statement
+from plait.ledger.merkle import EMPTY_ROOT, leaf_hash, root_of
+from plait.ledger.statement import Coverage, Period, make_invoice, make_statement
 from plait.ledger.sub_accounts import BudgetPeriod, SubAccount, period_start, terms_message
 from plait.ledger.verify import verify_bundle
 from plait.testing.accounting import PaperSession, Plot, key_of, paper_network
@@ -318,11 +318,12 @@ def test_statement_and_invoice_of_a_share_follow_from_the_log() -> None:
     statement = make_statement(desk.entries, ACCOUNT, period, "team")
     assert [one.change for one in statement.movements] == [-120, 75, -33]
     assert statement.closing == -desk.used()[0] == -78
-    assert b'"sub_account":"team"' in statement.encoded()
+    coverage = Coverage.of(desk.entries, "log.example", EMPTY_ROOT)
+    assert b'"sub_account":"team"' in statement.encoded(coverage)
     invoice = make_invoice(desk.entries, ACCOUNT, period, "team")
     assert [(one.payee, one.amount) for one in invoice.charges] == [(ALICE, 45)]
     assert make_invoice(desk.entries, ACCOUNT, period).total == 75
-    assert b"sub_account" not in make_statement(desk.entries, ACCOUNT, period).encoded()
+    assert b"sub_account" not in make_statement(desk.entries, ACCOUNT, period).encoded(coverage)
 
 
 def test_an_auditor_sees_a_share_overdrawn_renamed_or_opened_by_somebody_else() -> None:

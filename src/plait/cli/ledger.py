@@ -20,8 +20,9 @@ from plait.cli.ledger_connection import (
     peer,
     query,
 )
-from plait.cli.ledger_journal import audit, export, invoice, statement
+from plait.cli.ledger_journal import audit, export
 from plait.cli.ledger_judge import judge
+from plait.cli.ledger_statement import invoice, statement
 from plait.cli.ledger_sub_accounts import plain_use, sub_account, sub_account_line, sub_accounts
 from plait.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""``plait ledger audit | export | statement | invoice``: the whole journal, live or from a file."""
+"""``plait ledger audit | export``: the whole journal, live or from a file."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,29 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 import typer
 
 from plait.cli.ledger_connection import (
-    Account,
     Json,
     Network,
-    OfSubAccount,
     ask,
     authority,
     network_file,
 )
-from plait.errors import ConfigError
+from plait.errors import BadProof, ConfigError
 
 if TYPE_CHECKING:
-    from plait.ledger.balances import Entry
-    from plait.ledger.journal_audit import JournalPage
+    from plait.ledger.journal_audit import JournalPage, JournalReport
     from plait.ledger.journal_file import JournalFile
     from plait.ledger.service.remote import RemoteLedger
-    from plait.ledger.statement import Period
-    from plait.types import AccountId
 
-Journal = Annotated[
-    Path | None, typer.Option(help="An exported journal (JSON lines) instead of the ledger.")
-]
-From = Annotated[str, typer.Option("--from", help="First day or time, ISO 8601, UTC.")]
-Until = Annotated[str, typer.Option("--until", help="The first day or time after it, UTC.")]
 Jobs = Annotated[
     int | None,
     typer.Option(
@@ -53,28 +43,12 @@ def audit(
     """Recompute the whole journal from what was signed, down to the log's signed root.
 
     Every entry is checked against the order, reservation, voucher or releases that caused
-    it. With a file (plait ledger export) no network is used. Exit code 1 if anything does
-    not hold.
+    it, and of a file (plait ledger export, no network is used) each line's members for readers
+    against its payload. Exit code 1 if anything does not hold.
     """
     from plait.cli.output import emit_json
-    from plait.ledger.checkpoint import open_checkpoint
-    from plait.ledger.exposure import judging_of
-    from plait.ledger.journal_audit import JournalAuditor, audit_journal
-    from plait.ledger.service.verify_ahead import processes_for, verified_ahead
 
-    named, file = authority(network), network_file(network)
-    source = read_journal_file(journal) if journal else _fetch(network)
-    if not source.checkpoint:
-        raise ConfigError(f"{journal} has no checkpoint", remedy="export it again, whole")
-    signed = open_checkpoint(source.checkpoint, named.log_origin, named.log_key)
-    auditor = JournalAuditor(
-        file.network_id,
-        file.issuer_key,
-        committee=len(file.authorities) > 1,
-        judging=judging_of(file),
-    )
-    pages = verified_ahead(source.pages, jobs or processes_for(source.pages))
-    report = audit_journal(auditor, pages, signed)
+    _, report = audited(journal, network, jobs)
     if json_output:
         emit_json(report)
     else:
@@ -97,7 +71,10 @@ def export(
         bool, typer.Option("--json", help="The same as --format jsonl.")
     ] = False,
 ) -> None:
-    """Write the whole journal, for accountants and auditors."""
+    """Write the whole journal, for accountants and auditors.
+
+    It has everybody's entries, and whoever can reach an authority can have it.
+    """
     as_json = json_output or format == "jsonl"
     note, size = "", 0
 
@@ -106,7 +83,7 @@ def export(
         if as_json:
             note = await ledger.checkpoint()
             size = int(note.split("\n")[1])
-        with _output(output) as file:
+        with written(output) as file:
             write_page = _json_writer(file, size, note) if as_json else _csv_writer(file)
             async for page in ledger.export_pages():
                 write_page(page)
@@ -114,79 +91,34 @@ def export(
     ask(network, write)
 
 
-def statement(
-    first: From,
-    until: Until,
-    account: Account = None,
-    sub_account: OfSubAccount = "",
-    journal: Journal = None,
-    output: Output = None,
-    network: Network = None,
-) -> None:
-    """Write an account's balances and movements in a period: canonical JSON.
+def audited(
+    journal: Path | None, network: Path | None, jobs: int | None
+) -> "tuple[JournalFile, JournalReport]":
+    """A journal and what its audit finds; raises ``VerificationError`` without a checkpoint
+    that the network's log signed."""
+    from dataclasses import replace
 
-    Anybody with the log gets the same bytes.
+    from plait.ledger.checkpoint import open_checkpoint
+    from plait.ledger.exposure import judging_of
+    from plait.ledger.journal_audit import JournalAuditor, audit_journal
+    from plait.ledger.service.verify_ahead import processes_for, verified_ahead
 
-    Example: plait ledger statement --from 2026-11-01 --until 2026-12-01
-    """
-    from plait.ledger.statement import make_statement
-
-    name, period = _account(account, network), _period(first, until)
-    _write(output, make_statement(_entries(journal, network), name, period, sub_account).encoded())
-
-
-def invoice(
-    first: From,
-    until: Until,
-    account: Account = None,
-    sub_account: OfSubAccount = "",
-    journal: Journal = None,
-    output: Output = None,
-    network: Network = None,
-) -> None:
-    """Write what an account was charged in a period, per session and payee: canonical JSON.
-
-    Anybody with the log gets the same bytes.
-    """
-    from plait.ledger.statement import make_invoice
-
-    name, period = _account(account, network), _period(first, until)
-    _write(output, make_invoice(_entries(journal, network), name, period, sub_account).encoded())
-
-
-def _account(account: str | None, network: Path | None) -> "AccountId":
-    from plait.cli.ledger_connection import own_peer, peer
-    from plait.types import AccountId
-
-    return AccountId(peer(account) if account else own_peer(network))
-
-
-def _period(first: str, until: str) -> "Period":
-    from plait.ledger.statement import Period
-
-    period = Period(_milliseconds(first), _milliseconds(until))
-    if period.from_ms >= period.until_ms:
-        raise ConfigError(f"the period from {first} until {until} is empty")
-    return period
-
-
-def _milliseconds(text: str) -> int:
-    from datetime import UTC, datetime, timedelta
-
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ConfigError(f"not a date or time: {text}", remedy="write 2026-11-30") from error
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
-
-
-def _entries(journal: Path | None, network: Path | None) -> "list[Entry]":
-    from plait.ledger.balances import entry_from_payload
-
+    named, file = authority(network), network_file(network)
     source = read_journal_file(journal) if journal else _fetch(network)
-    return [entry_from_payload(payload) for page in source.pages for payload in page.entries]
+    if not source.checkpoint:
+        raise BadProof(f"{journal} has no checkpoint", remedy="export it again, whole")
+    signed = open_checkpoint(source.checkpoint, named.log_origin, named.log_key)
+    auditor = JournalAuditor(
+        file.network_id,
+        file.issuer_key,
+        committee=len(file.authorities) > 1,
+        judging=judging_of(file),
+    )
+    pages = verified_ahead(source.pages, jobs or processes_for(source.pages))
+    report = audit_journal(auditor, pages, signed)
+    if source.forged:
+        report = replace(report, violations=(source.forged, *report.violations))
+    return source, report
 
 
 def read_journal_file(path: Path) -> "JournalFile":
@@ -210,13 +142,9 @@ def _fetch(network: Path | None) -> "JournalFile":
     return ask(network, fetch)
 
 
-def _write(output: Path | None, document: bytes) -> None:
-    with _output(output) as file:
-        file.write(document.decode() + "\n")
-
-
 @contextmanager
-def _output(path: Path | None) -> Iterator[TextIO]:
+def written(path: Path | None) -> Iterator[TextIO]:
+    """A file to write, or stdout; raises ``ConfigError`` if it cannot be written."""
     import sys
 
     if path is None:

@@ -1,8 +1,9 @@
 """An exported journal as JSON lines: one line per entry, complete enough to be audited.
 
 A line's ``payload`` is the leaf of the log in hexadecimal; the other members say the same
-for readers. ``objects`` are the signed objects behind this entry and the next ones without
-that member. The line of the last entry that the log's checkpoint covers has ``checkpoint``.
+for readers, and a file in which they say anything else is false. ``objects`` are the signed
+objects behind this entry and the next ones without that member. The line of the last entry
+that the log's checkpoint covers has ``checkpoint``.
 """
 
 import json
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from plait.errors import RemoteProtocolError
+from plait.errors import PlaitError, RemoteProtocolError
 from plait.ledger.balances import Entry, entry_from_payload
 from plait.ledger.bundle_fields import read_envelopes, write_envelope
 from plait.ledger.journal_audit import JournalPage
@@ -24,6 +25,8 @@ class JournalFile:
 
     pages: tuple[JournalPage, ...]
     checkpoint: str
+    forged: str = ""
+    """The first line that says something else to readers than its payload does, if any."""
 
 
 def plain_entry(entry: Entry) -> dict[str, Any]:
@@ -76,22 +79,41 @@ def journal_lines(page: JournalPage, size: int, checkpoint: str) -> Iterator[str
 def read_journal(lines: Iterable[str]) -> JournalFile:
     """Read an exported journal; raises ``RemoteProtocolError`` if it is none.
 
-    Nothing is verified here, and only ``payload``, ``objects`` and ``checkpoint`` are read.
+    Nothing that was signed is verified here. What a line says to readers is compared with its
+    payload; whether the payload is an entry at all is for the audit to say.
     """
     pages: list[JournalPage] = []
-    checkpoint = ""
+    checkpoint = forged = ""
     entries: list[bytes] = []
     objects: list[SignedEnvelope] = []
     try:
         for number, text in enumerate(lines):
-            line = json.loads(text)
+            line = json.loads(text, object_pairs_hook=_members)
             if "objects" in line and number:
                 pages.append(JournalPage(tuple(entries), tuple(objects)))
                 entries, objects = [], []
-            objects += read_envelopes(line.get("objects", []), f"line {number + 1}")
-            entries.append(bytes.fromhex(line["payload"]))
-            checkpoint = str(line.get("checkpoint", checkpoint))
+            objects += read_envelopes(line.pop("objects", []), f"line {number + 1}")
+            entries.append(bytes.fromhex(line.pop("payload")))
+            checkpoint = str(line.pop("checkpoint", checkpoint))
+            if not forged and not _says(line, entries[-1]):
+                forged = f"line {number + 1} says something else to readers than its payload does"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RemoteProtocolError(f"this is no exported journal: {error}") from error
     pages.append(JournalPage(tuple(entries), tuple(objects)))
-    return JournalFile(tuple(pages), checkpoint)
+    return JournalFile(tuple(pages), checkpoint, forged)
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which no two readers may see different members."""
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member of an object is there twice")
+    return members
+
+
+def _says(members: dict[str, Any], payload: bytes) -> bool:
+    """Whether a line's members for readers are those of its payload, or that is no entry."""
+    try:
+        return members == plain_entry(entry_from_payload(payload))
+    except PlaitError:
+        return True

@@ -1,16 +1,17 @@
 """Statement and invoice of an account for a period, from the log's entries alone.
 
-The same entries, account and period give the same bytes, whoever asks and whenever: the
-documents name no clock and no authority. Amounts are decimal strings of microcredits, and a
-period holds the entries with ``from_ms <= posted_ms < until_ms``.
+The same entries, account and period give the same bytes, whoever asks and whenever. A document
+names the part of the log that it was made from (``Coverage``), so that anybody can make it again
+from a later, larger one. Amounts are decimal strings of microcredits, and a period holds the
+entries with ``from_ms <= posted_ms < until_ms``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from plait.ledger.balances import HOLD, Entry, EntryKind
 from plait.ledger.canonical import JsonValue, encode_canonical
-from plait.types import AccountId
+from plait.types import AccountId, Digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,29 @@ class Period:
     def holds(self, entry: Entry) -> bool:
         """Whether an entry belongs to it."""
         return self.from_ms <= entry.posted_ms < self.until_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """The first entries of a log that a document was made from, and how far they reach.
+
+    ``complete_until_ms`` is when the last of them was posted: whatever the authority posted
+    before is among them, unless it put its clock back. 0 without entries.
+    """
+
+    origin: str
+    tree_size: int
+    root: Digest
+    complete_until_ms: int
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry], origin: str, root: Digest) -> "Coverage":
+        """Of all of some first entries, whose root is known already."""
+        return cls(origin, len(entries), root, entries[-1].posted_ms if entries else 0)
+
+    def covers(self, period: Period) -> bool:
+        """Whether all of a period is there."""
+        return period.until_ms <= self.complete_until_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +73,13 @@ class Statement:
     sub_account: str = ""
     """Of this share of the account alone: then a balance is what it has used, below zero."""
 
-    def encoded(self) -> bytes:
-        """The document: canonical JSON."""
+    def encoded(self, coverage: Coverage) -> bytes:
+        """The document: canonical JSON. It was made from the entries of ``coverage``."""
         return _document(
-            "plait.statement.v1",
+            "plait.statement.v2",
             self.account,
             self.period,
+            coverage,
             opening_balance=str(self.opening),
             closing_balance=str(self.closing),
             **_named(self.sub_account),
@@ -98,12 +123,13 @@ class Invoice:
         """All charges together, microcredits."""
         return sum(charge.amount for charge in self.charges)
 
-    def encoded(self) -> bytes:
-        """The document: canonical JSON."""
+    def encoded(self, coverage: Coverage) -> bytes:
+        """The document: canonical JSON. It was made from the entries of ``coverage``."""
         return _document(
-            "plait.invoice.v1",
+            "plait.invoice.v2",
             self.account,
             self.period,
+            coverage,
             **_named(self.sub_account),
             total=str(self.total),
             charges=[
@@ -187,13 +213,22 @@ def _named(sub_account: str) -> dict[str, JsonValue]:
     return {"sub_account": sub_account} if sub_account else {}
 
 
-def _document(name: str, account: str, period: Period, **members: JsonValue) -> bytes:
+def _document(
+    name: str, account: str, period: Period, coverage: Coverage, **members: JsonValue
+) -> bytes:
     return encode_canonical(
         {
             "format": name,
             "account": account,
             "from_ms": period.from_ms,
             "until_ms": period.until_ms,
+            "log": {
+                "origin": coverage.origin,
+                "tree_size": coverage.tree_size,
+                "root_hash": coverage.root.hex(),
+            },
+            "complete": coverage.covers(period),
+            "complete_until_ms": coverage.complete_until_ms,
             **members,
         }
     )
