@@ -36,7 +36,7 @@ def test_a_good_bundle_exits_0_and_says_what_is_not_checked(
 
 
 def test_a_false_bundle_exits_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for spoilt in (BUNDLE[:-1], b"", b"\xff" * 100, BUNDLE.replace(b"Hi", b"Ho")):
+    for spoilt in (BUNDLE[:-1], b"\xff" * 100, BUNDLE.replace(b"Hi", b"Ho")):
         (folder / "bundle.json").write_bytes(spoilt)
         assert run(folder) == 1
         assert "✘" in capsys.readouterr().out
@@ -68,5 +68,8 @@ def test_a_missing_file_is_one_line_and_exits_3(
     assert run(folder, bundle="none.json") == 3
     assert "none.json" in capsys.readouterr().err
     assert run(folder, bundle=".") == 3
+    (folder / "bundle.json").write_bytes(b"")
+    assert run(folder) == 3
+    assert "is an empty file, no bundle" in capsys.readouterr().err
     (folder / "network.toml.sig").unlink()
     assert run(folder) == 3

@@ -48,7 +48,7 @@ def judge(
 
 
 def _is_fork_proof(path: Path) -> bool:
-    from plait.cli.verify import read_bundle_file
+    from plait.cli.bundle_file import read_bundle_file
     from plait.ledger.fork import FORK_BYTES_MAX, FORK_FORMAT
 
     data = read_bundle_file(path)
@@ -56,8 +56,8 @@ def _is_fork_proof(path: Path) -> bool:
 
 
 def _judge_fork(path: Path, network: "NetworkFile", *, json_output: bool) -> None:
+    from plait.cli.bundle_file import read_bundle_file
     from plait.cli.output import emit_json
-    from plait.cli.verify import read_bundle_file
     from plait.errors import BadProof
     from plait.ledger.fork import check_fork_proof, read_fork_proof
 
@@ -93,7 +93,7 @@ def _verdicts(
 
 
 def _grants(path: Path) -> "list[SignedEnvelope]":
-    from plait.cli.verify import read_bundle_file
+    from plait.cli.bundle_file import read_bundle_file
     from plait.errors import RemoteProtocolError
     from plait.ledger.bundle import read_bundle
     from plait.ledger.committee import grants_in

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from plait.cli.bundle_file import check_writable, write_bundle
 from plait.errors import ConfigError, PlaitError
 
 if TYPE_CHECKING:
@@ -124,12 +125,12 @@ def run(
         **_peers(pin, only, ignore),
     )
     if bundle is not None:
-        _check_writable(bundle)
+        check_writable(bundle)
     text = sys.stdin.read() if prompt == "-" else prompt
     with _client(network, draft if drafts else None, audits=audit) as client:
         answer = _stream(client, model, text, options, show=not json_output)
     if bundle is not None and answer.bundle is not None:
-        bundle.write_bytes(answer.bundle)
+        write_bundle(bundle, answer.bundle)
     if json_output:
         from plait.cli.output import emit_json
 
@@ -203,15 +204,6 @@ def chat(
                 continue
             messages.append({"role": "assistant", "content": answer.text})
             print(f"({_figures(answer)})", file=sys.stderr)
-
-
-def _check_writable(bundle: Path) -> None:
-    """Fail before anything is paid for."""
-    try:
-        with bundle.open("ab"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"cannot write the bundle {bundle}: {error.strerror}") from error
 
 
 def _ask() -> str:

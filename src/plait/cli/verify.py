@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.errors import ConfigError, ModelError
+from plait.cli.bundle_file import read_bundle_file
+from plait.errors import ModelError
 from plait.types import Span
 
 if TYPE_CHECKING:
@@ -81,15 +82,3 @@ def _replay_with(threads: int) -> "Replay":
         )
 
     return replayed
-
-
-def read_bundle_file(path: Path) -> bytes:
-    """A bundle's bytes, one too many of a file that is longer; raises ``ConfigError``."""
-    from plait.ledger.bundle import BUNDLE_BYTES_MAX
-
-    try:
-        with path.open("rb") as file:
-            # One byte more than a bundle may have, so that an endless file is refused.
-            return file.read(BUNDLE_BYTES_MAX + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read the bundle {path}: {error.strerror}") from error
