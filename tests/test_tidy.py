@@ -35,6 +35,7 @@ CORE = {
 }
 CORES = CORE | {"router", "ledger"}
 ENGINES = CORES | {
+    "clock",
     "durable",
     "heap",
     "logs",
@@ -56,6 +57,7 @@ ALLOWED = {
     "prices_wire": {"types", "v1"},
     "replay_cuts": set(),
     "network_file": {"types", "errors", "identity", "envelope", "v1"},
+    "clock": set[str](),
     "durable": set[str](),
     "heap": set[str](),
     "logs": set[str](),

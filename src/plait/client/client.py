@@ -16,7 +16,7 @@ from plait.client.answer import Answer, Embedding
 from plait.client.audit_spool import AuditSpool, BackgroundSpool
 from plait.client.auditing import Audited, audit_bundle
 from plait.client.children import Child
-from plait.client.connection import Connection, clock_ms, connected
+from plait.client.connection import Connection, connected
 from plait.client.demand import Demand
 from plait.client.drafting import DraftModel
 from plait.client.driver import Deliver
@@ -32,6 +32,7 @@ from plait.client.settings import ClientSettings, SubAccountLimits
 from plait.client.starting import Starter
 from plait.client.streaming import Begun, TextStream, Tokens
 from plait.client.sub_accounts import order_sub_account, read_sub_accounts
+from plait.clock import clock_ms
 from plait.errors import ConfigError, LocalProtocolError, NoRoute, PeerUnreachable
 from plait.ledger.lottery import Lot
 from plait.ledger.service.committee import Ledger

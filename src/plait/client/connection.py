@@ -1,6 +1,5 @@
 """What is alive while a client is: its ledger, its view of the network, and its tasks."""
 
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from plait.client.account import Account
 from plait.client.dialer import Dialer
+from plait.clock import clock_ms
 from plait.errors import ConfigError
 from plait.ledger.notices import NoticeBoard
 from plait.ledger.service.committee import Ledger, connect
@@ -57,8 +57,3 @@ async def connected(
         await stack.enter_async_context(watch)
         tasks.create_task(exchange.run(), name="notices")
         yield Connection(ledger, dialer, tasks, watch, exchange)
-
-
-def clock_ms() -> int:
-    """Wall-clock milliseconds."""
-    return time.time_ns() // 1_000_000

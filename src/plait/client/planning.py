@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from plait.client.audit_spool import AuditSpool, trust_of
-from plait.client.connection import clock_ms
 from plait.client.demand import Demand
 from plait.client.hosting import Hosting
 from plait.client.options import Options
+from plait.clock import clock_ms
 from plait.errors import ConfigError, LocalProtocolError, NoRoute
 from plait.model.catalog import LocalModel, load
 from plait.model.tokenizer import Tokenizer

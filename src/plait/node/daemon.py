@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plait.clock import clock_ms
 from plait.errors import ConfigError, LedgerError, PlaitError
 from plait.heap import freeze_heap
 from plait.identity import load_or_create_key
@@ -153,7 +154,7 @@ async def _start_roles(
         # Torch and libp2p are imported only where they are needed.
         from plait.node.stage_start import start_stage
 
-        node.stage = await start_stage(config, network, stack, _clock_ms)
+        node.stage = await start_stage(config, network, stack, clock_ms)
 
 
 async def _watch_writer(authority: "RunningAuthority", data_dir: Path) -> None:
@@ -230,7 +231,3 @@ def _first(group: BaseExceptionGroup[PlaitError]) -> PlaitError:
         error = error.exceptions[0]
     assert isinstance(error, PlaitError)
     return error
-
-
-def _clock_ms() -> int:
-    return time.time_ns() // 1_000_000
