@@ -156,7 +156,15 @@ def test_a_wan_is_named_shaped_and_measured_by_command(plait: Plait, folder: Pat
     assert "node-9" in plait("testnet", "shape", "--to", "node-9", "--heal", code=3).stderr
 
     assert json.loads(plait("testnet", "hang", "node-1", "--json").stdout)["hung"] is True
+    assert "ready (hung)" in plait("testnet", "status").stdout
     assert json.loads(plait("testnet", "resume", "node-1", "--json").stdout)["hung"] is False
+    assert "hung" not in plait("testnet", "status").stdout
+    plait("testnet", "hang", "node-3")
+    healed = json.loads(plait("testnet", "heal", "--json").stdout)
+    assert {"node-3 is hung", "the link from client to node-2 is cut"} <= set(healed["healed"])
+    assert len(healed["healed"]) == 6
+    assert healed["failed"] == []
+    assert "nothing was wrong" in plait("testnet", "heal").stderr
 
 
 def test_chaos_says_what_it_cannot_do(plait: Plait, folder: Path, tmp_path: Path) -> None:
@@ -164,6 +172,10 @@ def test_chaos_says_what_it_cannot_do(plait: Plait, folder: Path, tmp_path: Path
     assert "--random SEED" in plait("testnet", "chaos", code=3).stderr
     plan = tmp_path / "plan.toml"
     plan.write_text('duration_s = 9\n[[fault]]\nat_s = 1\nkind = "kill"\nnode = "node-2"\n')
+    plait("testnet", "stop", "node-1")
+    refused = plait("testnet", "chaos", "--plan", str(plan), code=3)
+    assert "the testnet is not whole: node-1 is stopped" in refused.stderr
+    assert "healed: node-1 is stopped" in plait("testnet", "heal").stderr
     refused = plait("testnet", "chaos", "--plan", str(plan), code=3)
     assert "layer 3 would have no usable host" in refused.stderr
     assert (

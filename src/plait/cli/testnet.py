@@ -29,6 +29,7 @@ _CARRIERS = {
     "tun": "network namespaces",
     "forwarder": "a forwarder between loopback addresses",
 }
+_TERMINATED = 128 + signal.SIGTERM
 DeviceOption = Annotated[
     str, typer.Option(help="Where they compute: cpu, auto, cuda, cuda:N or mps.")
 ]
@@ -225,7 +226,7 @@ def chaos(
 
     Every answer is compared with the undisturbed one. Exit code 1 if a request failed, a
     token is wrong, the ledger does not hold, something leaked, or no fault was applied.
-    Ctrl-C heals and reports.
+    Ctrl-C and SIGTERM heal and report; after SIGTERM the exit code is 143.
 
     Example: plait testnet chaos --random 7 --duration 60 --every 10
     """
@@ -261,7 +262,32 @@ def chaos(
         emit_json(report | {"seed": seed})
     else:
         _show_chaos(report)
+    if report["signal"] == "SIGTERM":
+        raise typer.Exit(_TERMINATED)
     if report["wrong"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def heal(directory: DirOption = None, as_json: JsonOption = False) -> None:
+    """End all harm: cut links, quotas, hung, full and ended nodes, whoever left them so.
+
+    Waits until every node is ready. Exit code 1 if something could not be healed.
+
+    Example: plait testnet heal
+    """
+    from plait.testnet.healing import heal as heal_testnet
+
+    done = heal_testnet(_running(directory))
+    if as_json:
+        emit_json({"healed": done.healed, "failed": done.failed})
+    for what in done.healed:
+        status(f"healed: {what}")
+    for what in done.failed:
+        status(f"NOT healed: {what}")
+    if not done.healed and not done.failed:
+        status("nothing was wrong")
+    if done.failed:
         raise typer.Exit(1)
 
 
@@ -306,7 +332,7 @@ def _show(directory: Path, as_json: bool) -> None:
             "+".join(node["roles"]),
             node["model"],
             "{}:{}".format(*node["span"]) if node["span"] else None,
-            node["state"],
+            f"{node['state']} (hung)" if node["hung"] else node["state"],
             node["pid"],
             node["peer"],
         ]

@@ -24,9 +24,12 @@ from plait.testnet.chaos_report import (
 from plait.testnet.control import request
 from plait.testnet.faults import Injector, Skipped, refusal
 from plait.testnet.folder import CLIENT_DIR, NETWORK_FILE
+from plait.testnet.healing import check_whole
 from plait.testnet.leaks import grown, holdings, wait_until_quiet
 from plait.testnet.load import Case, Outcome, undisturbed, work
 from plait.types import Span
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 Tell = Callable[[str], None]
 
@@ -41,10 +44,11 @@ async def run_chaos(
 ) -> dict[str, Any]:
     """Run a plan on the live testnet in ``directory`` and return the report.
 
-    SIGINT ends it early; everything is healed and reported all the same. Raises
-    ``ConfigError`` for a plan that does not fit the testnet, and ``PlaitError`` if the
-    testnet does not work before the first fault.
+    SIGINT and SIGTERM end it early; everything is healed and reported all the same. Raises
+    ``ConfigError`` for a testnet that is not whole and for a plan that does not fit it, and
+    ``PlaitError`` if it does not work before the first fault.
     """
+    await asyncio.to_thread(check_whole, directory)
     status = await asyncio.to_thread(request, directory, "status")
     check_plan(plan, hosts_of(status))
     model = next(node["model"] for node in status["nodes"] if node["model"])
@@ -79,6 +83,7 @@ class _Run:
         self._outcomes: list[Outcome] = []
         self._applied: list[Applied] = []
         self._stop = asyncio.Event()
+        self._signal: str | None = None
         self._over = asyncio.Event()
 
     async def perform(self) -> dict[str, Any]:
@@ -86,12 +91,14 @@ class _Run:
         names = {node["peer"]: node["name"] for node in status["nodes"] if node["span"]}
         before = holdings(status)
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self._stop.set)
+        for number in _ENDING:
+            loop.add_signal_handler(number, self._end_early, number)
         started_s = time.monotonic()
         try:
             unhealed = await self._disturb(started_s)
         finally:
-            loop.remove_signal_handler(signal.SIGINT)
+            for number in _ENDING:
+                loop.remove_signal_handler(number)
         self._tell("waiting until the testnet is quiet")
         busy = await wait_until_quiet(self._client, names)
         after = holdings(await self._status())
@@ -101,6 +108,7 @@ class _Run:
             "wan": status["wan"],
             "duration_s": round(time.monotonic() - started_s, 1),
             "interrupted": self._stop.is_set(),
+            "signal": self._signal,
             "load": self._plan.load,
             "faults": faults_report(self._applied, started_s),
             "unhealed": unhealed,
@@ -109,10 +117,14 @@ class _Run:
             "ledger": await self._audit(),
             "leaks": busy | grown(before, after),
         }
-        return report | {"wrong": [*verdict(report), *([unhealed] if unhealed else [])]}
+        return report | {"wrong": [*verdict(report), *(f"not healed: {what}" for what in unhealed)]}
 
-    async def _disturb(self, started_s: float) -> str:
-        """Load and faults; returns why not everything could be healed, empty if it was."""
+    def _end_early(self, number: signal.Signals) -> None:
+        self._signal = number.name
+        self._stop.set()
+
+    async def _disturb(self, started_s: float) -> list[str]:
+        """Load and faults; returns what could not be healed and why, empty if all was."""
         async with TaskScope() as tasks:
             injector = Injector(self._directory, tasks)
             workers = [
@@ -123,11 +135,10 @@ class _Run:
                 await self._follow_plan(injector, started_s)
             finally:
                 self._tell("healing everything")
-                unhealed = ""
                 try:
-                    await injector.heal_everything()
-                except (PlaitError, OSError) as error:
-                    unhealed = f"not healed: {error}"
+                    unhealed = list((await injector.heal_everything()).failed)
+                except PlaitError as error:
+                    unhealed = [str(error)]
             self._over.set()
             if workers:
                 await asyncio.wait(workers)  # every request has its own time limit

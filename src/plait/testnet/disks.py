@@ -51,6 +51,11 @@ def fill(folder: Path) -> int:
     return written
 
 
+def is_filled(folder: Path) -> bool:
+    """Whether what ``fill`` has written is there; raises ``OSError`` where we may not look."""
+    return (folder / _FILLER).exists()
+
+
 def empty(folder: Path) -> None:
     """Take back what ``fill`` has written."""
     (folder / _FILLER).unlink(missing_ok=True)

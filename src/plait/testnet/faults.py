@@ -8,11 +8,10 @@ from plait.errors import PlaitError
 from plait.task_scope import TaskScope
 from plait.testnet import disks
 from plait.testnet.chaos_plan import Fault
-from plait.testnet.control import await_node, request
+from plait.testnet.control import request
 from plait.testnet.folder import data_dir
+from plait.testnet.healing import Healed, heal
 from plait.testnet.slowdown import Quota, stutter
-
-_RECOVERY_TIMEOUT_S = 120.0
 
 
 class Skipped(Exception):
@@ -47,23 +46,17 @@ class Injector:
                 await self._heal(fault.node)
         return "applied"
 
-    async def heal_everything(self) -> None:
-        """End every fault and wait until each node is ready again; raises ``PlaitError``."""
-        for node in (await self._status())["nodes"]:
-            await self._heal(node["name"])
-            if node["hung"]:
-                await self._command("resume", node["name"])
-            if node["state"] in ("dead", "stopped", "draining"):
-                await self._command("restart", node["name"])
-        for node in (await self._status())["nodes"]:
-            await asyncio.to_thread(
-                await_node,
-                self._directory,
-                node["name"],
-                ("ready",),
-                starts=node["starts"],
-                timeout_s=_RECOVERY_TIMEOUT_S,
-            )
+    async def heal_everything(self) -> Healed:
+        """End every fault, this run's or not, and wait until each node is ready again.
+
+        Raises ``PlaitError`` where no supervisor answers.
+        """
+        for quota in self._quotas.values():
+            quota.close()
+        for task in self._stutters.values():
+            task.cancel()
+        await asyncio.gather(*self._stutters.values(), return_exceptions=True)
+        return await asyncio.to_thread(heal, self._directory)
 
     async def _command(self, command: str, node: str) -> None:
         await asyncio.to_thread(request, self._directory, command, node)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 PERIOD_US = 50_000
 _ROOT = Path("/sys/fs/cgroup")
+_GROUP = "plait-slow-"
 
 
 class Quota:
@@ -20,7 +21,7 @@ class Quota:
     def __init__(self, pid: int, share: float) -> None:
         """Raises ``OSError`` where that is not allowed."""
         self._home, version = _home_of(pid)
-        self._group = self._home / f"plait-slow-{pid}"
+        self._group = self._home / f"{_GROUP}{pid}"
         self._group.mkdir()
         quota_us = max(1000, round(PERIOD_US * share))
         try:
@@ -37,10 +38,35 @@ class Quota:
     def close(self) -> None:
         """Let the process go, if it still lives, and remove the group."""
         with suppress(OSError):
-            for pid in (self._group / "cgroup.procs").read_text().split():
-                (self._home / "cgroup.procs").write_text(pid)
-        with suppress(OSError):
-            self._group.rmdir()
+            _dissolve(self._group)
+
+
+def is_held(pid: int) -> bool:
+    """Whether a process is held by a quota, whoever made it."""
+    with suppress(OSError):
+        return _home_of(pid)[0].name.startswith(_GROUP)
+    return False
+
+
+def release(pid: int) -> None:
+    """End the quota that holds a process, if one does; raises ``OSError``."""
+    if is_held(pid):
+        _dissolve(_home_of(pid)[0])
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, as by SIGSTOP."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
+
+
+def _dissolve(group: Path) -> None:
+    """Move a group's processes to the one above and remove it."""
+    for pid in (group / "cgroup.procs").read_text().split():
+        with suppress(ProcessLookupError):
+            (group.parent / "cgroup.procs").write_text(pid)
+    group.rmdir()
 
 
 async def stutter(pid: int, share: float) -> None:
