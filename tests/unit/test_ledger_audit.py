@@ -22,6 +22,7 @@ from plait.ledger.balances import (
 from plait.ledger.certs import make_key_cert
 from plait.ledger.checkpoint import Checkpoint
 from plait.ledger.journal import (
+    FRESHNESS_MS,
     GRACE_MS,
     Accepted,
     Books,
@@ -77,7 +78,7 @@ class World:
         self.objects += objects
         return outcome
 
-    def issue(self, account: str = CLIENT, amount: int = 1_000) -> None:
+    def issue(self, account: str = CLIENT, amount: int = 1_000, now_ms: int = NOW) -> None:
         self.orders += 1
         order = pb.IssueOrder(
             network_id=NETWORK,
@@ -87,7 +88,7 @@ class World:
             issued_ms=NOW,
         )
         envelope = seal(key_of("issuer"), order)
-        self.run(Issue(order, digest(envelope.payload)), envelope)
+        self.run(Issue(order, digest(envelope.payload)), envelope, now_ms=now_ms)
 
     def limit(self, credit_limit: int, account: str = CLIENT) -> None:
         self.orders += 1
@@ -343,6 +344,29 @@ def test_a_line_says_the_same_to_readers_as_its_payload(world: World) -> None:
         read_journal([twice, *lines[1:]])
     no_entry = json.dumps(json.loads(lines[0]) | {"payload": "ff"})
     assert not read_journal([no_entry]).forged  # what it is, the audit says
+
+
+def test_an_authority_cannot_choose_its_dates(world: World) -> None:
+    # To void a hold before its time it must date an entry ahead.
+    leaves = tuple(entry.payload for entry in world.entries)
+    signed = Checkpoint("log", 8, root_of(map(leaf_hash, leaves)))
+    page = JournalPage(leaves, tuple(world.objects))
+
+    def seen_at(ms: int) -> tuple[str, ...]:
+        auditor = JournalAuditor(NETWORK, key_of("issuer").public)
+        return audit_journal(auditor, [page], signed, ms).violations
+
+    voided_ms = world.entries[-1].posted_ms
+    assert seen_at(voided_ms) == ()
+    assert seen_at(voided_ms - FRESHNESS_MS) == ()
+    assert seen_at(voided_ms - FRESHNESS_MS - 1) == (
+        "an entry is dated after its witnesses saw it",
+    )
+    world.issue(now_ms=voided_ms - FRESHNESS_MS)
+    assert world.audit().violations == ()
+    world.issue(now_ms=voided_ms - FRESHNESS_MS - 1)  # and go on at the true time
+    (violation,) = world.audit().violations
+    assert violation == "entry 9: it is dated before what stands before it"
 
 
 def test_a_damaged_tree_or_network(world: World) -> None:

@@ -102,6 +102,7 @@ def audited(
     from plait.ledger.exposure import judging_of
     from plait.ledger.journal_audit import JournalAuditor, audit_journal
     from plait.ledger.service.verify_ahead import processes_for, verified_ahead
+    from plait.ledger.withheld import quorum_time_ms
 
     named, file = authority(network), network_file(network)
     source = read_journal_file(journal) if journal else _fetch(network)
@@ -115,7 +116,8 @@ def audited(
         judging=judging_of(file),
     )
     pages = verified_ahead(source.pages, jobs or processes_for(source.pages))
-    report = audit_journal(auditor, pages, signed)
+    times = quorum_time_ms(source.checkpoint, file) if file.witnesses else []
+    report = audit_journal(auditor, pages, signed, *times)
     if source.forged:
         report = replace(report, violations=(source.forged, *report.violations))
     return source, report

@@ -6,6 +6,7 @@ account's certificate names, releases by the payees'. What the books then post m
 entry, byte for byte. Whether an authority left something out cannot be seen here.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from plait.ledger.certs import check_key_cert
 from plait.ledger.checkpoint import Checkpoint
 from plait.ledger.exposure import NO_JUDGES, Judging, check_judged
 from plait.ledger.journal import Accepted, Books, Issue, Reserve, SetLimit, SetSubAccount
-from plait.ledger.journal_holds import Hold, has_expired, may_release
+from plait.ledger.journal_holds import FRESHNESS_MS, Hold, has_expired, may_release
 from plait.ledger.merkle import Tree, leaf_hash
 from plait.types import AccountId, Digest, PeerId, SessionId
 from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
@@ -29,6 +30,8 @@ from plait.v1.ledger_pb2 import (
     SettlementRequest,
     SubAccountOrder,
 )
+
+_RISE_MS = 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,10 @@ class JournalAuditor:
     """What must come next: the share of the payment before it."""
     _returns: list[Entry] = field(default_factory=list)
     _payers: dict[SessionId, set[bytes]] = field(default_factory=dict)
+    _latest_ms: int = 0
+    """The latest date so far."""
+    _rises: list[tuple[int, int]] = field(default_factory=list)
+    """(index, date) of each entry that is dated a minute or more after the last one here."""
 
     def __post_init__(self) -> None:
         self.books = Books(self.network_id, self.judging.terms)
@@ -130,8 +137,11 @@ class JournalAuditor:
             except PlaitError as error:
                 self.violations.append(f"entry {index}: {error}")
 
-    def report(self, checkpoint: Checkpoint) -> JournalReport:
-        """What was found; entries beyond the checkpoint, verified already, are newer."""
+    def report(self, checkpoint: Checkpoint, seen_ms: int | None = None) -> JournalReport:
+        """What was found; entries beyond the checkpoint, verified already, are newer.
+
+        ``seen_ms`` is when its witnesses saw the checkpoint: what it covers is not of later.
+        """
         entries, size = self.tree.size, min(self.tree.size, checkpoint.size)
         violations = list(self.violations)
         if not violations and self._aside is not None:
@@ -143,10 +153,26 @@ class JournalAuditor:
             )
         elif self.tree.root(size) != checkpoint.root:
             violations.append("the journal's root is not the one that the checkpoint signs")
+        if seen_ms is not None and self._dated(size) > seen_ms + FRESHNESS_MS:
+            violations.append("an entry is dated after its witnesses saw it")
         root = self.tree.root(size)
         return JournalReport(balanced, entries, size, root, self.causes, tuple(violations))
 
+    def _note_date(self, entry: Entry) -> None:
+        # Holds expire and escrows mature by these dates: an authority may not choose them.
+        if entry.posted_ms < self._latest_ms - FRESHNESS_MS:
+            raise LedgerError("it is dated before what stands before it")
+        if not self._rises or entry.posted_ms >= self._rises[-1][1] + _RISE_MS:
+            self._rises.append((entry.index, entry.posted_ms))
+        self._latest_ms = max(self._latest_ms, entry.posted_ms)
+
+    def _dated(self, size: int) -> int:
+        """The latest date among the first ``size`` entries, to a minute."""
+        rises = bisect_left(self._rises, (size, 0))
+        return self._rises[rises - 1][1] if rises else 0
+
     def _add(self, entry: Entry, objects: _Objects) -> None:
+        self._note_date(entry)
         if self._aside is not None and entry != self._aside:
             raise LedgerError("the share of the payment before it is not in escrow")
         if self._returns and entry != self._returns[0]:
@@ -282,9 +308,13 @@ class JournalAuditor:
 
 
 def audit_journal(
-    auditor: JournalAuditor, pages: Iterable[JournalPage], checkpoint: Checkpoint
+    auditor: JournalAuditor,
+    pages: Iterable[JournalPage],
+    checkpoint: Checkpoint,
+    seen_ms: int | None = None,
 ) -> JournalReport:
-    """Check a journal from its first entry on. ``checkpoint`` is verified already."""
+    """Check a journal from its first entry on. ``checkpoint`` is verified already, and the time
+    at which witnesses saw it, if there are any."""
     for page in pages:
         auditor.add(page)
-    return auditor.report(checkpoint)
+    return auditor.report(checkpoint, seen_ms)

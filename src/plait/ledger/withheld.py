@@ -61,7 +61,7 @@ def judge_grant(
     times = [entry.posted_ms for entry in entries]
     if network.witnesses:
         # A witness cosigned it at that time: no later entry was needed for it to be late.
-        times += _quorum_time_ms(checkpoint, network)
+        times += quorum_time_ms(checkpoint, network)
     due_ms, seen_ms = granted.granted_ms + granted.merge_delay_ms, max(times, default=0)
     for entry in entries:
         if entry.kind is EntryKind.RESERVE and entry.cause == granted.reservation_digest:
@@ -70,8 +70,8 @@ def judge_grant(
     return GrantVerdict(finding, authority, None, due_ms, seen_ms, head.size)
 
 
-def _quorum_time_ms(checkpoint: str, network: NetworkFile) -> list[int]:
-    """The time that as many witnesses as the quorum confirm: fewer may lie about it."""
+def quorum_time_ms(checkpoint: str, network: NetworkFile) -> list[int]:
+    """The time that as many witnesses as the quorum confirm, or nothing: fewer may lie about it."""
     found = open_cosignatures(checkpoint, network.witnesses)
     times = sorted((one.time_s * 1000 for one in found), reverse=True)
     return times[max(network.witness_quorum, 1) - 1 :][:1]
