@@ -1747,6 +1747,7 @@ const NEVER_CHECKED = [
   "the draw: that the ids follow from the logits, seed and temperature",
   "the people: who operates these peers, and whether client and stages all collude",
   "the clocks: every date is the signer's own",
+  "the revoked keys: no revocation is looked at, a certificate that its peer voided counts by its dates",
   "the publisher: the manifest is the model's by digest; who made the model is not proven",
 ];
 const NOT_WITNESSED =

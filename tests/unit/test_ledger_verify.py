@@ -1,5 +1,7 @@
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -179,6 +181,7 @@ def test_an_honest_bundle_is_verified() -> None:
     assert report.exit_code == 0
     assert all(claim.ok for claim in report.claims)
     assert any("computation" in item for item in report.unchecked)
+    assert any("no revocation is looked at" in item for item in report.unchecked)
 
 
 @pytest.mark.slow
@@ -508,3 +511,17 @@ def test_a_report_is_readable_and_cannot_steer_a_terminal() -> None:
     assert "✔ seal" in text
     assert text.endswith("Outcome: false")
     assert '"outcome":"false"' in report.to_json()
+
+
+def test_the_check_loads_few_packages() -> None:
+    """Those that docs/ledger.md names. PyNaCl may be absent: see ``plait.identity``."""
+    script = (
+        "import sys, plait.ledger.verify\n"
+        "names = {name.partition('.')[0] for name in sys.modules}\n"
+        "print(*sorted(n for n in names - sys.stdlib_module_names if not n.startswith('_')))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout.split()
+    known = {"plait", "google", "cryptography", "base58"}
+    assert known <= set(loaded) <= known | {"nacl"}

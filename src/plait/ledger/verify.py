@@ -65,6 +65,8 @@ _REPLAYED = (
 _NEVER_CHECKED = (
     "the people: who operates these peers, and whether client and stages all collude",
     "the clocks: every date is the signer's own",
+    "the revoked keys: no revocation is looked at, a certificate that its peer voided counts by "
+    "its dates",
     "the publisher: the manifest is the model's by digest; who made the model is not proven",
 )
 _CACHED = (
