@@ -119,6 +119,20 @@ def spooled(folder: Path) -> list[str]:
     return sorted(path.suffix for path in (folder / "settlements").iterdir())
 
 
+async def test_what_the_disk_does_not_take_is_sent_all_the_same(tmp_path: Path) -> None:
+    ledger = FakeLedger()
+    async with TaskScope() as tasks:
+        settling = settler(tmp_path, ledger, tasks)
+        session = session_with_voucher()
+        name = f"{session.id.hex()}-{session.terms.epoch}"
+        (tmp_path / "settlements" / f"{name}.part").mkdir()  # nothing can be written there
+        assert await settling.settle(session)
+        settling.settle_later(session)
+        await settling.idle(20)
+    assert session.books is not None
+    assert ledger.presented == [session.books.voucher] * 2
+
+
 async def test_what_the_ledger_took_leaves_the_disk(tmp_path: Path) -> None:
     async with TaskScope() as tasks:
         assert await settler(tmp_path, FakeLedger(), tasks).settle(session_with_voucher())

@@ -61,11 +61,11 @@ _NOT_A_CERTIFICATE = (
 _OPTIONS_BOTH: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.keepalive_time_ms", 1_000),
-    ("grpc.keepalive_timeout_ms", 1_000),
+    ("grpc.keepalive_time_ms", 500),
+    ("grpc.keepalive_timeout_ms", 1_500),
     # What counts for a process that hangs: its kernel goes on to acknowledge bytes, and without
     # this gRPC waits a minute for the answer to a ping.
-    ("grpc.http2.ping_timeout_ms", 1_000),
+    ("grpc.http2.ping_timeout_ms", 1_500),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )

@@ -11,7 +11,7 @@ the network file asks for no witnesses, the authority's word is enough.
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -75,8 +75,8 @@ class Settler:
     async def settle(self, session: StageSession) -> bool:
         """Present the session's best voucher, or that there is none and nothing is owed, so that
         what was reserved goes back; True once the ledger has posted it."""
-        spooled = self._spool(session)
-        return spooled is not None and await self._present(spooled)
+        made = self._made(session)
+        return made is not None and await self._offer(*made)
 
     def renew(self, key: SigningKey, cert: SignedEnvelope) -> None:
         """Sign with another key from now on; sessions that have begun keep theirs."""
@@ -85,9 +85,9 @@ class Settler:
 
     def settle_later(self, session: StageSession) -> None:
         """The same, without waiting."""
-        spooled = self._spool(session)
-        if spooled is not None:
-            task = self._tasks.create_task(self._present_quietly(spooled), name="settlement")
+        made = self._made(session)
+        if made is not None:
+            task = self._tasks.create_task(self._quietly(made[0], self._offer(*made)))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
@@ -106,7 +106,9 @@ class Settler:
         """Why no new session should be taken: too much is unwitnessed; empty if not."""
         return self.awaiting.refusal(self._clock_ms(), self._patience)
 
-    def _spool(self, session: StageSession) -> Path | None:
+    def _made(self, session: StageSession) -> tuple[Path, SettleRequest | None] | None:
+        """The file of what to send, or what does not fit on the disk; None if there is nothing
+        to say."""
         if session.books is None:
             return None
         request = session.books.settlement(self._clock_ms(), True)
@@ -124,8 +126,19 @@ class Settler:
             part.replace(path)
         except OSError as error:
             log.error("a settlement could not be kept on disk", reason=str(error))
-            return None
-        return path
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            return path, message
+        return path, None
+
+    async def _offer(self, path: Path, unkept: SettleRequest | None) -> bool:
+        if unkept is None:
+            return await self._present(path)
+        message = unkept  # sent all the same, this once
+        voucher = voucher_in(message)
+        paid = await self._ledger.settle(message.request, message.payee_cert, voucher)
+        log.info("settled", session=path.name, paid_microcredits=paid)
+        return True
 
     async def _present(self, path: Path) -> bool:
         if path in self._presenting:
@@ -200,9 +213,9 @@ class Settler:
         issued_ms = SettlementRequest.FromString(message.request.payload).issued_ms
         return may_still_be_paid(str(error), issued_ms, self._clock_ms())
 
-    async def _present_quietly(self, path: Path) -> None:
+    async def _quietly(self, path: Path, presenting: Coroutine[None, None, bool]) -> None:
         try:
-            await self._present(path)
+            await presenting
         except (PlaitError, OSError) as error:
             log.info("settlement waits", session=path.name, reason=str(error))
 
@@ -216,4 +229,4 @@ class Settler:
         """Present what is on disk, oldest name first."""
         for path in sorted(self._spool_dir.iterdir()):
             if not path.suffix:
-                await self._present_quietly(path)
+                await self._quietly(path, self._present(path))

@@ -18,7 +18,7 @@ from plait.sim.engine import MS, Engine
 from plait.sim.host import Host, Reply
 
 KEEPALIVE_US = (950 * MS, 2_050 * MS)
-"""When a silent connection is given up: a ping each second, a second for the answer."""
+"""When a silent connection is given up: a ping after half a second, 1.5 for the answer."""
 RETRANSMIT_US = 200 * MS
 
 

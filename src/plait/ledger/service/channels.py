@@ -23,9 +23,9 @@ def pinned_channel(address: str, certificate: bytes, *, message_bytes_max: int) 
         ("grpc.max_receive_message_length", message_bytes_max),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 1_000),
-        ("grpc.keepalive_time_ms", 1_000),
-        ("grpc.keepalive_timeout_ms", 1_000),
-        ("grpc.http2.ping_timeout_ms", 1_000),  # see ``net.tls``
+        ("grpc.keepalive_time_ms", 500),
+        ("grpc.keepalive_timeout_ms", 1_500),
+        ("grpc.http2.ping_timeout_ms", 1_500),  # see ``net.tls``
     ]
     credentials = grpc.ssl_channel_credentials(root_certificates=root)
     return grpc.aio.secure_channel(address, credentials, options=options)
