@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import time
 from base64 import b64decode
 from collections.abc import Callable
@@ -91,6 +92,27 @@ def test_one_of_four_may_die_and_come_back(committee: Testnet) -> None:
         checkpoint = open_checkpoint(note, authority.log_origin, authority.log_key)
         tree = Tree(map(leaf_hash, entries_of_folder(log, checkpoint.size)))
         assert tree.root() == checkpoint.root
+
+
+def test_credit_issued_to_a_new_account_is_spent(committee: Testnet, tmp_path: Path) -> None:
+    for name in ("network.toml", "network.toml.sig"):
+        shutil.copy(committee.directory / name, tmp_path / name)
+    (tmp_path / "client").mkdir()  # whose keys are made on first use
+    network = ("--network", str(tmp_path / "network.toml"))
+    account = committee.json("ledger", "balance", *network)["account"]
+    issuer = ("--network", str(committee.network))
+    issued = committee.json("ledger", "issue", account, "50000", *issuer)
+    assert (issued["booked"], issued["authorities"]) == (4, 4)
+    told = committee.json("run", committee.model, PROMPT, "--max-tokens", "8", *network)
+    assert told["cost_microcredits"] > 0
+    balance = committee.json("ledger", "balance", *network)
+    assert balance["answers"] >= 3
+    left = balance["available_microcredits"] + balance["pending_microcredits"]
+    assert left == 50_000 - told["cost_microcredits"]
+    for number in range(1, 5):
+        own = ("--authority", f"ledger-{number}")
+        report = committee.json("ledger", "audit", *own, *network)
+        assert report["violations"] == [] and report["witnessed"] is True
 
 
 def test_a_ledger_key_is_rotated_and_revoked_without_a_failed_request(committee: Testnet) -> None:

@@ -136,7 +136,12 @@ def test_settle_presents_what_a_stopped_node_left(
 ) -> None:
     run(world, capsys, "issue", world.client, "100", "--order-id", "cc")
     (tmp_path / "s-0").write_bytes(asyncio.run(reserved_session(world)).SerializeToString())
-    assert run_json(world, capsys, "settle", str(tmp_path)) == {"paid_microcredits": {"s-0": 30}}
+    assert run_json(world, capsys, "settle", str(tmp_path)) == {
+        "paid_microcredits": {"s-0": 30},
+        "booked": {"s-0": 1},
+        "authorities": 1,
+        "refused": {},
+    }
     assert "30 microcredits" in run(world, capsys, "settle", str(tmp_path))
     (tmp_path / "t-0").write_bytes(b"\xff")
     run(world, capsys, "settle", str(tmp_path), code=3)

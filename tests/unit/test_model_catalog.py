@@ -15,6 +15,7 @@ from plait.model import catalog
 from plait.model.catalog import CatalogEntry
 from plait.model.gguf_writer import write_gguf
 from plait.model.tiny import write_tiny
+from plait.types import Digest
 
 TINY = catalog.entry("tiny-random")
 PACKAGED = CatalogEntry(
@@ -69,6 +70,13 @@ def test_names_hide_what_is_for_tests() -> None:
     with pytest.raises(ModelError, match="no model 'gpt-9'") as caught:
         catalog.entry("gpt-9")
     assert "smollm2-135m" in caught.value.remedy
+
+
+def test_a_model_is_found_by_its_digest(weights: Path) -> None:
+    digest = Digest(bytes.fromhex(TINY.manifest_digest))
+    assert catalog.with_digest(digest) == "tiny-random"
+    with pytest.raises(ModelError, match="no model on this machine has the digest 0000"):
+        catalog.with_digest(Digest(bytes(32)))
 
 
 def test_a_missing_model_says_how_to_get_it() -> None:

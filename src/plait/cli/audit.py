@@ -18,6 +18,9 @@ Network = Annotated[
     Path | None, typer.Option(help="Network file; by default that of the last testnet.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Model = Annotated[
+    str | None, typer.Option(help="The model, by its name here; by default found by its digest.")
+]
 
 
 @app.command()
@@ -103,7 +106,7 @@ def check(
     evidence: Annotated[Path, typer.Argument(help="A file that plait audit request kept.")],
     network: Network = None,
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
-    model: Annotated[str, typer.Option(help="The model, by its name here.")] = "smollm2-135m",
+    model: Model = None,
     record: Annotated[
         bool, typer.Option("--record", help="If it is exposed, count it as your own audit.")
     ] = False,
@@ -128,7 +131,7 @@ def judge(
     out: Annotated[Path, typer.Option(help="Where to write the signed judgement.")],
     network: Network = None,
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
-    model: Annotated[str, typer.Option(help="The model, by its name here.")] = "smollm2-135m",
+    model: Model = None,
     json_output: Json = False,
 ) -> None:
     """As a judge: compute the stage here, and sign the exposure if it is one.
@@ -175,14 +178,13 @@ def file_exposure(
     """Bring judgements of a quorum to the ledger: the escrow of the exposed stage is forfeited.
 
     That of the judged session goes back to its client at once, that of the stage's other
-    sessions when it would have matured. Filing twice forfeits once.
+    sessions when it would have matured. Filing twice forfeits once. In a committee a quorum of
+    authorities must take it; who did not is told on stderr.
     """
-    import asyncio
-
     from google.protobuf.message import DecodeError
 
+    from plait.cli.ledger_orders import ask_everybody, plain_poll, tell_missing
     from plait.ledger.exposure import check_judged, combine_judgements, judging_of
-    from plait.ledger.service.remote import RemoteLedger
     from plait.locate import network_path
     from plait.network_file import load_network_file
     from plait.v1.identity_pb2 import SignedEnvelope
@@ -199,25 +201,24 @@ def file_exposure(
     exposure = combine_judgements(signed)
     judged = check_judged(exposure, trusted.network_id, judging_of(trusted))
 
-    async def filed() -> list[int]:
-        amounts = []
-        for authority in trusted.authorities:
-            ledger = RemoteLedger(authority)
-            try:
-                amounts.append(await ledger.file_exposure(exposure))
-            finally:
-                await ledger.close()
-        return amounts
-
-    amount = max(asyncio.run(filed()), default=0)
+    poll = ask_everybody(network, lambda ledger: ledger.file_exposure(exposure))
+    if (error := poll.shortfall("file")) is not None:
+        error.remedy = error.remedy or "file it again: those that have it forfeit nothing twice"
+        raise error
+    amount = poll.confirmed()
     if json_output:
-        typer.echo(json.dumps({"payee": judged.payee, "forfeited_microcredits": amount}))
+        forfeited = {"payee": judged.payee, "forfeited_microcredits": amount}
+        typer.echo(json.dumps({**forfeited, **plain_poll(poll)}))
     else:
-        typer.echo(f"{judged.payee}: {amount} microcredits of this session forfeited")
+        amount_told = f"{amount} microcredits of this session forfeited"
+        told = amount_told if amount else "the escrow of this session was forfeited before"
+        many = f", at {len(poll.answers)} of {poll.asked} authorities" if poll.asked > 1 else ""
+        typer.echo(f"{judged.payee}: {told}{many}")
+    tell_missing(poll, "file it again")
 
 
 def _judged(
-    evidence: Path, network: Path | None, threads: int, model: str
+    evidence: Path, network: Path | None, threads: int, model: str | None
 ) -> "tuple[dict[str, Any], Challenge]":
     """What computing the stage here finds, and what was challenged."""
     from google.protobuf.message import DecodeError
@@ -238,7 +239,7 @@ def _judged(
     except DecodeError as error:
         raise ConfigError(f"{evidence} is no evidence of an audit") from error
     challenge = read_challenge(message.challenge, load_network_file(network_path(network)))
-    local = catalog.load(model)
+    local = catalog.load(model or catalog.with_digest(challenge.terms.model_digest))
     if local.manifest.digest != challenge.terms.model_digest:
         raise ConfigError(f"{model} is not the model of this session", remedy="--model NAME")
     try:

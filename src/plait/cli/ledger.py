@@ -1,27 +1,30 @@
 """``plait ledger``: accounts, history and the log."""
 
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from plait.cli.ledger_connection import (
     Account,
+    AuthorityName,
     Json,
     Network,
+    NoWitnesses,
     OfSubAccount,
     ask,
-    authority,
-    checked_amount,
-    issuer_key,
+    ask_quorum,
+    authority_of,
     network_file,
-    now_ms,
-    order_number,
-    peer,
+    newest_checkpoint,
     query,
+    uncosigned,
+    witnesses_of,
 )
 from plait.cli.ledger_journal import audit, export
 from plait.cli.ledger_judge import judge
+from plait.cli.ledger_orders import issue, limit, settle
 from plait.cli.ledger_statement import invoice, statement
 from plait.cli.ledger_sub_accounts import plain_use, sub_account, sub_account_line, sub_accounts
 from plait.errors import ConfigError
@@ -35,8 +38,17 @@ app = typer.Typer(help="Accounts, history and the log.", no_args_is_help=True)
 
 
 @app.command()
-def balance(account: Account = None, network: Network = None, json_output: Json = False) -> None:
-    """Show what an account may spend and what is set aside in sessions, in microcredits."""
+def balance(
+    account: Account = None,
+    authority: AuthorityName = None,
+    network: Network = None,
+    json_output: Json = False,
+) -> None:
+    """Show what an account may spend and what is set aside in sessions, in microcredits.
+
+    In a committee these are figures that one honest authority at least confirms; with
+    --authority they are that one's word.
+    """
     from plait.cli.output import emit_json
 
     name, asked, cert = query(network, account)
@@ -44,7 +56,7 @@ def balance(account: Account = None, network: Network = None, json_output: Json 
     async def read(ledger: "RemoteLedger") -> "tuple[AccountState, list[SubAccountUse]]":
         return await ledger.account(asked, cert), await ledger.sub_accounts(asked, cert)
 
-    state, shares = ask(network, read)
+    source, state, shares = _balances(network, authority, read)
     if json_output:
         emit_json(
             {
@@ -55,6 +67,7 @@ def balance(account: Account = None, network: Network = None, json_output: Json 
                 "escrow_microcredits": state.escrow,
                 "next_sequence": state.next_sequence,
                 "sub_accounts": [plain_use(use) for use in shares],
+                **source,
             }
         )
     else:
@@ -85,102 +98,29 @@ def rotate_key(network: Network = None, json_output: Json = False) -> None:
 
 
 @app.command()
-def issue(
-    account: Annotated[str, typer.Argument(help="The peer id to credit.")],
-    amount: Annotated[int, typer.Argument(min=1, help="Microcredits.")],
-    order_id: Annotated[
-        str | None, typer.Option(help="Hexadecimal; the same id is booked once. Random if absent.")
-    ] = None,
-    memo: Annotated[str, typer.Option(help="A note in the signed order.")] = "",
-    network: Network = None,
-    json_output: Json = False,
-) -> None:
-    """Give an account new credit. Only the network's issuer can."""
-    from plait.cli.output import emit_json
-    from plait.envelope import seal
-    from plait.v1.ledger_pb2 import IssueOrder
-
-    order = IssueOrder(
-        network_id=network_file(network).network_id,
-        account=peer(account),
-        amount=checked_amount(amount),
-        order_id=order_number(order_id),
-        memo=memo,
-        issued_ms=now_ms(),
-    )
-    envelope = seal(issuer_key(network), order)
-    index = ask(network, lambda ledger: ledger.issue(envelope))
-    if json_output:
-        emit_json(
-            {
-                "account": account,
-                "amount_microcredits": amount,
-                "order_id": order.order_id,
-                "entry_index": index,
-            }
-        )
-    else:
-        print(f"entry {index}: {amount} microcredits to {account} (order {order.order_id.hex()})")
-
-
-@app.command()
-def limit(
-    account: Annotated[str, typer.Argument(help="The peer id that may owe.")],
-    amount: Annotated[int, typer.Argument(min=0, help="Microcredits below zero; 0: prepaid.")],
-    order_id: Annotated[
-        str | None, typer.Option(help="Hexadecimal; the same id is booked once. Random if absent.")
-    ] = None,
-    memo: Annotated[str, typer.Option(help="A note in the signed order.")] = "",
-    network: Network = None,
-    json_output: Json = False,
-) -> None:
-    """Let an account stand below zero (mutual credit). Only the network's issuer can."""
-    from plait.cli.output import emit_json
-    from plait.envelope import seal
-    from plait.v1.ledger_pb2 import LimitOrder
-
-    order = LimitOrder(
-        network_id=network_file(network).network_id,
-        account=peer(account),
-        credit_limit=checked_amount(amount),
-        order_id=order_number(order_id),
-        memo=memo,
-        issued_ms=now_ms(),
-    )
-    envelope = seal(issuer_key(network), order)
-    index = ask(network, lambda ledger: ledger.set_limit(envelope))
-    if json_output:
-        emit_json(
-            {
-                "account": account,
-                "credit_limit_microcredits": amount,
-                "order_id": order.order_id,
-                "entry_index": index,
-            }
-        )
-    else:
-        print(f"entry {index}: {account} may owe {amount} microcredits")
-
-
-@app.command()
 def history(
     account: Account = None,
     limit: Annotated[int, typer.Option(min=1, max=100, help="Most entries to show.")] = 20,
     sub_account: OfSubAccount = "",
+    authority: AuthorityName = None,
     network: Network = None,
     json_output: Json = False,
 ) -> None:
-    """List the newest entries that touch an account or its sessions, newest first."""
+    """List the newest entries that touch an account or its sessions, newest first.
+
+    Of one authority's log: in a committee each has its own.
+    """
     from plait.cli.output import emit_json, table
     from plait.envelope import encode
     from plait.ledger.balances import entry_from_payload
     from plait.ledger.journal_file import plain_entry
 
     name, asked, cert = query(network, account, sub_account)
-    messages = ask(network, lambda ledger: ledger.history(asked, cert, limit))
+    named, messages = ask(network, authority, lambda ledger: ledger.history(asked, cert, limit))
     entries = [entry_from_payload(encode(message)) for message in messages]
     if json_output:
-        emit_json({"account": name, "entries": [plain_entry(entry) for entry in entries]})
+        shown = [plain_entry(entry) for entry in entries]
+        emit_json({"account": name, "authority": named.peer, "entries": shown})
         return
     rows = [
         (
@@ -197,62 +137,37 @@ def history(
 
 
 @app.command()
-def settle(
-    folder: Annotated[Path, typer.Argument(help="Where a node keeps its unsettled vouchers.")],
-    network: Network = None,
-    json_output: Json = False,
+def checkpoint(
+    authority: AuthorityName = None, network: Network = None, json_output: Json = False
 ) -> None:
-    """Present the vouchers of a node that no longer runs. Settling twice pays once."""
-    from google.protobuf.message import DecodeError
+    """Show a log's last signed checkpoint, checked against the network file's keys.
 
-    from plait.cli.output import emit_json
-    from plait.v1.ledger_pb2 import SettleRequest
-
-    try:
-        messages = {
-            path.name: SettleRequest.FromString(path.read_bytes())
-            for path in sorted(folder.iterdir())
-            if path.suffix in ("", ".refused")
-        }
-    except (OSError, DecodeError) as error:
-        raise ConfigError(f"cannot read the vouchers in {folder}: {error}") from error
-
-    async def present(ledger: "RemoteLedger") -> dict[str, int]:
-        return {
-            name: await ledger.settle(message.request, message.payee_cert, message.voucher)
-            for name, message in messages.items()
-        }
-
-    paid = ask(network, present)
-    if json_output:
-        emit_json({"paid_microcredits": paid})
-    for name, amount in () if json_output else paid.items():
-        print(f"{name}: {amount} microcredits paid in all")
-
-
-@app.command()
-def checkpoint(network: Network = None, json_output: Json = False) -> None:
-    """Show the log's last signed checkpoint, checked against the network file's keys."""
-    from plait.cli.output import emit_json
+    What it lacks of the witnesses' cosignatures that the network asks for is said on stderr.
+    """
+    from plait.cli.output import emit_json, status
     from plait.ledger.checkpoint import open_checkpoint
-    from plait.ledger.cosignature import open_cosignatures
 
-    named = authority(network)
-    note = ask(network, lambda ledger: ledger.checkpoint())
+    file = network_file(network)
+    named, note = ask(network, authority, lambda ledger: newest_checkpoint(ledger, file))
     opened = open_checkpoint(note, named.log_origin, named.log_key)
-    cosignatures = open_cosignatures(note, network_file(network).witnesses)
+    lacking = uncosigned(note, file)
     if json_output:
         emit_json(
             {
+                "authority": named.peer,
                 "origin": opened.origin,
                 "tree_size": opened.size,
                 "root_hash": opened.root,
-                "witnesses": [cosignature.name for cosignature in cosignatures],
+                "witnesses": witnesses_of(note, file),
+                "witness_quorum": file.witness_quorum,
+                "witnessed": not lacking,
                 "note": note,
             }
         )
     else:
         print(note, end="")
+    if lacking:
+        status(lacking)
 
 
 @app.command()
@@ -261,27 +176,33 @@ def compare(
     proof: Annotated[Path, typer.Option(help="Where to write the proof of a fork.")] = Path(
         "fork-proof.json"
     ),
+    no_witnesses: NoWitnesses = False,
     network: Network = None,
     json_output: Json = False,
 ) -> None:
-    """Check that the log only grew since a checkpoint. Exit code 1 if it did not."""
+    """Check that a log only grew since a checkpoint, which says whose log it is.
+
+    Exit code 1 if it did not, or if the log's checkpoint of now lacks the quorum of witnesses
+    that the network asks for.
+    """
     from plait.cli.output import emit_json
     from plait.errors import BadProof
     from plait.ledger.checkpoint import open_checkpoint
     from plait.ledger.merkle import verify_consistency
 
-    named = authority(network)
-    origin, log_key = named.log_origin, named.log_key
+    file = network_file(network)
     saved = _read_bytes(earlier).decode(errors="replace")
+    named = authority_of(network, saved)
+    origin, log_key = named.log_origin, named.log_key
     known = open_checkpoint(saved, origin, log_key)
 
     async def fetch(ledger: "RemoteLedger") -> "tuple[str, list[Digest]]":
-        note = await ledger.checkpoint()
+        note = await newest_checkpoint(ledger, file)
         size = open_checkpoint(note, origin, log_key).size
         grown = 0 < known.size < size
         return note, await ledger.consistency(known.size, size) if grown else []
 
-    note, hashes = ask(network, fetch)
+    _, (note, hashes) = ask(network, named.peer, fetch)
     current = open_checkpoint(note, origin, log_key)
     if known.size == current.size and known.root != current.root:
         _write_log_fork(proof, origin, saved, note)
@@ -290,10 +211,24 @@ def compare(
         raise BadProof(f"the log shrank from {known.size} to {current.size} entries")
     if known.size > 0:
         verify_consistency(known.size, current.size, known.root, current.root, hashes)
+    lacking = uncosigned(note, file)
+    if lacking and not no_witnesses:
+        raise BadProof(lacking, remedy="--no-witnesses to compare all the same")
     if json_output:
-        emit_json({"origin": origin, "earlier_size": known.size, "tree_size": current.size})
+        emit_json(
+            {
+                "authority": named.peer,
+                "origin": origin,
+                "earlier_size": known.size,
+                "tree_size": current.size,
+                "witnesses": witnesses_of(note, file),
+                "witness_quorum": file.witness_quorum,
+                "witnessed": not lacking,
+            }
+        )
     else:
-        print(f"{origin} only grew: from {known.size} to {current.size} entries")
+        told = f" ({lacking})" if lacking else ""
+        print(f"{origin} only grew: from {known.size} to {current.size} entries{told}")
 
 
 @app.command()
@@ -353,6 +288,25 @@ def serve(
     raise typer.Exit(main(config))
 
 
+def _balances(
+    network: Path | None,
+    authority: str | None,
+    read: "Callable[[RemoteLedger], Coroutine[Any, Any, tuple[AccountState, list[SubAccountUse]]]]",
+) -> "tuple[dict[str, object], AccountState, list[SubAccountUse]]":
+    """Of the named authority, or of a quorum; and whose word it is, as JSON says it."""
+    from plait.ledger.committee import faults_max
+    from plait.ledger.service.committee import confirmed_state, newest_uses
+
+    if authority is not None:
+        named, (state, shares) = ask(network, authority, read)
+        return {"authority": named.peer, "answers": 1}, state, shares
+    poll = ask_quorum(network, "balance", read)
+    state = confirmed_state([state for state, _ in poll.results], faults_max(poll.asked))
+    only = poll.answers[0][0].peer if poll.asked == 1 else None
+    source: dict[str, object] = {"authority": only, "answers": len(poll.answers)}
+    return source, state, newest_uses([uses for _, uses in poll.results])
+
+
 def _write_log_fork(path: Path, origin: str, first: str, second: str) -> None:
     from plait.ledger.fork import LogFork, write_fork_proof
 
@@ -372,6 +326,9 @@ def _read_bytes(path: Path) -> bytes:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
+app.command()(issue)
+app.command()(limit)
+app.command()(settle)
 app.command()(sub_account)
 app.command()(sub_accounts)
 app.command()(judge)

@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 import typer
 
 from plait.cli.ledger_connection import (
+    AuthorityName,
     Json,
     Network,
+    NoWitnesses,
     ask,
-    authority,
+    authority_named,
+    authority_of,
     network_file,
+    newest_checkpoint,
+    uncosigned,
+    witnesses_of,
 )
 from plait.errors import BadProof, ConfigError
 
@@ -36,6 +42,8 @@ def audit(
     journal: Annotated[
         Path | None, typer.Argument(help="An exported journal; by default the ledger's.")
     ] = None,
+    authority: AuthorityName = None,
+    no_witnesses: NoWitnesses = False,
     network: Network = None,
     jobs: Jobs = None,
     json_output: Json = False,
@@ -44,18 +52,30 @@ def audit(
 
     Every entry is checked against the order, reservation, voucher or releases that caused
     it, and of a file (plait ledger export, no network is used) each line's members for readers
-    against its payload. Exit code 1 if anything does not hold.
+    against its payload. Exit code 1 if anything does not hold, or if the checkpoint lacks the
+    quorum of witnesses that the network asks for.
     """
+    from dataclasses import asdict, replace
+
     from plait.cli.output import emit_json
 
-    _, report = audited(journal, network, jobs)
+    file = network_file(network)
+    source, report = audited(journal, network, jobs, authority)
+    named = authority_of(network, source.checkpoint)
+    lacking, cosigned = uncosigned(source.checkpoint, file), witnesses_of(source.checkpoint, file)
+    if lacking and not no_witnesses:
+        report = replace(report, violations=(*report.violations, lacking))
     if json_output:
-        emit_json(report)
+        seen = {"witnesses": cosigned, "witness_quorum": file.witness_quorum}
+        whose = {"authority": named.peer, "origin": named.log_origin}
+        emit_json({**asdict(report), **whose, **seen, "witnessed": not lacking})
     else:
         print(f"{report.entries} entries, {'balanced' if report.balanced else 'NOT balanced'}")
         print(f"{report.causes} of them follow from what was signed")
         print(f"root of the first {report.tree_size}: {report.root_hash.hex()}")
         print("\n".join(report.violations) or "the signed checkpoint holds")
+        if lacking and no_witnesses:
+            print(f"but {lacking} (--no-witnesses)")
     if report.violations:
         raise typer.Exit(1)
 
@@ -66,33 +86,35 @@ def export(
         typer.Option(help="csv has a row per line, without what was signed."),
     ] = "jsonl",
     output: Output = None,
+    authority: AuthorityName = None,
     network: Network = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="The same as --format jsonl.")
     ] = False,
 ) -> None:
-    """Write the whole journal, for accountants and auditors.
+    """Write an authority's whole journal, for accountants and auditors.
 
     It has everybody's entries, and whoever can reach an authority can have it.
     """
     as_json = json_output or format == "jsonl"
+    trusted = network_file(network)
     note, size = "", 0
 
     async def write(ledger: "RemoteLedger") -> None:
         nonlocal note, size
         if as_json:
-            note = await ledger.checkpoint()
+            note = await newest_checkpoint(ledger, trusted)
             size = int(note.split("\n")[1])
         with written(output) as file:
             write_page = _json_writer(file, size, note) if as_json else _csv_writer(file)
             async for page in ledger.export_pages():
                 write_page(page)
 
-    ask(network, write)
+    ask(network, authority, write)
 
 
 def audited(
-    journal: Path | None, network: Path | None, jobs: int | None
+    journal: Path | None, network: Path | None, jobs: int | None, authority: str | None
 ) -> "tuple[JournalFile, JournalReport]":
     """A journal and what its audit finds; raises ``VerificationError`` without a checkpoint
     that the network's log signed."""
@@ -104,10 +126,13 @@ def audited(
     from plait.ledger.service.verify_ahead import processes_for, verified_ahead
     from plait.ledger.withheld import quorum_time_ms
 
-    named, file = authority(network), network_file(network)
-    source = read_journal_file(journal) if journal else _fetch(network)
+    file = network_file(network)
+    source = read_journal_file(journal) if journal else _fetch(network, authority)
     if not source.checkpoint:
         raise BadProof(f"{journal} has no checkpoint", remedy="export it again, whole")
+    named = authority_of(network, source.checkpoint)
+    if authority is not None and authority_named(network, authority) != named:
+        raise ConfigError(f"{journal} is the journal of {named.log_origin}")
     signed = open_checkpoint(source.checkpoint, named.log_origin, named.log_key)
     auditor = JournalAuditor(
         file.network_id,
@@ -134,14 +159,17 @@ def read_journal_file(path: Path) -> "JournalFile":
         raise ConfigError(f"cannot read {path}: {error}") from error
 
 
-def _fetch(network: Path | None) -> "JournalFile":
+def _fetch(network: Path | None, authority: str | None) -> "JournalFile":
     from plait.ledger.journal_file import JournalFile
 
+    trusted = network_file(network)
+
     async def fetch(ledger: "RemoteLedger") -> JournalFile:
-        note = await ledger.checkpoint()
+        note = await newest_checkpoint(ledger, trusted)
         return JournalFile(tuple([page async for page in ledger.export_pages()]), note)
 
-    return ask(network, fetch)
+    _, source = ask(network, authority, fetch)
+    return source
 
 
 @contextmanager

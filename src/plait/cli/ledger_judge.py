@@ -1,18 +1,36 @@
 """``plait ledger judge``: what a bundle or a fork proof proves against who signed it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from plait.cli.ledger_connection import Json, Network, connection, network_file
-from plait.errors import ConfigError
+from plait.errors import (
+    ConfigError,
+    LedgerError,
+    NetworkError,
+    PeerUnreachable,
+    ProtocolError,
+    VerificationError,
+)
 
 if TYPE_CHECKING:
     from plait.ledger.journal_file import JournalFile
     from plait.ledger.withheld import GrantVerdict
     from plait.network_file import Authority, NetworkFile
     from plait.v1.identity_pb2 import SignedEnvelope
+
+
+@dataclass(frozen=True, slots=True)
+class _NoVerdict:
+    """An authority whose journal could not be had, or is not what it signed (``false``)."""
+
+    finding: Literal["unanswered", "false"]
+    authority: "Authority"
+    reason: str
 
 
 def judge(
@@ -27,7 +45,8 @@ def judge(
 ) -> None:
     """Check that what was granted is in the log. Exit code 1: proven that it was kept out.
 
-    Of a fork proof: that somebody signed twice. Exit code 1: proven.
+    Of a fork proof: that somebody signed twice. Exit code 1: proven. Exit code 2: nothing is
+    proven, but not every authority that granted answered.
     A grant promises its entry within a delay. The journal under a later checkpoint without
     that entry is proof against the authority; bundle and exported journal carry it to others.
     """
@@ -41,10 +60,8 @@ def judge(
     if json_output:
         emit_json({"verdicts": [_plain(verdict) for verdict in verdicts]})
     for verdict in () if json_output else verdicts:
-        where = "" if verdict.index is None else f" as entry {verdict.index}"
-        print(f"{verdict.finding}{where}: {verdict.authority.log_origin}, {verdict.tree_size}")
-    if any(verdict.finding == "withheld" for verdict in verdicts):
-        raise typer.Exit(1)
+        print(_line(verdict))
+    raise typer.Exit(_exit_code(verdicts))
 
 
 def _is_fork_proof(path: Path) -> bool:
@@ -74,22 +91,41 @@ def _judge_fork(path: Path, network: "NetworkFile", *, json_output: bool) -> Non
 
 def _verdicts(
     grants: "list[SignedEnvelope]", network: "NetworkFile", path: Path | None
-) -> "list[GrantVerdict]":
-    from plait.ledger.withheld import judge_grant
-
-    verdicts = []
+) -> "list[GrantVerdict | _NoVerdict]":
+    verdicts: list[GrantVerdict | _NoVerdict] = []
     for authority in network.authorities:
         own = [grant for grant in grants if grant.signer == authority.ledger_key]
-        if not own:
-            continue
-        source = _read(path) if path else _fetch(authority)
-        if path and authority.log_origin != source.checkpoint.partition("\n")[0]:
-            continue  # of a committee, each has a log of its own
-        leaves = [leaf for page in source.pages for leaf in page.entries]
-        verdicts += [judge_grant(grant, leaves, source.checkpoint, network) for grant in own]
+        if own and path is None:
+            verdicts += _live_verdicts(own, authority, network)
+        elif own and path is not None:
+            source = _read(path)
+            # Of a committee, each has a log of its own.
+            if authority.log_origin == source.checkpoint.partition("\n")[0]:
+                verdicts += _judge_all(own, source, network)
     if not verdicts:
         raise ConfigError("no grant of the bundle is by the authority of this journal")
     return verdicts
+
+
+def _live_verdicts(
+    grants: "list[SignedEnvelope]", authority: "Authority", network: "NetworkFile"
+) -> "list[GrantVerdict | _NoVerdict]":
+    """What one authority's journal of now says; whatever it answers, others are judged too."""
+    try:
+        return [*_judge_all(grants, _fetch(authority), network)]
+    except NetworkError as error:
+        return [_NoVerdict("unanswered", authority, str(error))]
+    except (LedgerError, ProtocolError, VerificationError) as error:
+        return [_NoVerdict("false", authority, str(error))]
+
+
+def _judge_all(
+    grants: "list[SignedEnvelope]", source: "JournalFile", network: "NetworkFile"
+) -> "list[GrantVerdict]":
+    from plait.ledger.withheld import judge_grant
+
+    leaves = [leaf for page in source.pages for leaf in page.entries]
+    return [judge_grant(grant, leaves, source.checkpoint, network) for grant in grants]
 
 
 def _grants(path: Path) -> "list[SignedEnvelope]":
@@ -129,7 +165,28 @@ def _fetch(authority: "Authority") -> "JournalFile":
     return asyncio.run(fetch())
 
 
-def _plain(verdict: "GrantVerdict") -> dict[str, Any]:
+def _exit_code(verdicts: "Sequence[GrantVerdict | _NoVerdict]") -> int:
+    """1: something is proven or false; 2: some did not answer. Raises if nobody did."""
+    findings = {verdict.finding for verdict in verdicts}
+    if findings & {"withheld", "false"}:
+        return 1
+    if findings == {"unanswered"}:
+        raise PeerUnreachable("no authority that granted answers")
+    return 2 if "unanswered" in findings else 0
+
+
+def _line(verdict: "GrantVerdict | _NoVerdict") -> str:
+    origin = verdict.authority.log_origin
+    if isinstance(verdict, _NoVerdict):
+        return f"{verdict.finding}: {origin} ({verdict.reason})"
+    where = "" if verdict.index is None else f" as entry {verdict.index}"
+    return f"{verdict.finding}{where}: {origin}, {verdict.tree_size}"
+
+
+def _plain(verdict: "GrantVerdict | _NoVerdict") -> dict[str, Any]:
+    if isinstance(verdict, _NoVerdict):
+        origin = verdict.authority.log_origin
+        return {"finding": verdict.finding, "origin": origin, "reason": verdict.reason}
     return {
         "finding": verdict.finding,
         "origin": verdict.authority.log_origin,

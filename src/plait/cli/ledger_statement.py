@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.ledger_connection import Network, OfSubAccount, authority
+from plait.cli.ledger_connection import (
+    AuthorityName,
+    Network,
+    OfSubAccount,
+    authority_of,
+    network_file,
+    uncosigned,
+)
 from plait.cli.ledger_journal import Output, audited, written
 from plait.errors import BadProof, ConfigError
 
@@ -40,6 +47,7 @@ def statement(
     journal: Journal = None,
     tree_size: TreeSize = None,
     output: Output = None,
+    authority: AuthorityName = None,
     network: Network = None,
 ) -> None:
     """Write an account's balances and movements in a period: canonical JSON.
@@ -53,7 +61,7 @@ def statement(
     from plait.ledger.statement import make_statement
 
     name, period = _account(account, network), _period(first, until)
-    entries, coverage = _entries(journal, network, tree_size)
+    entries, coverage = _entries(journal, network, tree_size, authority)
     document = make_statement(entries, name, period, sub_account)
     _write(output, document, coverage)
 
@@ -66,6 +74,7 @@ def invoice(
     journal: Journal = None,
     tree_size: TreeSize = None,
     output: Output = None,
+    authority: AuthorityName = None,
     network: Network = None,
 ) -> None:
     """Write what an account was charged in a period, per session and payee: canonical JSON.
@@ -77,7 +86,7 @@ def invoice(
     from plait.ledger.statement import make_invoice
 
     name, period = _account(account, network), _period(first, until)
-    entries, coverage = _entries(journal, network, tree_size)
+    entries, coverage = _entries(journal, network, tree_size, authority)
     document = make_invoice(entries, name, period, sub_account)
     _write(output, document, coverage)
 
@@ -111,14 +120,15 @@ def _milliseconds(text: str) -> int:
 
 
 def _entries(
-    journal: Path | None, network: Path | None, tree_size: int | None
+    journal: Path | None, network: Path | None, tree_size: int | None, authority: str | None
 ) -> "tuple[list[Entry], Coverage]":
     """The log's first entries, audited; all that its checkpoint signs, or fewer if asked."""
+    from plait.cli.output import status
     from plait.ledger.balances import entry_from_payload
     from plait.ledger.merkle import leaf_hash, root_of
     from plait.ledger.statement import Coverage
 
-    source, report = audited(journal, network, None)
+    source, report = audited(journal, network, None, authority)
     if report.violations:
         raise BadProof(f"the journal is false: {report.violations[0]}", remedy="plait ledger audit")
     size = report.tree_size if tree_size is None else tree_size
@@ -126,7 +136,10 @@ def _entries(
         raise ConfigError(f"the checkpoint covers {report.tree_size} entries, not {size}")
     leaves = [payload for page in source.pages for payload in page.entries][:size]
     entries, root = [*map(entry_from_payload, leaves)], root_of(map(leaf_hash, leaves))
-    return entries, Coverage.of(entries, authority(network).log_origin, root)
+    if lacking := uncosigned(source.checkpoint, network_file(network)):
+        status(f"note: {lacking}")
+    origin = authority_of(network, source.checkpoint).log_origin
+    return entries, Coverage.of(entries, origin, root)
 
 
 def _write(output: Path | None, document: "Statement | Invoice", coverage: "Coverage") -> None:

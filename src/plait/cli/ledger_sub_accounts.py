@@ -8,7 +8,7 @@ from plait.cli.ledger_connection import (
     Account,
     Json,
     Network,
-    ask,
+    ask_quorum,
     checked_amount,
     network_file,
     now_ms,
@@ -62,9 +62,11 @@ def sub_accounts(
 ) -> None:
     """List an account's shares: limits, and what each has used."""
     from plait.cli.output import emit_json
+    from plait.ledger.service.committee import newest_uses
 
     name, asked, cert = query(network, account)
-    uses = ask(network, lambda ledger: ledger.sub_accounts(asked, cert))
+    poll = ask_quorum(network, "sub-accounts", lambda ledger: ledger.sub_accounts(asked, cert))
+    uses = newest_uses(poll.results)
     if json_output:
         emit_json({"account": name, "sub_accounts": [plain_use(use) for use in uses]})
     for use in () if json_output else uses:

@@ -92,6 +92,20 @@ def _find(name: str) -> CatalogEntry | None:
     return read_entry(models_dir() / name) if is_name(name) else None
 
 
+def with_digest(digest: Digest) -> str:
+    """The name of a known model by its manifest's digest, one whose weights are here if any.
+
+    Raises ``ModelError`` if none is known.
+    """
+    found = [name for name in names(hidden=True) if entry(name).manifest_digest == digest.hex()]
+    if not found:
+        raise ModelError(
+            f"no model on this machine has the digest {digest.hex()}",
+            remedy="plait models ls --all; or plait models add FILE --name NAME",
+        )
+    return next((name for name in found if usable(name)), found[0])
+
+
 def models_dir() -> Path:
     """Where weights are kept: ``PLAIT_MODELS_DIR``, or ``plait/models`` in the user's cache."""
     chosen = os.environ.get(MODELS_DIR_VARIABLE)

@@ -202,10 +202,6 @@ class RemoteCommittee:
         self._missed(settled, name, message.SerializeToString())
         return sorted(paid, reverse=True)[self._faults]
 
-    async def issue(self, order: SignedEnvelope) -> int:
-        """Book an issuer's order with all; those that missed it need it once more."""
-        return max(await self._of_quorum(lambda i: self._members[i].issue(order), "issue"))
-
     async def set_sub_account(self, order: SignedEnvelope, cert: SignedEnvelope) -> int:
         """Book an owner's terms with all; what was missed is brought later."""
         terms = pb.SubAccountOrder.FromString(order.payload).terms
@@ -223,12 +219,6 @@ class RemoteCommittee:
         self._missed(heard, name, message.SerializeToString())
         return max(entries)
 
-    async def file_exposure(self, exposure: SignedEnvelope) -> int:
-        """File with all what a quorum of judges signed; who missed it needs it again."""
-        return max(
-            await self._of_quorum(lambda i: self._members[i].file_exposure(exposure), "exposure")
-        )
-
     async def sub_accounts(
         self, query: SignedEnvelope, cert: SignedEnvelope | None = None
     ) -> list[SubAccountUse]:
@@ -236,20 +226,14 @@ class RemoteCommittee:
         answers = await self._of_quorum(
             lambda i: self._members[i].sub_accounts(query, cert), "sub-accounts"
         )
-        return max(answers, key=lambda uses: sum(use.terms.sequence for use in uses))
+        return newest_uses(answers)
 
     async def account(
         self, query: SignedEnvelope, cert: SignedEnvelope | None = None
     ) -> AccountState:
         """Balances that one honest authority at least confirms."""
         states = await self._of_quorum(lambda i: self._members[i].account(query, cert), "account")
-        place = self._faults
-        return AccountState(
-            sorted((state.available for state in states), reverse=True)[place],
-            sorted((state.pending for state in states), reverse=True)[place],
-            sorted((state.next_sequence for state in states), reverse=True)[place],
-            escrow=sorted((state.escrow for state in states), reverse=True)[place],
-        )
+        return confirmed_state(states, self._faults)
 
     async def history(
         self, query: SignedEnvelope, cert: SignedEnvelope | None = None, limit: int = 50
@@ -305,7 +289,9 @@ class RemoteCommittee:
                 results.append(answer)
             if len(results) == self._quorum:
                 return results
-        raise _common(errors, f"{what}: {len(results)} of {len(self._members)} authorities agree")
+        raise common_error(
+            errors, f"{what}: {len(results)} of {len(self._members)} authorities agree"
+        )
 
     async def _of_any(self, ask: Callable[[int], Awaitable[Result]]) -> Result:
         errors: list[PlaitError] = []
@@ -313,7 +299,7 @@ class RemoteCommittee:
             if not isinstance(answer, PlaitError):
                 return answer
             errors.append(answer)
-        raise _common(errors, "no authority answers")
+        raise common_error(errors, "no authority answers")
 
     async def _answers(
         self, ask: Callable[[int], Awaitable[Result]]
@@ -429,7 +415,30 @@ async def _named(coroutine: Coroutine[Any, Any, Result]) -> Result:
     return await coroutine
 
 
-def _common(errors: Sequence[PlaitError], what: str) -> PlaitError:
+def confirmed_state(states: Sequence[AccountState], faults: int) -> AccountState:
+    """Of a quorum's balances those that one honest authority at least has, or larger ones.
+
+    So many as ``faults`` may lie; more states than that are needed.
+    """
+
+    def figure(of: Callable[[AccountState], int]) -> int:
+        return sorted(map(of, states), reverse=True)[faults]
+
+    return AccountState(
+        figure(lambda state: state.available),
+        figure(lambda state: state.pending),
+        figure(lambda state: state.next_sequence),
+        figure(lambda state: state.credit_limit),
+        figure(lambda state: state.escrow),
+    )
+
+
+def newest_uses(answers: Sequence[list[SubAccountUse]]) -> list[SubAccountUse]:
+    """Of a quorum's lists that of an authority that has taken most orders."""
+    return max(answers, key=lambda uses: sum(use.terms.sequence for use in uses))
+
+
+def common_error(errors: Sequence[PlaitError], what: str) -> PlaitError:
     """The refusal that most authorities gave, or that they do not answer."""
     refusals = [error for error in errors if isinstance(error, LedgerError)]
     if not refusals:
