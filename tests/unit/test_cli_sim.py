@@ -49,6 +49,42 @@ def test_a_trace_is_of_one_seed(
     assert invoke(["sim", "run", "--trace"]) == 3
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--seed", "3", "--seeds", "10"),
+        ("--seed", "3", "--first", "0"),
+        ("--seed", "3", "--trace", "--json"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    options: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "run_seed", broken)
+    assert invoke(["sim", "run", "--scenario", "control", *options]) == 3
+    assert "try: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seeds", "jobs", "cores", "processes"),
+    [
+        (3, 500, 8, 1),
+        (100, 500, 8, 7),
+        (1000, 500, 8, 8),
+        (1000, 2, 8, 2),
+        (1000, 0, 8, 8),
+        (20, 0, 8, 1),
+        (20, 2, 8, 2),
+    ],
+)
+def test_there_are_no_more_processes_than_cores_and_work(
+    seeds: int, jobs: int, cores: int, processes: int
+) -> None:
+    assert sim.processes_for(seeds, jobs, cores) == processes
+
+
 def test_an_unknown_scenario_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["sim", "run", "--scenario", "weather"]) == 3
     assert "control" in capsys.readouterr().err

@@ -153,6 +153,8 @@ def test_a_wan_is_named_shaped_and_measured_by_command(plait: Plait, folder: Pat
     links = json.loads(changed.stdout)["links"]
     assert {link["target"] for link in links if link["cut"]} == {"node-2"}
     assert {link["delay_s"] for link in links if link["cut"]} == {0.04}
+    both = plait("testnet", "shape", "--to", "node-2", "--cut", "--heal", code=3)
+    assert "cut and healed at once" in both.stderr
     assert "node-9" in plait("testnet", "shape", "--to", "node-9", "--heal", code=3).stderr
 
     assert json.loads(plait("testnet", "hang", "node-1", "--json").stdout)["hung"] is True

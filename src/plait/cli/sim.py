@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The network under faults, simulated from seeds.", no_args_is_help=True)
 
+SEEDS = 100
 SPREAD_SEEDS_MIN = 64
 """From so many seeds on, every core takes a part of them."""
 _PART = 16
@@ -28,15 +29,15 @@ def sim() -> None:
 
 @app.command()
 def run(
-    seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 100,
-    first: Annotated[int, typer.Option(help="The first seed.", min=0)] = 0,
+    seeds: Annotated[int | None, typer.Option(help="How many; default 100.", min=1)] = None,
+    first: Annotated[int | None, typer.Option(help="The first seed; default 0.", min=0)] = None,
     scenario: Annotated[str, typer.Option(help="What is simulated.")] = "network",
     seed: Annotated[
         int | None, typer.Option(help="Run this seed alone.", min=0, show_default=False)
     ] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Show every event of the seed.")] = False,
     jobs: Annotated[
-        int, typer.Option(help="Processes; 0 is one per core, if that pays.", min=0)
+        int, typer.Option(help="Processes; 0 and at most: one per core, if that pays.", min=0)
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -46,7 +47,9 @@ def run(
     """
     if trace and seed is None:
         raise ConfigError("--trace shows one seed", remedy="name it with --seed")
-    numbers = range(first, first + seeds) if seed is None else range(seed, seed + 1)
+    if trace and as_json:
+        raise ConfigError("a trace is no JSON", remedy="--trace or --json")
+    numbers = _numbers(seed, first, seeds)
     started_s = monotonic()
     done = steps = 0
     virtual_s = 0.0
@@ -82,6 +85,21 @@ def run(
     raise typer.Exit(1 if broken else 0)
 
 
+def _numbers(seed: int | None, first: int | None, seeds: int | None) -> range:
+    if seed is None:
+        start = first or 0
+        return range(start, start + (SEEDS if seeds is None else seeds))
+    if first is not None or seeds is not None:
+        raise ConfigError("--seed is one seed alone", remedy="--seed, or --first and --seeds")
+    return range(seed, seed + 1)
+
+
+def processes_for(seeds: int, jobs: int, cores: int) -> int:
+    """How many processes simulate so many seeds: no more than cores, and none without work."""
+    wanted = jobs or (cores if seeds >= SPREAD_SEEDS_MIN else 1)
+    return min(wanted, cores, -(-seeds // _PART))
+
+
 def _outcomes(scenario: str, seeds: range, jobs: int, trace: bool) -> "Iterator[Outcome]":
     """Outcomes as they come, from several processes if that pays."""
     import multiprocessing
@@ -90,7 +108,7 @@ def _outcomes(scenario: str, seeds: range, jobs: int, trace: bool) -> "Iterator[
     from plait.sim.run import check_scenario, run_seed, run_seeds
 
     check_scenario(scenario)
-    processes = jobs or (len(os.sched_getaffinity(0)) if len(seeds) >= SPREAD_SEEDS_MIN else 1)
+    processes = processes_for(len(seeds), jobs, len(os.sched_getaffinity(0)))
     if processes == 1:
         for seed in seeds:
             yield run_seed(scenario, seed, keep_trace=trace)

@@ -175,9 +175,8 @@ def shape(
     jitter_ms: Annotated[float | None, typer.Option(help="Half width, one way.")] = None,
     rate_mbit: Annotated[float | None, typer.Option(help="0 is unlimited.")] = None,
     loss: Annotated[float | None, typer.Option(help="Share of packets, 0 to 1.")] = None,
-    cut: Annotated[
-        bool | None, typer.Option("--cut/--heal", help="Let nothing through, or all again.")
-    ] = None,
+    cut: Annotated[bool, typer.Option("--cut", help="Let nothing through.")] = False,
+    mend: Annotated[bool, typer.Option("--heal", help="Let everything through again.")] = False,
     directory: DirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -187,11 +186,16 @@ def shape(
 
     Example: plait testnet shape --to node-2 --cut
     """
+    from plait.errors import ConfigError
     from plait.testnet.shape import changes
 
+    if cut and mend:
+        raise ConfigError("a link cannot be cut and healed at once", remedy="--cut or --heal")
     directory = _running(directory)
     figures = {"delay_ms": delay_ms, "jitter_ms": jitter_ms, "rate_mbit": rate_mbit, "loss": loss}
-    change = changes(profile, source or [], target or [], figures, cut=cut)
+    change = changes(
+        profile, source or [], target or [], figures, cut=cut or (False if mend else None)
+    )
     if change is not None:
         answer = control.request(directory, "shape", change=change)
         status(f"{answer['links_changed']} links changed")

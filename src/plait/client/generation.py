@@ -92,8 +92,8 @@ class Surroundings:
     monotonic_s: Callable[[], float]
     warm: WarmRoutes
     keep_for_audit: Callable[[SessionId, Callable[[], bytes]], None] | None = None
-    """Takes what makes a session's bundle: that is left to others, behind the answer."""
-    """Takes the bundle of a session that the lottery may draw from; None holds none."""
+    """Takes a session that the lottery may draw from and what makes its bundle, which is done
+    behind the answer; None: no lottery is held."""
 
 
 class Generation:

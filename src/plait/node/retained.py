@@ -1,4 +1,4 @@
-"""What a stage sent (and, for audits, received), kept byte for byte by position. Pure.
+"""What a stage sent, kept byte for byte by position. Pure.
 
 A replacement downstream is rebuilt from it. Rows stay in memory up to a limit for all
 sessions together; later rows of a session go to its spill file up to another limit; past
@@ -13,7 +13,7 @@ from plait.errors import CapacityError
 from plait.types import SessionId
 
 Kind = Literal["output", "input", "state"]
-"""``input``, and ``state`` of a last stage, are kept for audits alone."""
+"""Of a spill file. Here only ``output`` is kept; all three are for audits (``tape.py``)."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -109,10 +109,9 @@ class Retained:
 
     def free(self, session: SessionId) -> None:
         """Forget a session."""
-        for kind in ("output", "input"):
-            key: Key = (session, kind)
-            self._drop(key)
-            self._given_up.discard(key)
+        key: Key = (session, "output")
+        self._drop(key)
+        self._given_up.discard(key)
 
     def _append(self, key: Key, kept: _Rows, rows: int, data: bytes) -> None:
         fits = self.memory_bytes + len(data) <= self._memory_bytes_max
