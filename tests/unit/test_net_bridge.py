@@ -41,6 +41,28 @@ async def test_calls_run_in_the_trio_thread_and_return_or_raise() -> None:
         await bridge.call(where, "late")
 
 
+async def test_tasks_are_counted_while_they_run_and_none_is_left_at_the_end() -> None:
+    bridge = await started()
+    idle = bridge.tasks
+    running, go_on = asyncio.Event(), trio.Event()
+
+    async def wait() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(go_on.wait)
+            bridge.post(running.set)
+
+    async def release() -> None:
+        go_on.set()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(bridge.call(wait))
+        await running.wait()
+        assert bridge.tasks == idle + 2, "the call and its child"
+        await bridge.call(release)
+    await bridge.stop()
+    assert bridge.tasks == 0
+
+
 async def test_cancelling_the_caller_cancels_the_call() -> None:
     bridge = await started()
     cancelled = asyncio.Event()

@@ -29,8 +29,14 @@ class Bridge:
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._nursery: trio.Nursery | None = None
         self._token: trio.lowlevel.TrioToken | None = None
+        self._counter = _TaskCounter()
         self.done: asyncio.Future[BaseException | None] = self._loop.create_future()
         """Resolves when the trio program has ended, with what ended it."""
+
+    @property
+    def tasks(self) -> int:
+        """How many trio tasks run for the program and the calls to it, trio's own among them."""
+        return self._counter.alive
 
     async def start(self) -> None:
         """Start the thread and wait until the program is ready; raises ``NetworkError``."""
@@ -134,7 +140,7 @@ class Bridge:
     def _run(self) -> None:
         end: BaseException | None = None
         try:
-            trio.run(self._root)
+            trio.run(self._root, instruments=[self._counter])
         except BaseException as error:  # noqa: BLE001 - reported through ``done``
             end = error
         self.post(_resolve, self.done, end)
@@ -155,6 +161,19 @@ class Bridge:
     def _cancel(self) -> None:
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
+
+
+class _TaskCounter(trio.abc.Instrument):
+    """Counts tasks in trio's thread; the number may be read in any."""
+
+    def __init__(self) -> None:
+        self.alive = 0
+
+    def task_spawned(self, task: trio.lowlevel.Task) -> None:
+        self.alive += 1
+
+    def task_exited(self, task: trio.lowlevel.Task) -> None:
+        self.alive -= 1
 
 
 async def _first(*futures: "asyncio.Future[Any]") -> None:

@@ -75,6 +75,10 @@ class Gossip:
         """Our own last offers by digest: what a client may still hold us to."""
         return self._recent
 
+    def network_tasks(self) -> int:
+        """How many tasks run for the network below, outside our event loop."""
+        return self._control.tasks()
+
     def view(self) -> View:
         """What is valid now."""
         return self._membership.view()

@@ -295,6 +295,10 @@ class Libp2pControlPlane:
         """Peers with a live link."""
         return frozenset(self._linked)
 
+    def tasks(self) -> int:
+        """The trio tasks of the host."""
+        return self._bridge.tasks
+
     def unreachable(self) -> Mapping[str, str]:
         """Bootstrap multiaddrs without a link, and why the last dial failed."""
         return self._book.unreachable(self._linked)

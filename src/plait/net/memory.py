@@ -138,6 +138,10 @@ class MemoryControlPlane:
         """Peers linked to us."""
         return self.network.neighbours(self.peer)
 
+    def tasks(self) -> int:
+        """None: all happens in the caller's calls."""
+        return 0
+
     def unreachable(self) -> Mapping[str, str]:
         """Bootstrap peers we are not linked to."""
         linked = self.peers()

@@ -79,6 +79,9 @@ class ControlPlane(Protocol):
     def peers(self) -> frozenset[PeerId]:
         """Peers with a live link."""
 
+    def tasks(self) -> int:
+        """How many tasks of its own run for it, outside the caller's event loop."""
+
     def unreachable(self) -> Mapping[str, str]:
         """Bootstrap multiaddrs without a link, and why the last dial failed."""
 

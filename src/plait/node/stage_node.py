@@ -239,6 +239,7 @@ class StageNode:
             "settlements_unwitnessed": len(self._settler.awaiting),
             "unwitnessed_microcredits": self._settler.awaiting.credit,
             "links": self._stage.links,
+            "gossip_tasks": self._gossip.network_tasks(),
             "loop_late_ms_p50": self._loop_late.quantile_ms(0.5),
             "loop_late_ms_p99": self._loop_late.quantile_ms(0.99),
             "refusals": self._stage.refusals.count,

@@ -25,7 +25,7 @@ from plait.testnet.control import request
 from plait.testnet.faults import Injector, Skipped, refusal
 from plait.testnet.folder import CLIENT_DIR, NETWORK_FILE
 from plait.testnet.healing import check_whole
-from plait.testnet.leaks import grown, holdings, wait_until_quiet
+from plait.testnet.leaks import Holdings, grown, holdings, wait_until_quiet
 from plait.testnet.load import Case, Outcome, undisturbed, work
 from plait.types import Span
 
@@ -89,7 +89,7 @@ class _Run:
     async def perform(self) -> dict[str, Any]:
         status = await self._status()
         names = {node["peer"]: node["name"] for node in status["nodes"] if node["span"]}
-        before = holdings(status)
+        before = await self._holdings()
         loop = asyncio.get_running_loop()
         for number in _ENDING:
             loop.add_signal_handler(number, self._end_early, number)
@@ -101,7 +101,7 @@ class _Run:
                 loop.remove_signal_handler(number)
         self._tell("waiting until the testnet is quiet")
         busy = await wait_until_quiet(self._client, names)
-        after = holdings(await self._status())
+        after = await self._holdings()
         report: dict[str, Any] = {
             "directory": str(self._directory),
             "model": self._model,
@@ -177,6 +177,9 @@ class _Run:
 
     async def _status(self) -> dict[str, Any]:
         return await asyncio.to_thread(request, self._directory, "status")
+
+    async def _holdings(self) -> Holdings:
+        return await asyncio.to_thread(holdings, self._directory, await self._status())
 
     async def _audit(self) -> dict[str, Any]:
         """The ledger's books, recomputed from its journal by the command anybody would use."""

@@ -1,4 +1,4 @@
-"""What a testnet holds while it is idle: pages, sessions, processes, namespaces, descriptors."""
+"""What a testnet holds while it is idle: pages, sessions, processes, tasks, descriptors."""
 
 import asyncio
 import time
@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from plait.client import AsyncClient
+from plait.errors import PlaitError
+from plait.node.control import ask
+from plait.testnet import disks
+from plait.testnet.folder import data_dir
 
 QUIET_TIMEOUT_S = 60.0
 """Sessions whose client is gone end by themselves; offers are repeated every 15 s."""
@@ -15,50 +19,75 @@ QUIET_TIMEOUT_S = 60.0
 TAPE_FOLDER = "tape"
 """Of a node: where its frames are kept until nobody may audit them any more."""
 
-_DESCRIPTORS_SLACK = 24
-_THREADS_SLACK = 8
+
+@dataclass(frozen=True, slots=True)
+class NodeHoldings:
+    """Of one node's process; tasks are None where it did not answer, or has none of a kind."""
+
+    pid: int
+    threads: int
+    descriptors: int
+    tasks: int | None = None
+    gossip_tasks: int | None = None
+
+
+SLACK = {"threads": 8, "descriptors": 24, "tasks": 16, "gossip_tasks": 24}
 """Connections and pools that a busy process keeps: more than that is called a leak."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """Of the whole testnet: its processes and namespaces; of each node: threads, descriptors."""
+    """Of the whole testnet: its processes and namespaces; of each living node by name the rest."""
 
     processes: int
     namespaces: int
-    by_node: dict[str, tuple[int, int, int]]
-    """Name to pid, threads, open descriptors."""
+    by_node: dict[str, NodeHoldings]
 
 
-def holdings(status: dict[str, Any]) -> Holdings:
-    """Look at the supervisor's process tree; ``status`` is its answer."""
+def holdings(directory: Path, status: dict[str, Any]) -> Holdings:
+    """Look at the supervisor's process tree and ask its nodes; ``status`` is its answer."""
     supervisor = int(status["supervisor_pid"])
     pids = [supervisor, *_children(supervisor)]
-    by_node = {
-        node["name"]: (node["pid"], _count(node["pid"], "task"), _descriptors(node["pid"]))
-        for node in status["nodes"]
-        if node["pid"] is not None
-    }
+    by_node = {}
+    for node in status["nodes"]:
+        name, pid = node["name"], node["pid"]
+        if pid is not None:
+            folder = data_dir(directory, name)
+            told = _told(disks.seen_by(supervisor, folder) if status["disk_mb"] else folder)
+            by_node[name] = NodeHoldings(
+                pid,
+                _count(pid, "task"),
+                _descriptors(pid),
+                told.get("tasks"),
+                told.get("gossip_tasks"),
+            )
     return Holdings(len(pids), len({_namespace(pid) for pid in pids}), by_node)
 
 
 def grown(before: Holdings, after: Holdings) -> dict[str, Any]:
     """What there is more of than before; only processes that lived through it are compared."""
-    threads, descriptors = dict[str, int](), dict[str, int]()
-    for name, (pid, threads_now, open_now) in after.by_node.items():
-        old_pid, threads_old, open_old = before.by_node.get(name, (0, 0, 0))
-        if pid != old_pid:
-            continue
-        if threads_now > threads_old + _THREADS_SLACK:
-            threads[name] = threads_now - threads_old
-        if open_now > open_old + _DESCRIPTORS_SLACK:
-            descriptors[name] = open_now - open_old
     return {
         "processes": max(0, after.processes - before.processes),
         "namespaces": max(0, after.namespaces - before.namespaces),
-        "threads": threads,
-        "descriptors": descriptors,
-    }
+    } | {what: _grown_nodes(before, after, what, slack) for what, slack in SLACK.items()}
+
+
+def _grown_nodes(before: Holdings, after: Holdings, what: str, slack: int) -> dict[str, int]:
+    more = dict[str, int]()
+    for name, now in after.by_node.items():
+        old = before.by_node.get(name)
+        if old is None or old.pid != now.pid:
+            continue
+        count, count_old = getattr(now, what), getattr(old, what)
+        if count is not None and count_old is not None and count > count_old + slack:
+            more[name] = count - count_old
+    return more
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    with suppress(PlaitError, OSError):
+        return ask(folder, "status")
+    return {}
 
 
 async def wait_until_quiet(
