@@ -405,17 +405,19 @@ def test_statement_and_invoice(world: World) -> None:
 
 
 def test_a_document_names_the_tree_and_how_far_it_reaches(world: World) -> None:
-    late = NOW + TTL_MS + GRACE_MS + 1
+    late = world.entries[-1].posted_ms - FRESHNESS_MS + 1
     root = root_of(leaf_hash(entry.payload) for entry in world.entries)
     coverage = Coverage.of(world.entries, "log.example", root)
-    assert (coverage.tree_size, coverage.complete_until_ms) == (8, world.entries[-1].posted_ms)
+    assert (coverage.tree_size, coverage.complete_until_ms) == (8, late - 1)
     for until_ms, complete in ((late - 1, b"true"), (late, b"false")):
-        period = Period(NOW, until_ms)
+        period = Period(0, until_ms)
         for made in (make_statement, make_invoice):
             document = made(world.entries, CLIENT, period).encoded(coverage)
             assert document.startswith(b'{"account":"12D3KooW')
             assert b'"complete":' + complete in document
             assert root.hex().encode() in document and b'"tree_size":8' in document
+    fallen = [*world.entries, replace(world.entries[-1], posted_ms=NOW)]
+    assert Coverage.of(fallen, "log.example", root).complete_until_ms == late - 1
     nothing = Coverage.of((), "log.example", EMPTY_ROOT)
     assert not nothing.covers(Period(0, 1))
 

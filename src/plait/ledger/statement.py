@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from plait.ledger.balances import HOLD, Entry, EntryKind
 from plait.ledger.canonical import JsonValue, encode_canonical
+from plait.ledger.journal_holds import FRESHNESS_MS
 from plait.types import AccountId, Digest
 
 
@@ -30,8 +31,8 @@ class Period:
 class Coverage:
     """The first entries of a log that a document was made from, and how far they reach.
 
-    ``complete_until_ms`` is when the last of them was posted: whatever the authority posted
-    before is among them, unless it put its clock back. 0 without entries.
+    What was posted before ``complete_until_ms`` is among them: the dates of a log may fall by
+    ``FRESHNESS_MS``, or its audit fails. 0 without entries.
     """
 
     origin: str
@@ -42,7 +43,8 @@ class Coverage:
     @classmethod
     def of(cls, entries: Sequence[Entry], origin: str, root: Digest) -> "Coverage":
         """Of all of some first entries, whose root is known already."""
-        return cls(origin, len(entries), root, entries[-1].posted_ms if entries else 0)
+        latest_ms = max((entry.posted_ms for entry in entries), default=0)
+        return cls(origin, len(entries), root, max(0, latest_ms - FRESHNESS_MS))
 
     def covers(self, period: Period) -> bool:
         """Whether all of a period is there."""
