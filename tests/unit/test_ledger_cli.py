@@ -188,9 +188,14 @@ def test_a_log_is_compared_with_an_earlier_checkpoint(
     assert size == int(note.splitlines()[1])
     run(world, capsys, "issue", world.client, "7", "--order-id", "ee")
     assert f"from {size} to {size + 1}" in run(world, capsys, "compare", str(saved))
-    for forged in (size, size + 9):
-        saved.write_text(sign_checkpoint(LOG, "log.example/net-1", forged, bytes(32)))
-        run(world, capsys, "compare", str(saved), code=1)
+    saved.write_text(sign_checkpoint(LOG, "log.example/net-1", size + 9, bytes(32)))
+    run(world, capsys, "compare", str(saved), "--proof", str(proof), code=1)
+    assert not proof.exists()  # it shrank, which proves nothing
+    saved.write_text(sign_checkpoint(LOG, "log.example/net-1", size, bytes(32)))
+    run(world, capsys, "compare", str(saved), "--proof", str(proof), code=1)
+    assert json.loads(proof.read_text())["kind"] == "growth"
+    assert "does not contain" in run(world, capsys, "fork", str(proof))
+    assert run_json(world, capsys, "fork", str(proof))["culprit"] == PEER.peer_id
     saved.write_text(sign_checkpoint(LOG, "log.example/net-1", size + 1, bytes(32)))
     run(world, capsys, "compare", str(saved), "--proof", str(proof), code=1)
     assert PEER.peer_id in run(world, capsys, "fork", str(proof))

@@ -13,20 +13,22 @@ from typer.testing import CliRunner
 
 from plait.cli.ledger import app
 from plait.envelope import digest, seal
-from plait.errors import VerificationError
+from plait.errors import BadProof, VerificationError
 from plait.ledger.bundle_fields import write_envelope
 from plait.ledger.canonical import encode_canonical
 from plait.ledger.certs import make_key_cert
-from plait.ledger.checkpoint import sign_checkpoint
+from plait.ledger.checkpoint import Checkpoint, sign_checkpoint
 from plait.ledger.fork import (
     ForkProof,
     LogFork,
     ReservationFork,
     VoucherFork,
     check_fork_proof,
+    grown_apart,
     read_fork_proof,
     write_fork_proof,
 )
+from plait.ledger.merkle import Tree, leaf_hash, root_of
 from plait.ledger.service.store import Change, StoredCert, StoredFork, open_store
 from plait.network_file import parse_network_file
 from plait.testing.accounting import NETWORK_ID, NOW_MS, cert_of, key_of, paper_network
@@ -208,3 +210,24 @@ def test_judge_takes_a_fork_proof(tmp_path: Path) -> None:
     path.write_bytes(write_fork_proof(replace(PAID, vouchers=(promised(), promised()))))
     result = CliRunner().invoke(app, ["judge", str(path), "--network", str(network)])
     assert isinstance(result.exception, VerificationError)
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 39), st.booleans())
+def test_a_larger_tree_without_the_smaller_is_proven(
+    size: int, more: int, changed: int, lie: bool
+) -> None:
+    leaves = [leaf_hash(b"%d" % number) for number in range(size + more)]
+    signed = list(leaves)
+    if lie:
+        signed[changed % (size + more)] = leaf_hash(b"another")
+    smaller = Checkpoint(ORIGIN, size, root_of(signed[:size]))
+    larger, tree = Checkpoint(ORIGIN, size + more, root_of(leaves)), Tree(leaves)
+    key = key_of("authority log")
+    first, second = (sign_checkpoint(key, ORIGIN, c.size, c.root) for c in (smaller, larger))
+    found = grown_apart((first, second), smaller, larger, tree)
+    assert (found is None) == (smaller.root == root_of(leaves[:size]))
+    if found is not None:
+        assert read_fork_proof(write_fork_proof(found)) == found
+        assert "does not contain" in check_fork_proof(found, NETWORK).statement
+    with pytest.raises(BadProof, match="another tree"):
+        grown_apart((first, second), smaller, replace(larger, root=leaf_hash(b"")), tree)

@@ -88,7 +88,7 @@ def test_a_tree_that_is_not_the_checkpoints_answers_nothing() -> None:
     board.handle_checkpoint(note(5))
     (question,) = board.handle_checkpoint(note(9, FORKED))
     assert isinstance(question, Compare)
-    with pytest.raises(VerificationError, match="tiles"):
+    with pytest.raises(VerificationError, match="another tree"):
         board.compared(question, HONEST)
     assert not board.frozen
 

@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from plait.cli.ledger_compare import compare, fork
 from plait.cli.ledger_connection import (
     Account,
     AuthorityName,
     Json,
     Network,
-    NoWitnesses,
     OfSubAccount,
     ask,
     ask_quorum,
-    authority_of,
     network_file,
     newest_checkpoint,
     query,
@@ -27,12 +26,10 @@ from plait.cli.ledger_judge import judge
 from plait.cli.ledger_orders import issue, limit, settle
 from plait.cli.ledger_statement import invoice, statement
 from plait.cli.ledger_sub_accounts import plain_use, sub_account, sub_account_line, sub_accounts
-from plait.errors import ConfigError
 
 if TYPE_CHECKING:
     from plait.ledger.service.remote import AccountState, RemoteLedger
     from plait.ledger.sub_accounts import SubAccountUse
-    from plait.types import Digest
 
 app = typer.Typer(help="Accounts, history and the log.", no_args_is_help=True)
 
@@ -171,89 +168,6 @@ def checkpoint(
 
 
 @app.command()
-def compare(
-    earlier: Annotated[Path, typer.Argument(help="A checkpoint saved before, or got elsewhere.")],
-    proof: Annotated[Path, typer.Option(help="Where to write the proof of a fork.")] = Path(
-        "fork-proof.json"
-    ),
-    no_witnesses: NoWitnesses = False,
-    network: Network = None,
-    json_output: Json = False,
-) -> None:
-    """Check that a log only grew since a checkpoint, which says whose log it is.
-
-    Exit code 1 if it did not, or if the log's checkpoint of now lacks the quorum of witnesses
-    that the network asks for.
-    """
-    from plait.cli.output import emit_json
-    from plait.errors import BadProof
-    from plait.ledger.checkpoint import open_checkpoint
-    from plait.ledger.merkle import verify_consistency
-
-    file = network_file(network)
-    saved = _read_bytes(earlier).decode(errors="replace")
-    named = authority_of(network, saved)
-    origin, log_key = named.log_origin, named.log_key
-    known = open_checkpoint(saved, origin, log_key)
-
-    async def fetch(ledger: "RemoteLedger") -> "tuple[str, list[Digest]]":
-        note = await newest_checkpoint(ledger, file)
-        size = open_checkpoint(note, origin, log_key).size
-        grown = 0 < known.size < size
-        return note, await ledger.consistency(known.size, size) if grown else []
-
-    _, (note, hashes) = ask(network, named.peer, fetch)
-    current = open_checkpoint(note, origin, log_key)
-    if known.size == current.size and known.root != current.root:
-        _write_log_fork(proof, origin, saved, note)
-        raise BadProof(f"the log forked at size {known.size}: the proof is in {proof}")
-    if current.size < known.size:
-        raise BadProof(f"the log shrank from {known.size} to {current.size} entries")
-    if known.size > 0:
-        verify_consistency(known.size, current.size, known.root, current.root, hashes)
-    lacking = uncosigned(note, file)
-    if lacking and not no_witnesses:
-        raise BadProof(lacking, remedy="--no-witnesses to compare all the same")
-    if json_output:
-        emit_json(
-            {
-                "authority": named.peer,
-                "origin": origin,
-                "earlier_size": known.size,
-                "tree_size": current.size,
-                "witnesses": witnesses_of(note, file),
-                "witness_quorum": file.witness_quorum,
-                "witnessed": not lacking,
-            }
-        )
-    else:
-        told = f" ({lacking})" if lacking else ""
-        print(f"{origin} only grew: from {known.size} to {current.size} entries{told}")
-
-
-@app.command()
-def fork(
-    proof: Annotated[Path, typer.Argument(help="A fork proof, as a file.")],
-    network: Network = None,
-    json_output: Json = False,
-) -> None:
-    """Check offline that somebody signed twice. Exit code 1 if the file proves nothing."""
-    from plait.cli.output import emit_json
-    from plait.errors import BadProof
-    from plait.ledger.fork import check_fork_proof, read_fork_proof
-
-    try:
-        opened = read_fork_proof(_read_bytes(proof))
-    except ValueError as error:
-        raise BadProof(f"{proof} is no fork proof: {error}") from error
-    verdict = check_fork_proof(opened, network_file(network))
-    if json_output:
-        emit_json({"culprit": verdict.culprit, "statement": verdict.statement})
-    else:
-        print(f"proven: {verdict.culprit} {verdict.statement}")
-
-
-@app.command()
 def serve(
     data_dir: Annotated[
         Path | None, typer.Option(help="Keys and journal; by default in the XDG data folder.")
@@ -307,28 +221,11 @@ def _balances(
     return source, state, newest_uses([uses for _, uses in poll.results])
 
 
-def _write_log_fork(path: Path, origin: str, first: str, second: str) -> None:
-    from plait.ledger.fork import LogFork, write_fork_proof
-
-    try:
-        path.write_bytes(write_fork_proof(LogFork(origin, (first, second))))
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _read_bytes(path: Path) -> bytes:
-    from plait.ledger.fork import FORK_BYTES_MAX
-
-    try:
-        with path.open("rb") as file:
-            return file.read(FORK_BYTES_MAX + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-
-
 app.command()(issue)
 app.command()(limit)
 app.command()(settle)
+app.command()(compare)
+app.command()(fork)
 app.command()(sub_account)
 app.command()(sub_accounts)
 app.command()(judge)

@@ -23,7 +23,7 @@ from plait.ledger.bundle_fields import (
 from plait.ledger.canonical import JsonValue, decode_canonical, encode_canonical
 from plait.ledger.certs import check_key_cert
 from plait.ledger.checkpoint import Checkpoint, open_checkpoint
-from plait.ledger.merkle import verify_consistency
+from plait.ledger.merkle import Tree, verify_consistency
 from plait.network_file import NetworkFile
 from plait.types import PeerId
 from plait.v1.identity_pb2 import NodeKeyCert, SignedEnvelope
@@ -90,6 +90,24 @@ class ForkVerdict:
 
     culprit: PeerId
     statement: str
+
+
+def grown_apart(
+    notes: tuple[str, str], smaller: Checkpoint, larger: Checkpoint, larger_tree: Tree
+) -> GrowthFork | None:
+    """The proof that a log's larger tree does not contain its smaller one; ``None`` if it does.
+
+    ``notes`` are the signed checkpoints, ``smaller`` and ``larger`` what they say; sizes rise from
+    above 0. Raises ``BadProof`` if the tree is not the larger checkpoint's: then nothing is known,
+    and whoever serves the log withholds it. Raises what reading the tree raises.
+    """
+    if larger_tree.root(larger.size) != larger.root:
+        raise BadProof("the log shows another tree than its checkpoint signs")
+    prefix_root = larger_tree.root(smaller.size)
+    if prefix_root == smaller.root:
+        return None
+    hashes = tuple(larger_tree.consistency_proof(smaller.size, larger.size))
+    return GrowthFork(larger.origin, notes, prefix_root, hashes)
 
 
 def write_fork_proof(proof: ForkProof) -> bytes:

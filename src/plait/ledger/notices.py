@@ -23,9 +23,9 @@ from plait.ledger.exposures import Exposures, Reported
 from plait.ledger.fork import (
     FORK_BYTES_MAX,
     ForkProof,
-    GrowthFork,
     LogFork,
     check_fork_proof,
+    grown_apart,
     read_fork_proof,
     write_fork_proof,
 )
@@ -211,16 +211,12 @@ class NoticeBoard:
         known, and whoever serves the log withholds it. Raises what reading the tree raises.
         """
         smaller, larger = self._pair(question)
-        if larger_tree.root(larger.size) != larger.root:
-            raise VerificationError("the tiles are not those of the checkpoint")
-        prefix_root = larger_tree.root(smaller.size)
+        proof = grown_apart((question.smaller, question.larger), smaller, larger, larger_tree)
         self._unresolved.pop(question, None)
-        if prefix_root == smaller.root:
+        if proof is None:
             self._remember(self._consistent, (smaller.root, larger.root))
             return []
-        hashes = tuple(larger_tree.consistency_proof(smaller.size, larger.size))
-        notes = (question.smaller, question.larger)
-        return self.caught(GrowthFork(question.origin, notes, prefix_root, hashes))
+        return self.caught(proof)
 
     def caught(self, proof: ForkProof) -> list[Action]:
         """Freeze whom a proof convicts; raises ``VerificationError`` if it convicts nobody."""
