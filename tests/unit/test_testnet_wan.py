@@ -279,7 +279,9 @@ def test_faults_are_done_and_all_of_them_undone(start: Callable[..., Testnet]) -
     assert not any(node["hung"] for node in nodes)
     assert [node["starts"] for node in nodes] == [2, 1, 2, 1, 1]
     assert not list(Path("/sys/fs/cgroup").glob("**/plait-slow-*"))
-    leaked = grown(holdings(before), holdings(testnet.status()))
+    leaked = grown(
+        holdings(testnet.directory, before), holdings(testnet.directory, testnet.status())
+    )
     assert not any(leaked.values()), leaked
 
 
