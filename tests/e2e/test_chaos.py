@@ -1,4 +1,4 @@
-"""A chaos run that is told to end heals what it did, reports, and says so by its exit code."""
+"""A chaos run that is told to end heals and reports; a drained node is found and restarted."""
 
 import json
 import os
@@ -31,7 +31,7 @@ node = "node-2"
 """
 
 
-def test_sigterm_heals_and_reports(tmp_path: Path) -> None:
+def test_sigterm_heals_and_reports_and_a_drain_says_how_it_ended(tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text(PLAN)
     wan = ("--wan", "lan", "--unprivileged")
     with running_testnet("tiny-random", "--stages", "2", *wan, folder=tmp_path) as net:
@@ -54,3 +54,8 @@ def test_sigterm_heals_and_reports(tmp_path: Path) -> None:
         assert report["unhealed"] == []
         assert not net.nodes()["node-2"]["hung"]
         assert net.control("heal", as_json=True) == {"healed": [], "failed": []}
+
+        folder = str(net.directory / "nodes" / "node-2")
+        drained = net.json("node", "drain", "--data-dir", folder, "--wait-s", "60")
+        assert (drained["state"], drained["sessions_ended"]) == ("stopped", 0)
+        assert net.control("heal", as_json=True)["healed"] == ["node-2 is stopped"]

@@ -1,6 +1,7 @@
 """The daemon's own decisions: when it ends, and what it leaves behind."""
 
 import asyncio
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from plait.errors import LedgerError
 from plait.node.config import NodeConfig
 from plait.node.daemon import _drained, _Node, _watch_writer, main
-from plait.node.state import StateFile
+from plait.node.state import DrainEnd, StateFile
 from plait.testing.accounting import key_of
 
 
@@ -50,19 +51,24 @@ async def test_a_drained_node_ends_when_its_last_session_has_gone(tmp_path: Path
     node = node_of(tmp_path, 2)
     node.on_signal()
     assert node.status()["state"] == "draining"
-    await _drained(node)
+    assert await _drained(node) == DrainEnd(os.getpid())
     assert isinstance(node.stage, FakeStageNode)
     assert (node.stage.draining, node.stage.looks) == (True, -1)
 
 
-@pytest.mark.parametrize("drain_s", [0.0, 30.0], ids=["the time is up", "a second signal"])
-async def test_a_node_does_not_wait_for_ever(tmp_path: Path, drain_s: float) -> None:
+@pytest.mark.parametrize(
+    ("drain_s", "reason"), [(0.0, "the time to drain was up"), (30.0, "a second signal")]
+)
+async def test_a_node_does_not_wait_for_ever_and_says_what_it_ended(
+    tmp_path: Path, drain_s: float, reason: str
+) -> None:
     node = node_of(tmp_path, 10**9, drain_s=drain_s)
     node.on_signal()
     if drain_s:
         node.on_signal()
     async with asyncio.timeout(5):
-        await _drained(node)
+        end = await _drained(node)
+    assert (end.reason, end.sessions_ended) == (reason, 10**9 - 1)
 
 
 async def test_the_state_is_told_inside_and_outside(tmp_path: Path) -> None:

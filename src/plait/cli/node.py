@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from plait.cli.output import emit_json, status, table
-from plait.errors import ConfigError, DeadlineExceeded
+from plait.errors import ConfigError, DeadlineExceeded, NetworkError
 from plait.types import Span
 
 if TYPE_CHECKING:
@@ -247,24 +247,54 @@ def drain(
     """Move the running node's sessions elsewhere, then end it.
 
     It offers nothing and takes nothing new from now on, tells each client to move, and ends
-    when no session is left or the time of its --drain-s is up.
+    when no session is left or the time of its --drain-s is up. With --wait-s the exit code
+    is 1 if sessions had to be ended, or the node did not say how it ended.
 
     Example: plait node drain --wait-s 60
     """
     from plait.locate import node_dir
-    from plait.node.control import SOCKET_NAME, ask
+    from plait.node.control import ask
+    from plait.node.state import DrainFile
 
     folder = data_dir or node_dir()
     told = ask(folder, "drain")
+    if not wait_s:
+        status("the node is draining")
+        _show(told, as_json)
+        return
+    _await_end(folder, wait_s)
+    end = DrainFile(folder).read(told["pid"])
+    if end is None:
+        status("the node ended without saying how: read its log")
+    elif end.sessions_ended:
+        status(f"{end.sessions_ended} sessions were ended before they had moved: {end.reason}")
+    else:
+        status("the node is drained: every session has moved or ended by itself")
+    left = end.sessions_ended if end is not None else None
+    shown = {name: told[name] for name in ("name", "peer", "roles", "pid") if name in told}
+    reason = end.reason if end is not None else "unknown"
+    _show(shown | {"state": "stopped", "sessions_ended": left, "reason": reason}, as_json)
+    if left != 0:
+        raise typer.Exit(1)
+
+
+def _await_end(folder: Path, wait_s: float) -> None:
+    """Wait until no node answers in the folder; raises ``DeadlineExceeded``."""
+    from plait.node.control import ask
+
     deadline_s = time.monotonic() + wait_s
-    while wait_s and (folder / SOCKET_NAME).exists():
+    while True:
+        try:
+            ask(folder, "status")
+        except ConfigError:  # nobody listens: it has ended, or was killed
+            return
+        except NetworkError:  # it is busy, or about to end
+            pass
         if time.monotonic() > deadline_s:
             raise DeadlineExceeded(
                 f"the node still runs after {wait_s:g} s", remedy="plait node status"
             )
         time.sleep(_WAIT_POLL_S)
-    status("the node is drained" if wait_s else "the node is draining")
-    _show(told, as_json)
 
 
 def _show(told: dict[str, Any], as_json: bool) -> None:

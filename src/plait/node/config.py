@@ -18,9 +18,10 @@ class NodeConfig:
     """What one daemon needs. Ports of 0 are chosen by the kernel.
 
     ``data_dir`` holds the keys (``identity.key``, ``ledger.key``), the TLS pair
-    (``tls.key``, ``tls.crt``), ``state`` (one word: starting, ready, draining, stopped)
-    and, for the ledger role, ``log.key``, ``journal.db`` and the published ``log``; for the
-    witness role ``witness.key`` and ``witness``. A witness answers on the public port.
+    (``tls.key``, ``tls.crt``), ``state`` (one word: starting, ready, draining, stopped),
+    ``drained`` (how the last drain ended) and, for the ledger role, ``log.key``,
+    ``journal.db`` and the published ``log``; for the witness role
+    ``witness.key`` and ``witness``. A witness answers on the public port.
     """
 
     name: str

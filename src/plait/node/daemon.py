@@ -21,7 +21,7 @@ from plait.net.tls import load_or_create
 from plait.network_file import Authority, NetworkFile, load_network_file
 from plait.node.config import NodeConfig
 from plait.node.control import serve_control
-from plait.node.state import NodeState, StateFile, lock_data_dir
+from plait.node.state import DrainEnd, DrainFile, NodeState, StateFile, lock_data_dir
 from plait.parent import watching_parent
 from plait.task_scope import TaskScope
 from plait.types import PeerId
@@ -106,6 +106,8 @@ async def _run_node(config: NodeConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.on_signal)
+    drain_file = DrainFile(config.data_dir)
+    drain_file.clear()
     node.become("starting")
     try:
         async with AsyncExitStack() as stack:
@@ -120,7 +122,7 @@ async def _run_node(config: NodeConfig) -> int:
             await node.ending.wait()
             node.become("draining")
             log.info("draining", name=config.name)
-            await _drained(node)
+            drain_file.write(await _drained(node))  # before the control socket goes
             log.info("stopping", name=config.name)
     except* PlaitError as group:
         raise _first(group) from None
@@ -129,17 +131,24 @@ async def _run_node(config: NodeConfig) -> int:
     return 0
 
 
-async def _drained(node: _Node) -> None:
+async def _drained(node: _Node) -> DrainEnd:
     """Return once no session is left, the time is up, or a second signal came."""
     if node.stage is None:
-        return
+        return DrainEnd(os.getpid())
     node.stage.drain()
     deadline_s = time.monotonic() + node.config.drain_s
-    while not (node.stage.is_empty or node.at_once.is_set()):
-        if time.monotonic() >= deadline_s:
-            log.warning("sessions are ended: the time to drain is up", name=node.config.name)
-            return
-        await asyncio.sleep(_DRAIN_POLL_S)
+    while not node.stage.is_empty:
+        if not node.at_once.is_set() and time.monotonic() < deadline_s:
+            await asyncio.sleep(_DRAIN_POLL_S)
+            continue
+        end = DrainEnd(
+            os.getpid(),
+            node.stage.status()["sessions"],
+            "a second signal" if node.at_once.is_set() else "the time to drain was up",
+        )
+        log.warning("sessions are ended", reason=end.reason, sessions=end.sessions_ended)
+        return end
+    return DrainEnd(os.getpid())
 
 
 async def _start_roles(

@@ -2,7 +2,9 @@
 
 import contextlib
 import fcntl
+import json
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +28,43 @@ class StateFile:
         part = self._path.with_suffix(".part")
         part.write_text(state + "\n")
         part.replace(self._path)
+
+
+@dataclass(frozen=True, slots=True)
+class DrainEnd:
+    """How a process ended its drain: ``reason`` says why, if sessions had to be ended for it."""
+
+    pid: int
+    sessions_ended: int = 0
+    reason: Literal["", "the time to drain was up", "a second signal"] = ""
+
+
+class DrainFile:
+    """How the last process of a data folder ended its drain, for who asked for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "drained"
+
+    def clear(self) -> None:
+        """Forget what an earlier process left."""
+        self._path.unlink(missing_ok=True)
+
+    def write(self, end: DrainEnd) -> None:
+        """Leave it; on a disk that is full nothing is left."""
+        part = self._path.with_suffix(".part")
+        try:
+            part.write_text(json.dumps(asdict(end)) + "\n")
+            part.replace(self._path)
+        except OSError as error:
+            log.warning("end of drain not kept", reason=error.strerror)
+
+    def read(self, pid: int) -> DrainEnd | None:
+        """What this process has left; None if it has not."""
+        try:
+            end = DrainEnd(**json.loads(self._path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+        return end if end.pid == pid else None
 
 
 @contextlib.contextmanager
