@@ -139,13 +139,13 @@ def test_the_dishonest_node_is_exposed_and_anybody_can_judge_again(net: Stage) -
     assert code == 1
     exposed = [one for one in lots if one["outcome"] == "exposed"]
     assert {one["peer"] for one in exposed} == {net.liar}
-    code, judged = net.audit("check", exposed[0]["evidence"], "--model", TINY)
+    code, judged = net.audit("check", exposed[0]["evidence"])
     assert (code, judged["outcome"], judged["peer"]) == (1, "exposed", net.liar)
 
     # The testnet's one judge computes it once more; the ledger forfeits on its signature.
     judgement = net.directory / "judgement"
     judge = ("--key", str(net.directory / "issuer" / "judge.key"), "--out", str(judgement))
-    code, found = net.audit("judge", exposed[0]["evidence"], *judge, "--model", TINY)
+    code, found = net.audit("judge", exposed[0]["evidence"], *judge)
     assert (code, found["outcome"]) == (0, "exposed")
     before, escrow = net.balance(), net.balance(net.liar)["escrow_microcredits"]
     code, filed = net.audit("file", str(judgement))

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from plait.cli import ledger_connection
 from plait.cli.root import invoke
 from plait.envelope import digest, seal
+from plait.errors import PeerUnreachable
 from plait.identity import SigningKey, load_key, save_key
 from plait.ledger.bundle import build_bundle
 from plait.ledger.certs import make_key_cert
 from plait.ledger.cosignature import cosign
 from plait.ledger.exposure import sign_judgement
-from plait.ledger.service.polling import ask_all
+from plait.ledger.service.polling import Poll, ask_all
 from plait.ledger.service.serving import AuthorityKeys, serve_authority
 from plait.net.tls import create_identity
 from plait.network_file import Authority, Judge, NetworkFile, Witness, load_network_file
@@ -191,6 +194,21 @@ def test_what_the_issuer_is_refused_asks_for_no_repetition(world: World, plait: 
     assert "0 of 4 authorities" in error["message"] and error["remedy"] == ""
 
 
+@given(st.permutations([30, 30, 29, 10**9]), st.integers(0, 3))
+def test_one_liar_makes_no_figure_larger_and_one_who_lags_none_smaller(
+    figures: list[int], away: int
+) -> None:
+    names = [Authority(PeerId(f"p{n}"), "", b"", b"", "", b"") for n in range(4)]
+    answers = tuple(zip(names, figures, strict=True))
+    assert Poll(4, answers, ()).confirmed() == 30
+    three = (*answers[:away], *answers[away + 1 :])
+    failed = ((names[away], PeerUnreachable("away")),)
+    assert Poll(4, three, failed).shortfall("settle") is None
+    assert Poll(4, three, failed).confirmed() == sorted(f for _, f in three)[1]
+    two = Poll(4, three[:2], (*failed, (three[2][0], PeerUnreachable("away"))))
+    assert "settle: 2 of 4" in str(two.shortfall("settle"))
+
+
 def test_a_balance_says_whose_word_it_is(world: World, plait: Plait) -> None:
     read = ("ledger", "balance", stranger("d"))
     found = plait.json(world.file([3]), *read)
@@ -249,21 +267,23 @@ def test_a_checkpoint_without_the_quorum_of_witnesses_is_not_said_to_hold(
     file, saved = tmp_path / "journal.jsonl", tmp_path / "saved"
     plait.run(world.file(), "ledger", "issue", world.client, "9", "--order-id", "f1")
     saved.write_text(plait.run(strict, "ledger", "checkpoint"))
-    assert "0 witnesses have cosigned" in plait.errors
+    assert "has 0 of the 1 witnesses" in plait.errors
     assert plait.json(strict, "ledger", "checkpoint")["witnessed"] is False
     assert (
-        "0 witnesses"
+        "has 0 of the 1 witnesses"
         in plait.json(strict, "ledger", "compare", str(saved), code=1)["error"]["message"]
     )
     look = ("ledger", "compare", str(saved), "--no-witnesses")
-    assert "0 witnesses have cosigned" in plait.run(strict, *look)
+    assert "has 0 of the 1 witnesses" in plait.run(strict, *look)
     assert plait.json(strict, *look)["witnessed"] is False
     report = plait.json(strict, "ledger", "audit", code=1)
-    assert report["balanced"] and "0 witnesses" in report["violations"][0]
+    assert report["balanced"] and "has 0 of the 1 witnesses" in report["violations"][0]
     assert "holds" not in plait.run(strict, "ledger", "audit", code=1)
     looked = plait.json(strict, "ledger", "audit", "--no-witnesses")
     assert (looked["violations"], looked["witnessed"]) == ([], False)
-    assert "but 0 witnesses" in plait.run(strict, "ledger", "audit", "--no-witnesses")
+    assert "but the checkpoint has 0 of the 1" in plait.run(
+        strict, "ledger", "audit", "--no-witnesses"
+    )
     # The same journal once the witness has cosigned its checkpoint.
     plait.run(strict, "ledger", "export", "--output", str(file))
     lines = [json.loads(line) for line in file.read_text().splitlines()]

@@ -180,8 +180,8 @@ def uncosigned(note: str, network: "NetworkFile") -> str:
         if found >= network.witness_quorum:
             raise  # it is something else
         return (
-            f"{found} witnesses have cosigned the checkpoint, "
-            f"and the network asks for {network.witness_quorum}"
+            f"the checkpoint has {found} of the {network.witness_quorum} witnesses' cosignatures "
+            "that the network asks for"
         )
     return ""
 

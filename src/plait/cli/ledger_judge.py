@@ -93,15 +93,14 @@ def _verdicts(
     grants: "list[SignedEnvelope]", network: "NetworkFile", path: Path | None
 ) -> "list[GrantVerdict | _NoVerdict]":
     verdicts: list[GrantVerdict | _NoVerdict] = []
+    source = None if path is None else _read(path)
     for authority in network.authorities:
         own = [grant for grant in grants if grant.signer == authority.ledger_key]
-        if own and path is None:
+        if own and source is None:
             verdicts += _live_verdicts(own, authority, network)
-        elif own and path is not None:
-            source = _read(path)
+        elif own and source and authority.log_origin == source.checkpoint.partition("\n")[0]:
             # Of a committee, each has a log of its own.
-            if authority.log_origin == source.checkpoint.partition("\n")[0]:
-                verdicts += _judge_all(own, source, network)
+            verdicts += _judge_all(own, source, network)
     if not verdicts:
         raise ConfigError("no grant of the bundle is by the authority of this journal")
     return verdicts
