@@ -95,7 +95,9 @@ def test_an_answer_is_the_same_whole_streamed_and_from_the_command_line(
     response, body = served.chat(max_tokens=12)
     whole = json.loads(body)
     text = whole["choices"][0]["message"]["content"]
-    assert response.headers["x-plait-route"].startswith("0:3=12D3")
+    # Which hosts it goes through depends on how busy each is.
+    route = response.headers["x-plait-route"].split(",")
+    assert route[0].startswith("0:") and "=12D3" in route[0]
     assert whole["usage"]["cost"] > 0
     response, body = served.chat(max_tokens=12, stream=True, stream_options={"include_usage": True})
     assert response.headers["content-type"].startswith("text/event-stream")

@@ -393,6 +393,9 @@ async def test_nobody_else_can_pose_as_the_ledger(service: Service) -> None:
     with pytest.raises(PeerUnreachable):
         await remote.checkpoint()
     await remote.close()
+    # As a task does that ends after the connection it asks over.
+    with pytest.raises(PeerUnreachable, match="closed"):
+        await remote.checkpoint()
 
 
 async def test_a_stopped_ledger_is_unreachable_not_refusing(service: Service) -> None:

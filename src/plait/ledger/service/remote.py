@@ -231,6 +231,9 @@ class RemoteLedger:
             response = await method(request, timeout=self._deadline_s)
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
+        except grpc.aio.UsageError as error:  # closed, by ourselves, before a task that asks ends
+            address = self._authority.address
+            raise PeerUnreachable(f"the connection to the ledger at {address} is closed") from error
         if not isinstance(response, response_class):
             raise self._broken("it answered with another message")
         return response
