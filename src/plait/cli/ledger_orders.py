@@ -52,21 +52,14 @@ def issue(
     from plait.envelope import seal
     from plait.v1.ledger_pb2 import IssueOrder
 
-    order = IssueOrder(
-        network_id=network_file(network).network_id,
-        account=peer(account),
-        amount=checked_amount(amount),
-        order_id=order_number(order_id),
-        memo=memo,
-        issued_ms=now_ms(),
-    )
+    number = order_number(order_id)
+    order = IssueOrder(amount=checked_amount(amount), **_common(network, account, number, memo))
     _warn_of_new(network, account)
     envelope = seal(issuer_key(network), order)
-    poll = _booked(network, "issue", order.order_id, lambda ledger: ledger.issue(envelope))
+    poll = _booked(network, "issue", number, lambda ledger: ledger.issue(envelope))
     figures = {"account": account, "amount_microcredits": amount}
-    _tell_order(
-        poll, order.order_id, figures, f"{amount} microcredits to {account}", as_json=json_output
-    )
+    text = f"{amount} microcredits to {account}"
+    _tell_order(poll, number, figures, text, as_json=json_output)
 
 
 def limit(
@@ -85,21 +78,13 @@ def limit(
     from plait.envelope import seal
     from plait.v1.ledger_pb2 import LimitOrder
 
-    order = LimitOrder(
-        network_id=network_file(network).network_id,
-        account=peer(account),
-        credit_limit=checked_amount(amount),
-        order_id=order_number(order_id),
-        memo=memo,
-        issued_ms=now_ms(),
-    )
+    number, credit_limit = order_number(order_id), checked_amount(amount)
+    order = LimitOrder(credit_limit=credit_limit, **_common(network, account, number, memo))
     envelope = seal(issuer_key(network), order)
-    poll = _booked(network, "limit", order.order_id, lambda ledger: ledger.set_limit(envelope))
+    poll = _booked(network, "limit", number, lambda ledger: ledger.set_limit(envelope))
     figures = {"account": account, "credit_limit_microcredits": amount}
-    _tell_order(
-        poll, order.order_id, figures, f"{account} may owe {amount} microcredits",
-        as_json=json_output,
-    )  # fmt: skip
+    text = f"{account} may owe {amount} microcredits"
+    _tell_order(poll, number, figures, text, as_json=json_output)
 
 
 def settle(
@@ -173,6 +158,17 @@ def plain_poll(poll: "Poll[Any]") -> dict[str, Any]:
             {"authority": authority.log_origin, "peer": authority.peer, "reason": str(error)}
             for authority, error in poll.failures
         ],
+    }
+
+
+def _common(network: Path | None, account: str, order_id: bytes, memo: str) -> dict[str, Any]:
+    """What every order says."""
+    return {
+        "network_id": network_file(network).network_id,
+        "account": peer(account),
+        "order_id": order_id,
+        "memo": memo,
+        "issued_ms": now_ms(),
     }
 
 
