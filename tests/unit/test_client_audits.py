@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,11 @@ from plait.client.audit_spool import (
     BackgroundSpool,
     trust_of,
 )
-from plait.client.auditing import Audited
+from plait.client.auditing import Audited, log_of
 from plait.client.lottery_keeper import DUE_AFTER_MS, GIVE_UP_AFTER_MS, RETRY_MS, LotteryKeeper
-from plait.errors import ConfigError, PeerUnreachable
+from plait.errors import BadProof, ConfigError, PeerUnreachable
 from plait.ledger.lottery import Lot
-from plait.testing.accounting import key_of
+from plait.testing.accounting import key_of, paper_network
 from plait.types import PeerId
 from plait.v1.stage_pb2 import AuditEvidence
 
@@ -201,3 +202,13 @@ def test_a_file_that_goes_while_they_are_counted_leaves_the_bound(tmp_path: Path
         spool.put(number.to_bytes(16, "big"), b"x", NOW + number)
     files = [path for path in (tmp_path / "due").iterdir() if path.exists()]
     assert len(files) == DUE_FILES_MAX
+
+
+def test_a_checkpoint_names_whose_log_it_is_of() -> None:
+    (one,) = paper_network().authorities
+    other = replace(one, log_origin="other.example/log")
+    committee = paper_network(authorities=(one, other))
+    for authority in (one, other):
+        assert log_of(f"{authority.log_origin}\n3\nroot\n", committee) is authority
+    with pytest.raises(BadProof, match="no log"):
+        log_of("another.example/log\n3\nroot\n", committee)

@@ -89,7 +89,7 @@ async def audit_bundle(
     # The bundle may be from before a stage was paid.
     evidence = await ledger.evidence(parts.terms.session_id)
     parts = replace(parts, entries=evidence.entries)
-    log = _log_of(evidence.checkpoint, network)
+    log = log_of(evidence.checkpoint, network)
     opened_with = account.with_key(parts.terms.client_ledger_key)
     nonce = session_nonce(opened_with.ledger_key, parts.terms.session_id)
     anchors: dict[bytes, stage_pb2.AuditAnchor] = {}
@@ -112,7 +112,7 @@ async def audit_bundle(
     return audited
 
 
-def _log_of(checkpoint: str, network: NetworkFile) -> Authority:
+def log_of(checkpoint: str, network: NetworkFile) -> Authority:
     """Whose log a checkpoint is of: in a committee each has its own, with indexes of its own."""
     origin = checkpoint.partition("\n")[0]
     for authority in network.authorities:
