@@ -113,7 +113,10 @@ async def audit_bundle(
 
 
 def log_of(checkpoint: str, network: NetworkFile) -> Authority:
-    """Whose log a checkpoint is of: in a committee each has its own, with indexes of its own."""
+    """Whose log a checkpoint is of: in a committee each has its own, with indexes of its own.
+
+    Raises ``BadProof`` for a log that is none of the network's.
+    """
     origin = checkpoint.partition("\n")[0]
     for authority in network.authorities:
         if authority.log_origin == origin:
