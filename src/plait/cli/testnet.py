@@ -357,7 +357,9 @@ def _show_chaos(report: dict[str, Any]) -> None:
     for failure in requests["failures"]:
         print(f"  {failure['count']} x {failure['code']}, first: {failure['example']}")
     for name, figures in gaps.items():
-        print(f"longest pause, {name.replace('_', ' ')}: {figures}")
+        if count := figures["count"]:
+            spread = ", ".join(f"{part} {figures[part]:.2f} s" for part in ("p50", "p99", "max"))
+            print(f"longest pause, {name.replace('_', ' ')}: {spread} ({count} answers)")
     print("\n".join(f"WRONG: {what}" for what in report["wrong"]) or "nothing is wrong")
 
 
