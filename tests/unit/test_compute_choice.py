@@ -24,7 +24,7 @@ def test_the_cheapest_row_decides_by_how_often_it_is_seen() -> None:
     assert fastest([many, one, crowded]) is one
 
 
-@pytest.mark.parametrize("kernel", ["torch", "mlas-w4a8", "ggml-w4a8"])
+@pytest.mark.parametrize("kernel", ["torch", "mlas-w4a8", "ggml-w4a8-v2"])
 @pytest.mark.parametrize("planes", [1, 2])
 def test_every_dtype_is_timed_for_every_number_of_rows(
     planes: int, kernel: str, monkeypatch: pytest.MonkeyPatch
@@ -44,7 +44,7 @@ def test_every_dtype_is_timed_for_every_number_of_rows(
     ("has_bf16", "machine", "capability", "here", "kernel"),
     [
         (True, "x86_64", "AVX512", True, "torch"),
-        (False, "x86_64", "AVX2", True, "ggml-w4a8"),
+        (False, "x86_64", "AVX2", True, "ggml-w4a8-v2"),
         (False, "x86_64", "AVX2", False, "mlas-w4a8"),
         (False, "x86_64", "DEFAULT", True, "mlas-w4a8"),
         (False, "aarch64", "DEFAULT", True, "mlas-w4a8"),

@@ -127,7 +127,7 @@ def turned(rows: np.ndarray, positions: np.ndarray, heads: int, factors: np.ndar
 def test_a_projection_is_of_the_normed_rows_its_heads_turned(
     kinds: Sequence[str], biased: bool, divided: bool
 ) -> None:
-    from plait.compute.ggml import Rotary
+    from plait.compute.ggml_graph import Rotary
     from plait.compute.ggml_layers import Projection
 
     made = [weights(name, 32, INPUTS, seed) for seed, name in enumerate(kinds)]

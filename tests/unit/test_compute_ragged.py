@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 SESSIONS = [SessionId(bytes([65 + index]) * 16) for index in range(6)]
-DTYPES = ("fp32", "bf16", "int4/torch", "int4/mlas-w4a8", "int4/ggml-w4a8", "int8")
+DTYPES = ("fp32", "bf16", "int4/torch", "int4/mlas-w4a8", "int4/ggml-w4a8-v2", "int8")
 """int4 has three kernels; which one a node takes follows from its processor."""
 PROSE = """The sky looks blue because the air scatters short waves of light more than long
 ones. Sunlight holds all colours; on its way through the air, blue light is thrown from
@@ -357,7 +357,7 @@ def test_the_numeric_class_names_dtype_and_kernel(local: LocalModel, dtype: str)
         "bf16": "onednn-bf16",
         "int4/torch": "torch-int4pack32" if has_bf16() else "torch-int4pack32+onednn-packed",
         "int4/mlas-w4a8": "mlas-w4a8",
-        "int4/ggml-w4a8": "ggml-w4a8",
+        "int4/ggml-w4a8-v2": "ggml-w4a8-v2",
         "int8": "torch-int8pack",
     }[dtype]
     digest = local.manifest.digest.hex()[:16]

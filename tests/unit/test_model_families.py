@@ -29,7 +29,7 @@ DTYPES = {
     "bf16": 0.12,
     "int4/torch": 0.08,
     "int4/mlas-w4a8": 0.2,
-    "int4/ggml-w4a8": 0.2,
+    "int4/ggml-w4a8-v2": 0.2,
     "int8": 0.18,
 }
 """Limit of the relative error of hidden rows behind half of the layers: about twice that of a

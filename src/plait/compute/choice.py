@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from plait.compute import ggml, ggml_layers, ort
+from plait.compute import ggml, ggml_layers, ggml_parts, ort
 from plait.compute.linear import (
     Bf16Linear,
     Fp32Linear,
@@ -89,7 +89,7 @@ def int4_kernel() -> str:
     if has_bf16():
         return TORCH_INT4
     avx2 = platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
-    return ggml_layers.KERNEL if avx2 and ggml.shared_object() is not None else ort.KERNEL
+    return ggml_parts.KERNEL if avx2 and ggml.shared_object() is not None else ort.KERNEL
 
 
 @torch.inference_mode()
@@ -134,7 +134,7 @@ def _int4(kernel: str, inputs: int, outputs: int, planes: int) -> Sequence[Rows]
     weights = [Nibbles(codes, scale, -scale)]
     if planes > 1:
         weights.insert(0, Nibbles(codes, scale * np.float32(16), scale * np.float32(-128)))
-    if kernel == ggml_layers.KERNEL and planes == 1:
+    if kernel == ggml_parts.KERNEL and planes == 1:
         blocks = np.random.default_rng(1).integers(0, 64, (outputs, inputs // 32 * 18), np.uint8)
         made = [ggml_layers.Matrix(blocks, BY_NAME["Q4_0"], inputs) for _ in range(_MATRICES)]
         return [ggml_layers.bare_part(one, torch.get_num_threads()) for one in made]

@@ -2,14 +2,13 @@
 
 The shared object comes in the wheel ``xllamacpp``; its Python module is never imported. Of
 ggml's interface (``ggml.h``, ``ggml-backend.h``) only functions over opaque pointers are used, and
-one struct. A graph's tensors lie in an ``Arena`` that all graphs of a stage share, as they run one
-after the other on its one compute thread; what a graph gives must be copied out before the next.
+one struct. The tensors of graphs (``ggml_graph.py``) lie in an ``Arena`` that a stage's share, as
+they run one after the other on its one compute thread; what a graph gives must be copied out before
+the next.
 """
 
 import ctypes
-from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,28 +20,29 @@ import numpy.typing as npt
 from plait.errors import LocalProtocolError
 
 PACKAGE = "xllamacpp"
-F32, I32, BF16 = 0, 26, 30
+F32, I32, I64, BF16 = 0, 26, 27, 30
 """ggml's codes of types are GGUF's."""
 ALIGNMENT = 64
 """Of each tensor in an arena, bytes."""
-NODES_MAX = 64
-"""Of a graph."""
 _ENUM = c_int
 
 
-class _InitParams(ctypes.Structure):
+class InitParams(ctypes.Structure):
+    """``struct ggml_init_params``."""
+
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_log_set": (None, [c_void_p, c_void_p]),
-    "ggml_init": (c_void_p, [_InitParams]),
+    "ggml_init": (c_void_p, [InitParams]),
     "ggml_free": (None, [c_void_p]),
     "ggml_tensor_overhead": (c_size_t, []),
     "ggml_graph_overhead_custom": (c_size_t, [c_size_t, c_bool]),
     "ggml_nbytes": (c_size_t, [c_void_p]),
     "ggml_new_tensor_1d": (c_void_p, [c_void_p, _ENUM, c_int64]),
     "ggml_new_tensor_2d": (c_void_p, [c_void_p, _ENUM, c_int64, c_int64]),
+    "ggml_new_tensor_3d": (c_void_p, [c_void_p, _ENUM, c_int64, c_int64, c_int64]),
     "ggml_mul_mat": (c_void_p, [c_void_p] * 3),
     "ggml_out_prod": (c_void_p, [c_void_p] * 3),
     "ggml_mul": (c_void_p, [c_void_p] * 3),
@@ -55,6 +55,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_reshape_2d": (c_void_p, [c_void_p] * 2 + [c_int64] * 2),
     "ggml_reshape_3d": (c_void_p, [c_void_p] * 2 + [c_int64] * 3),
     "ggml_cast": (c_void_p, [c_void_p] * 2 + [_ENUM]),
+    "ggml_get_rows": (c_void_p, [c_void_p] * 3),
+    "ggml_set_rows": (c_void_p, [c_void_p] * 4),
+    "ggml_soft_max_ext_inplace": (c_void_p, [c_void_p] * 3 + [c_float] * 2),
     "ggml_view_3d": (c_void_p, [c_void_p] * 2 + [c_int64] * 3 + [c_size_t] * 3),
     "ggml_rope_ext_inplace": (c_void_p, [c_void_p] * 4 + [c_int] * 3 + [c_float] * 6),
     "ggml_new_graph_custom": (c_void_p, [c_void_p, c_size_t, c_bool]),
@@ -62,6 +65,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_cpu_init": (c_void_p, []),
     "ggml_backend_free": (None, [c_void_p]),
     "ggml_backend_cpu_set_n_threads": (None, [c_void_p, c_int]),
+    "ggml_backend_cpu_buffer_from_ptr": (c_void_p, [c_void_p, c_size_t]),
     "ggml_backend_cpu_reg": (c_void_p, []),
     "ggml_backend_cpu_buffer_type": (c_void_p, []),
     "ggml_backend_reg_dev_get": (c_void_p, [c_void_p, c_size_t]),
@@ -155,7 +159,7 @@ class Constant:
         """Have the tensor in this kind of buffer, and nowhere else."""
         self._free()
         lib = self._lib
-        self._context = lib.ggml_init(_InitParams(4 * lib.ggml_tensor_overhead(), None, True))
+        self._context = lib.ggml_init(InitParams(4 * lib.ggml_tensor_overhead(), None, True))
         self.tensor: int = lib.ggml_new_tensor_2d(self._context, kind, inputs, outputs)
         self._buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(self._context, where)
         if not self._buffer:
@@ -200,114 +204,15 @@ class Arena:
             self._lib.ggml_backend_buffer_free(self.buffer)
 
 
-@dataclass(frozen=True, slots=True)
-class Rotary:
-    """A rotary embedding of the first ``heads`` heads of a row.
+class Foreign:
+    """Somebody else's memory, which has to stay where it is, for ggml to read and to write."""
 
-    Neighbours turn together, as llama's files have them (ggml's mode 0).
-    """
-
-    heads: int
-    head_size: int
-    base: float
-    factors: Constant | None
-
-
-class Graph:
-    """A graph over ``rows`` rows while it is built; then run by ``Arena.compute``.
-
-    Methods add an operation and give its tensor. Tensors are [width, rows] in ggml's order of
-    dimensions, which is numpy's [rows, width].
-    """
-
-    def __init__(self, arena: Arena, rows: int) -> None:
-        lib = self._lib = library()
-        self.rows = rows
-        self._arena = arena
-        self._used = 0
-        size = NODES_MAX * lib.ggml_tensor_overhead()
-        size += lib.ggml_graph_overhead_custom(NODES_MAX, False)
-        self._context = lib.ggml_init(_InitParams(size, None, True))
-        self.graph: int = lib.ggml_new_graph_custom(self._context, NODES_MAX, False)
-        self.places: dict[int, int] = {}
-        """Addresses of the tensors' data."""
+    def __init__(self, address: int, size: int) -> None:
+        self._lib = library()
+        self.buffer: int = self._lib.ggml_backend_cpu_buffer_from_ptr(address, size)
+        if not self.buffer:
+            raise LocalProtocolError(f"ggml takes no memory at {address}")
 
     def __del__(self) -> None:
-        self._lib.ggml_free(self._context)
-
-    def given(self, width: int) -> int:
-        """An input, [rows, width] in fp32; positions, [rows] in int32, if ``width`` is 0."""
-        if not width:
-            return self._placed(self._lib.ggml_new_tensor_1d(self._context, I32, self.rows))
-        return self._placed(self._lib.ggml_new_tensor_2d(self._context, F32, width, self.rows))
-
-    def finished(self, result: int) -> None:
-        """``result`` is what the graph computes."""
-        self._lib.ggml_build_forward_expand(self.graph, result)
-
-    def product(self, weight: int, rows: int) -> int:
-        """Rows times a weight."""
-        return self._placed(self._lib.ggml_mul_mat(self._context, weight, rows))
-
-    def group_sums(self, rows: int, width: int, group: int) -> int:
-        """[rows, width / group]."""
-        lib, context, groups = self._lib, self._context, width // group
-        split = self._view(lib.ggml_reshape_3d(context, rows, group, groups, self.rows))
-        sums = self._placed(lib.ggml_sum_rows(context, split))
-        return self._view(lib.ggml_reshape_2d(context, sums, groups, self.rows))
-
-    def outer(self, weight: int, rows: int) -> int:
-        """Rows times a weight of fp32 that is stored [inputs, outputs]."""
-        turned = self._view(self._lib.ggml_transpose(self._context, rows))
-        return self._placed(self._lib.ggml_out_prod(self._context, weight, turned))
-
-    def added(self, one: int, other: int) -> int:
-        """The sum; ``other`` may be one row."""
-        return self._placed(self._lib.ggml_add(self._context, one, other))
-
-    def normed(self, rows: int, weight: int, epsilon: float) -> int:
-        """RMS norm, times a row of weights."""
-        mean = self._placed(self._lib.ggml_rms_norm(self._context, rows, epsilon))
-        return self._placed(self._lib.ggml_mul(self._context, mean, weight))
-
-    def gated(self, rows: int) -> int:
-        """silu of the first half of each row, times the second."""
-        return self._placed(self._lib.ggml_swiglu(self._context, rows))
-
-    def turned(self, rows: int, width: int, positions: int, rotary: Rotary) -> int:
-        """The rotary embedding of the first heads of rows, which are changed in their place."""
-        lib, size, number = self._lib, rotary.head_size, 4
-        strides = (size * number, width * number, 0)
-        view = lib.ggml_view_3d(self._context, rows, size, rotary.heads, self.rows, *strides)
-        factors = None if rotary.factors is None else rotary.factors.tensor
-        plain = (rotary.base, 1.0, 0.0, 1.0, 0.0, 0.0)  # no scaling of positions
-        return self._view(
-            lib.ggml_rope_ext_inplace(
-                self._context, self._view(view), positions, factors, size, 0, 0, *plain
-            )
-        )
-
-    def rounded(self, rows: int) -> int:
-        """Rounded to bf16, to the nearest, ties to even; in fp32 again."""
-        half = self._placed(self._lib.ggml_cast(self._context, rows, BF16))
-        return self._placed(self._lib.ggml_cast(self._context, half, F32))
-
-    def joined(self, parts: Sequence[int]) -> int:
-        """Rows side by side."""
-        whole = parts[0]
-        for part in parts[1:]:
-            whole = self._placed(self._lib.ggml_concat(self._context, whole, part, 0))
-        return whole
-
-    def _placed(self, tensor: int) -> int:
-        place = self._arena.base + self._used
-        self._used += -(-self._lib.ggml_nbytes(tensor) // ALIGNMENT) * ALIGNMENT
-        if self._used > self._arena.size:
-            raise LocalProtocolError(f"{self.rows} rows do not fit {self._arena.size} bytes")
-        self._lib.ggml_backend_tensor_alloc(self._arena.buffer, tensor, place)
-        self.places[tensor] = place
-        return tensor
-
-    def _view(self, tensor: int) -> int:
-        self._lib.ggml_backend_view_init(tensor)
-        return tensor
+        if getattr(self, "buffer", None):
+            self._lib.ggml_backend_buffer_free(self.buffer)

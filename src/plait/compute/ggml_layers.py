@@ -1,10 +1,8 @@
-"""Layers and heads by ggml's kernels, half a layer in one call, over the file's own codes.
+"""Halves of layers by ggml's kernels, each in one call, over the file's own codes.
 
 ggml has fast layouts for Q4_0 and Q4_K, eight rows together. A Q4_1 matrix is one of Q4_0 with the
 same codes and scales, and the offsets, plus 8 scales each, times the sums of each group of inputs,
-in fp32. A half with a matrix of another format is onnxruntime's (``ort.py``), which is faster
-there, and so is the head. Activations are rounded to 8 bits, as llama.cpp does: per group of 32, of
-256 in Q4_K.
+in fp32. Activations are rounded to 8 bits, as llama.cpp does: per group of 32, of 256 in Q4_K.
 
 A row's result is the same in any company: that is tried with several numbers of rows for each kind
 of part when it is loaded, and where it does not hold, single rows go with a copy of themselves, or
@@ -20,22 +18,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from plait.compute import ort
-from plait.compute.ggml import ALIGNMENT, F32, NODES_MAX, Arena, Constant, Graph, Rotary
-from plait.compute.layers import Half, HalvedLayer, Layer, tensor_names
+from plait.compute.ggml import F32, Arena, Constant
+from plait.compute.ggml_graph import Graph, Rotary
 from plait.errors import LocalProtocolError
 from plait.model.gguf_types import BY_NAME, TensorType
 from plait.model.weights import Weights
 
-KERNEL = "ggml-w4a8"
-"""The kernels' name in the numeric class: 4-bit weights, activations rounded to 8 bits."""
 TILE_ROWS = 128
 _EXACT_ROWS = 16
 """Up to so many rows there is a graph for each number; then for each multiple of four."""
 _TRIED = (1, 2, 3, 4, 5, 8)
-_GROUP = 32
+GROUP = 32
 _BARE, _OFFSET = BY_NAME["Q4_0"], BY_NAME["Q4_1"]
-_FAST = frozenset({"Q4_0", "Q4_1", "Q4_K"})
+FAST = frozenset({"Q4_0", "Q4_1", "Q4_K"})
+"""Formats that there are fast layouts for."""
 
 
 class Matrix:
@@ -71,7 +67,7 @@ class Matrix:
         found = graph.product(self._weight.tensor, rows)
         if self._offsets is None:
             return found
-        sums = graph.group_sums(rows, self.inputs, _GROUP)
+        sums = graph.group_sums(rows, self.inputs, GROUP)
         return graph.added(found, graph.outer(self._offsets.tensor, sums))
 
 
@@ -182,7 +178,7 @@ class Part:
 
     def __init__(self, program: Program, arena: Arena, pad: Callable[[int], int] | None) -> None:
         """``pad`` gives how many rows to compute for so many; None to find it out."""
-        self._program = program
+        self.program = program
         self._outputs = program.outputs
         self._arena = arena
         self._built: dict[int, _Built] = {}
@@ -210,8 +206,8 @@ class Part:
 
     def _build(self, rows: int) -> _Built:
         graph = Graph(self._arena, rows)
-        given = [graph.given(width) for width in self._program.widths]
-        result, last = self._program.build(graph, given)
+        given = [graph.given(width) for width in self.program.widths]
+        result, last = self.program.build(graph, given)
         graph.finished(last)
         inputs = [graph.places[one] for one in given]
         built = self._built[rows] = _Built(graph, inputs, graph.places[result])
@@ -225,7 +221,7 @@ class Part:
             torch.randn(most, width, generator=chance)
             if width
             else torch.arange(most, dtype=torch.int32) * 100
-            for width in self._program.widths
+            for width in self.program.widths
         ]
         for pad in (_as_they_are, _at_least_two, _in_fours):
             results = [
@@ -246,84 +242,6 @@ def _at_least_two(rows: int) -> int:
 
 def _in_fours(rows: int) -> int:
     return -(-rows // 4) * 4
-
-
-class GgmlParts:
-    """Loads the layers and the head of one stage; the layers share an arena."""
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-        config = weights.config
-        attention = (config.heads + 2 * config.kv_heads) * config.head_size
-        # Of a row: inputs, sums and norms; projections with what is added; gates; group sums.
-        numbers = 12 * config.hidden_size + 6 * attention + 8 * config.feed_forward_size
-        numbers += (config.hidden_size + config.feed_forward_size) // _GROUP * 4
-        size = 4 * numbers * TILE_ROWS + NODES_MAX * ALIGNMENT
-        self._arena = Arena(size, torch.get_num_threads())
-        self._pads: dict[tuple[str, ...], Callable[[int], int]] = {}
-        factors = weights.rotary_factors()
-        self._rotary = Rotary(
-            heads=config.heads + config.kv_heads,
-            head_size=config.head_size,
-            base=config.rope_base,
-            factors=None if factors is None else _row(factors),
-        )
-
-    def layer(self, index: int) -> Layer:
-        """Layer ``index``. Raises ``ModelError`` on a bad tensor."""
-        projection, end = self._projection(index), self._end(index)
-        # Ours apply the rotary embedding and round; onnxruntime's leave that to others.
-        turns, rounds = isinstance(projection, Part), isinstance(end, Part)
-        return HalvedLayer(projection, end, turns=turns, rounds=rounds)
-
-    def head(self) -> ort.Part:
-        """The last matrix."""
-        return ort.load_ort_head(self._weights, self._weights.config.head_tensor)
-
-    def kernel(self) -> str:
-        """What multiplies."""
-        return KERNEL
-
-    def _projection(self, index: int) -> Half:
-        names = tensor_names(index, "attn_q", "attn_k", "attn_v")
-        if not self._is_fast(names):
-            return ort.load_projection(self._weights, index)
-        bias = self._weights.bias(index)
-        program = Projection(
-            _row(self._weights.fp32(*tensor_names(index, "attn_norm"))),
-            self._weights.config.norm_epsilon,
-            load_matrices(self._weights, names),
-            None if bias is None else _row(bias),
-            self._rotary,
-        )
-        return self._part(program, names)
-
-    def _end(self, index: int) -> Half:
-        names = tensor_names(index, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-        if not self._is_fast(names):
-            return ort.load_layer_end(self._weights, index)
-        program = LayerEnd(
-            Matrix.load(self._weights, names[:1]),
-            _row(self._weights.fp32(*tensor_names(index, "ffn_norm"))),
-            self._weights.config.norm_epsilon,
-            load_matrices(self._weights, names[1:3]),
-            Matrix.load(self._weights, names[3:]),
-        )
-        return self._part(program, names)
-
-    def _is_fast(self, names: Sequence[str]) -> bool:
-        return {self._weights.type_of(name) for name in names} <= _FAST
-
-    def _part(self, program: Program, names: Sequence[str]) -> Part:
-        """Parts of the same formats are tried once."""
-        kinds = (type(program).__name__, *(self._weights.type_of(name) for name in names))
-        part = Part(program, self._arena, self._pads.get(kinds))
-        self._pads[kinds] = part.pad
-        return part
-
-
-def _row(values: npt.NDArray[np.float32]) -> Constant:
-    return Constant(values, F32, len(values))
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,16 @@ class SessionKv:
         ]
         return torch.cat(found) if len(found) > 1 else found[0]
 
+    @property
+    def start(self) -> int | None:
+        """Where position 0 lies among the cache's, if all others follow it; else None."""
+        return self._slices[0][1] if len(self._slices) == 1 else None
+
+    @property
+    def cache_data(self) -> torch.Tensor:
+        """The whole cache, [layers, 2, heads, slots, head size]."""
+        return self._cache.data
+
     def views(self, end: int) -> Views | None:
         """What ``read`` gives, for every layer of the stage, as views that show what is written
         later; None where the session's pages are not next to each other."""

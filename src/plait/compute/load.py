@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 KV_TOKENS_MAX = 16_384
 DTYPES = ("fp32", "bf16", "int4", "int8")
 ACCELERATOR_DTYPES = (*DTYPES, "fp16")
-INT4_KERNELS = {"ggml": "ggml-w4a8", "mlas": "mlas-w4a8", "torch": "torch"}
+INT4_KERNELS = {"ggml": "ggml-w4a8-v2", "mlas": "mlas-w4a8", "torch": "torch"}
 """What may multiply int4 on the CPU, by the names that ``int4/NAME`` takes as a dtype; else
 ``choice.int4_kernel`` says."""
 AUTO = "auto"

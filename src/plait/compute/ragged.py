@@ -15,12 +15,12 @@ from typing import Protocol
 
 import torch
 
-from plait.compute import ggml_layers, ort
+from plait.compute import ggml_parts, ort
 from plait.compute.attention import Attention, Item
 from plait.compute.device import kernel_on
 from plait.compute.device_linear import TORCH_DTYPES, load_on
 from plait.compute.device_memory import HOST, DeviceMemory
-from plait.compute.ggml_layers import GgmlParts
+from plait.compute.ggml_parts import GgmlParts
 from plait.compute.kv import KvLayout
 from plait.compute.layers import Layer, load_torch_layer, norm
 from plait.compute.linear import NARROW_ROWS, Linear, kernel_of, load_head, load_linear
@@ -40,6 +40,13 @@ class Head(Protocol):
         """[n, hidden] -> [n, vocabulary]; each row's result is the same in any company."""
 
 
+class NarrowSpan(Protocol):
+    """The layers of a stage for items of few rows, faster than one after the other."""
+
+    def run(self, items: Sequence[Item], first: int, end: int) -> list[torch.Tensor]:
+        """[rows, hidden] of each item behind the layers ``first`` to ``end`` of the stage."""
+
+
 class RaggedModel:
     """The layers of a span, with embedding rows if first and norm and head if last."""
 
@@ -57,6 +64,7 @@ class RaggedModel:
         final_norm: torch.Tensor | None,
         head: Head | None,
         factors: torch.Tensor | None = None,
+        narrow: NarrowSpan | None = None,
         memory: DeviceMemory = HOST,
     ) -> None:
         self.config = config
@@ -65,6 +73,7 @@ class RaggedModel:
         self.memory = memory
         self.numerics = f"{dtype}/{kernel}"
         self._layers = layers
+        self._narrow = narrow
         self._rounds = dtype != "fp32"
         self._rows = rows
         self._final_norm = final_norm
@@ -87,22 +96,45 @@ class RaggedModel:
 
         The items' sessions differ, and all run the same span.
         """
-        batch = _Batch(self.config, self._frequencies, items, self.memory)
         span = items[0].kv.span
-        hidden = batch.hidden
-        for index in range(span.start - self.span.start, span.end - self.span.start):
-            hidden = self._layer(index, hidden, batch)
-            if self._rounds and not self._layers[index].rounds:
-                hidden = hidden.bfloat16().float()
-        if span.end == self.config.layers:
-            assert self._final_norm is not None
-            hidden = norm(hidden, self._final_norm, self._epsilon)
-        return batch.split(hidden)
+        stretch = range(span.start - self.span.start, span.end - self.span.start)
+        if self._narrow is None:
+            results = self._layer_by_layer(items, stretch)
+        else:
+            results = self._narrow_apart(items, stretch, self._narrow)
+        if span.end < self.config.layers:
+            return results
+        assert self._final_norm is not None
+        normed = norm(torch.cat(results), self._final_norm, self._epsilon)
+        return list(normed.split([item.rows for item in items]))
 
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """[n, vocabulary] for normed rows, [n, hidden]. Only the last stage can."""
         assert self._head is not None
         return self._head.rows(normed)
+
+    def _narrow_apart(
+        self, items: Sequence[Item], stretch: range, narrow: NarrowSpan
+    ) -> list[torch.Tensor]:
+        few = [index for index, item in enumerate(items) if item.rows <= NARROW_ROWS]
+        many = [index for index, item in enumerate(items) if item.rows > NARROW_ROWS]
+        results: dict[int, torch.Tensor] = {}
+        if few:
+            found = narrow.run([items[index] for index in few], stretch.start, stretch.stop)
+            results |= zip(few, found, strict=True)
+        if many:
+            found = self._layer_by_layer([items[index] for index in many], stretch)
+            results |= zip(many, found, strict=True)
+        return [results[index] for index in range(len(items))]
+
+    def _layer_by_layer(self, items: Sequence[Item], stretch: range) -> list[torch.Tensor]:
+        batch = _Batch(self.config, self._frequencies, items, self.memory)
+        hidden = batch.hidden
+        for index in stretch:
+            hidden = self._layer(index, hidden, batch)
+            if self._rounds and not self._layers[index].rounds:
+                hidden = hidden.bfloat16().float()
+        return batch.split(hidden)
 
     def _layer(self, index: int, hidden: torch.Tensor, batch: "_Batch") -> torch.Tensor:
         layer, config = self._layers[index], self.config
@@ -182,13 +214,13 @@ def load_ragged(
 ) -> RaggedModel:
     """Load the span in ``dtype``, one of ``load.DTYPES``. Raises ``ModelError`` on a bad tensor.
 
-    On the host int4 is computed by ``kernel``: ggml's if it is ``ggml_layers.KERNEL``,
+    On the host int4 is computed by ``kernel``: ggml's if it is ``ggml_parts.KERNEL``,
     onnxruntime's if it is ``ort.KERNEL``, else torch's.
     On an accelerator all but the embedding is in its memory: of that, a step needs a few rows.
     """
     parts = _parts(weights, dtype, memory, kernel)
     config = weights.config
-    layers = []
+    layers: list[Layer] = []
     for done, index in enumerate(range(span.start, span.end)):
         layers.append(parts.layer(index))
         progress(done + 1, len(span))
@@ -205,6 +237,7 @@ def load_ragged(
         final_norm=memory.put(torch.from_numpy(weights.fp32(FINAL_NORM))) if last else None,
         head=head,
         factors=None if factors is None else torch.from_numpy(factors),
+        narrow=parts.span() if isinstance(parts, GgmlParts) else None,
         memory=memory,
     )
 
@@ -220,7 +253,7 @@ def _kv_number(dtype: str, memory: DeviceMemory) -> torch.dtype:
 def _parts(
     weights: Weights, dtype: str, memory: DeviceMemory, kernel: str
 ) -> "_OrtParts | _TorchParts | GgmlParts":
-    if (dtype, kernel) == ("int4", ggml_layers.KERNEL):
+    if (dtype, kernel) == ("int4", ggml_parts.KERNEL):
         return GgmlParts(weights)
     if (dtype, kernel) == ("int4", ort.KERNEL):
         return _OrtParts(weights)
