@@ -6,6 +6,7 @@ in their place; else a graph of the other kind puts them together first.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,25 +74,24 @@ class Attending:
         self._graph, self._heads, self._cache = graph, heads, cache
         self._moves = Moves(graph)
         self._written = graph.numbers(graph.rows, wide=True)
+        self._own = graph.array(self._written, np.int64, graph.rows)
         entries = cache.slots * 2 * heads.kv  # as ggml counts; of which those of one head are used
         self._gathered = [graph.numbers(entries) for _ in range(graph.rows if gathered else 0)]
+        self._seen = [graph.array(one, np.int32, cache.slots) for one in self._gathered]
 
     def place(
         self,
-        slots: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.int64],
         lengths: npt.NDArray[np.int64],
         written: npt.NDArray[np.int64],
+        seen: Sequence[npt.NDArray[np.int64]],
     ) -> None:
         """For the next computation: where each row's keys begin, how many positions it sees, and
-        the slot of its own, [rows] each. All slots, one row's after the other's, if gathered."""
-        graph = self._graph
-        graph.write(self._written, written)
-        starts = np.zeros_like(lengths) if self._gathered else slots
+        the slot of its own, [rows] each; if gathered, the slots of all that each row sees."""
+        self._own[:] = written
         self._moves.apply(starts, lengths)
-        at = 0
-        for tensor, length in zip(self._gathered, lengths.tolist(), strict=False):
-            graph.write(tensor, slots[at : at + length].astype(np.int32))
-            at += length
+        for told, slots in zip(self._seen, seen, strict=True):
+            told[: len(slots)] = slots
 
     def add(self, layer: int, projected: int) -> int:
         """Queries, keys and values of the rows, turned -> [rows, queries * head size].

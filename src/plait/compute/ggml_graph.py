@@ -6,11 +6,12 @@ so that no layout is assumed.
 """
 
 import ctypes
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ from plait.compute.ggml import (
     library,
 )
 from plait.errors import LocalProtocolError
+
+NumberT = TypeVar("NumberT", bound=np.generic)
 
 NODES_MAX = 64
 """Of a graph of half a layer."""
@@ -87,16 +90,11 @@ class Graph:
         kind = I64 if wide else I32
         return self.placed(self.lib.ggml_new_tensor_1d(self.context, kind, count))
 
-    def write(self, tensor: int, numbers: npt.NDArray[Any]) -> None:
-        """Fill an input, or its beginning, before the graph is computed."""
-        numbers = np.ascontiguousarray(numbers)
-        ctypes.memmove(self.places[tensor], numbers.ctypes.data, numbers.nbytes)
-
-    def read(self, tensor: int, rows: int, width: int) -> npt.NDArray[np.float32]:
-        """The first rows of a result, copied, [rows, width]."""
-        numbers = np.empty((rows, width), np.float32)
-        ctypes.memmove(numbers.ctypes.data, self.places[tensor], numbers.nbytes)
-        return numbers
+    def array(self, tensor: int, kind: type[NumberT], *shape: int) -> npt.NDArray[NumberT]:
+        """A tensor's numbers where they are, to write before the graph runs or to read after."""
+        size = math.prod(shape) * np.dtype(kind).itemsize
+        memory = (ctypes.c_char * size).from_address(self.places[tensor])
+        return np.frombuffer(memoryview(memory).cast("B"), kind).reshape(shape)
 
     def finished(self, result: int) -> None:
         """``result``, and what it needs, is computed after all that was so before."""
@@ -187,7 +185,7 @@ class Graph:
 class Moves:
     """Sizes, strides and addresses of a graph's tensors that follow two numbers of a row.
 
-    ``slots`` is where a row's keys begin, and ``lengths`` how many it sees.
+    ``starts`` is the slot where a row's keys begin, and ``lengths`` how many it sees.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -207,13 +205,13 @@ class Moves:
         """The address is ``base`` plus so many bytes for each slot, and each of the length."""
         self._add(row, tensor, fields().data, base, of_slot, of_length)
 
-    def apply(self, slots: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> None:
+    def apply(self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> None:
         """Write them, for [rows] each."""
         if self._table is None:
             self._table = np.array(self._added, np.int64).T.copy()
             self._added.clear()
         row, word, constant, of_slot, of_length = self._table
-        self._graph.words[word] = constant + of_slot * slots[row] + of_length * lengths[row]
+        self._graph.words[word] = constant + of_slot * starts[row] + of_length * lengths[row]
 
     def _add(self, row: int, tensor: int, field: int, *follows: int) -> None:
         word = (tensor - self._graph.words.ctypes.data) // _WORD + field

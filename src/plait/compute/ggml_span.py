@@ -9,8 +9,6 @@ for those.
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,31 +68,30 @@ def _program(half: Half) -> object | None:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of a step that one graph takes: positions, and where their keys are."""
+    """Rows of a step: positions, and where their keys are."""
 
-    positions: npt.NDArray[np.int32]
-    slots: npt.NDArray[np.int64]
-    """Where each row's keys begin; all of them, if they are gathered."""
+    positions: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    """Where each row's keys begin, if they lie next to each other."""
     written: npt.NDArray[np.int64]
-    gathered: bool
+    """Where its own are."""
+    seen: Sequence[npt.NDArray[np.int64]]
+    """Where each row's keys are, if they have to be gathered."""
 
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """How many positions each row sees."""
-        return self.positions.astype(np.int64) + 1
+    def cut(self, start: int, end: int) -> "_Rows":
+        """Some of them."""
+        part = slice(start, end)
+        return _Rows(self.positions[part], self.starts[part], self.written[part], self.seen[part])
 
     def padded(self, rows: int) -> "_Rows":
         """Filled up with copies of the last row, which write what it writes."""
         more = rows - len(self.positions)
         if not more:
             return self
-        slots = self.slots[-int(self.lengths[-1]) :] if self.gathered else self.slots[-1:]
-        return _Rows(
-            np.append(self.positions, [self.positions[-1]] * more).astype(np.int32),
-            np.concatenate([self.slots, *[slots] * more]),
-            np.append(self.written, [self.written[-1]] * more),
-            self.gathered,
+        positions, starts, written = (
+            np.append(one, [one[-1]] * more) for one in (self.positions, self.starts, self.written)
         )
+        return _Rows(positions, starts, written, [*self.seen, *list(self.seen[-1:]) * more])
 
 
 class GgmlSpan:
@@ -123,16 +120,27 @@ class GgmlSpan:
     def run(self, items: Sequence[Item], first: int, end: int) -> list[torch.Tensor]:
         """[rows, hidden] of each item behind the layers ``first`` to ``end`` of the stage."""
         self._attach(items[0].kv.cache_data)
-        order = sorted(range(len(items)), key=lambda index: items[index].kv.start is None)
-        sizes = [items[index].rows for index in order]
-        hidden = torch.cat([items[index].hidden for index in order]).numpy()
-        results, at = np.empty_like(hidden), 0
-        for rows in _tiles([items[index] for index in order]):
-            tile = slice(at, at + len(rows.positions))
-            results[tile] = self._computed(hidden[tile], rows, first, end)
-            at = tile.stop
-        found = dict(zip(order, torch.from_numpy(results).split(sizes), strict=True))
-        return [found[index] for index in range(len(items))]
+        if len(items) == 1:
+            hidden = items[0].hidden.numpy()
+            return [torch.from_numpy(self._in_tiles(hidden, _rows_of(items), first, end))]
+        results: dict[int, torch.Tensor] = {}
+        for gathered in (False, True):
+            indexes = [at for at, item in enumerate(items) if (item.kv.start is None) == gathered]
+            if not indexes:
+                continue
+            same = [items[index] for index in indexes]
+            hidden = torch.cat([item.hidden for item in same]).numpy()
+            found = torch.from_numpy(self._in_tiles(hidden, _rows_of(same), first, end))
+            results |= zip(indexes, found.split([item.rows for item in same]), strict=True)
+        return [results[index] for index in range(len(items))]
+
+    def _in_tiles(self, hidden: Numbers, rows: _Rows, first: int, end: int) -> Numbers:
+        count = len(hidden)
+        if count <= ROWS_MAX:
+            return self._computed(hidden, rows, first, end)
+        cuts = range(0, count, ROWS_MAX)
+        tiles = [(hidden[at : at + ROWS_MAX], rows.cut(at, at + ROWS_MAX)) for at in cuts]
+        return np.concatenate([self._computed(*tile, first, end) for tile in tiles])
 
     def _computed(self, hidden: Numbers, rows: _Rows, first: int, end: int) -> Numbers:
         known = self._pieces.get((first, end))
@@ -143,7 +151,7 @@ class GgmlSpan:
         padded = rows.padded(max((pad(count) for pad in self._pads), default=count))
         for piece in known:
             if isinstance(piece, tuple):
-                graph = self._graph(piece, len(padded.positions), rows.gathered)
+                graph = self._graph(piece, len(padded.positions), gathered=bool(rows.seen))
                 hidden, attended = graph.run(hidden, projected, padded)
                 projected = None
             elif attended is None:
@@ -160,7 +168,7 @@ class GgmlSpan:
             self._arenas.clear()
             self._cache = Cache(data)
 
-    def _graph(self, steps: tuple[Step, ...], rows: int, gathered: bool) -> "_SpanGraph":
+    def _graph(self, steps: tuple[Step, ...], rows: int, *, gathered: bool) -> "_SpanGraph":
         key = steps, rows, gathered
         known = self._graphs.get(key)
         if known is None:
@@ -198,81 +206,67 @@ class _SpanGraph:
         hidden_size: int,
     ) -> None:
         self._graph, self._attending = graph, attending
-        self._widths = hidden_size, heads.queries * heads.size
-        self._positions = graph.given(0)
-        self._hidden = graph.given(hidden_size)
-        self._projected = graph.given(heads.width) if steps[0].projection is None else None
-        self._last: int | None = None
-        """Where the hidden rows of the last layer are, if they are changed in the graph."""
-        self._attended: int | None = None
+        rows, given = graph.rows, graph.given(0)
+        self._positions = graph.array(given, np.int32, rows)
+        hidden = graph.given(hidden_size)
+        self._hidden = self._last = graph.array(hidden, np.float32, rows, hidden_size)
+        """Hidden rows before the first layer, and where the last one has or takes them."""
+        self._projected: Numbers | None = None
+        self._attended: Numbers | None = None
+        projected = 0
+        if steps[0].projection is None:
+            projected = graph.given(heads.width)
+            self._projected = graph.array(projected, np.float32, rows, heads.width)
         halves = _Halves(graph)
-        hidden, projected = self._hidden, self._projected
         for step in steps:
             halves.turn()
             if step.projection is not None:
-                projected, turned = step.projection.build(graph, (hidden, self._positions))
+                projected, turned = step.projection.build(graph, (hidden, given))
             else:
-                assert projected is not None
-                turned = graph.turned(projected, heads.width, self._positions, rotary)
+                turned = graph.turned(projected, heads.width, given, rotary)
             graph.finished(turned)
             attended = attending.add(step.layer, projected)
             if step.end is None:
-                self._attended = attended
+                width = heads.queries * heads.size
+                self._attended = graph.array(attended, np.float32, rows, width)
             else:
                 hidden, last = step.end.build(graph, (attended, hidden))
                 graph.finished(last)
-        self._last = None if hidden == self._hidden else hidden
+        self._last = graph.array(hidden, np.float32, rows, hidden_size)
 
     def run(
         self, hidden: Numbers, projected: Numbers | None, rows: _Rows
     ) -> tuple[Numbers, Numbers | None]:
         """(hidden rows, attended rows if the last layer's end lies outside)."""
-        graph, count = self._graph, len(hidden)
-        graph.write(self._positions, rows.positions)
-        graph.write(self._hidden, _padded(hidden, graph.rows))
+        count = len(hidden)
+        self._positions[:] = rows.positions
+        self._hidden[:count], self._hidden[count:] = hidden, hidden[-1:]
         if self._projected is not None:
             assert projected is not None
-            graph.write(self._projected, _padded(projected, graph.rows))
-        self._attending.place(rows.slots, rows.lengths, rows.written)
-        graph.arena.compute(graph.graph)
-        if self._last is not None:
-            hidden = graph.read(self._last, count, self._widths[0])
-        if self._attended is None:
-            return hidden, None
-        return hidden, graph.read(self._attended, count, self._widths[1])
+            self._projected[:count], self._projected[count:] = projected, projected[-1:]
+        self._attending.place(rows.starts, rows.positions + 1, rows.written, rows.seen)
+        self._graph.arena.compute(self._graph.graph)
+        attended = None if self._attended is None else self._attended[:count].copy()
+        return self._last[:count].copy(), attended
 
 
-def _padded(rows: Numbers, count: int) -> Numbers:
-    """Filled up with copies of the last row."""
-    more = count - len(rows)
-    return np.concatenate([rows, *[rows[-1:]] * more]) if more else rows
-
-
-def _tiles(items: Sequence[Item]) -> Iterator[_Rows]:
-    """The rows of items, in order, those whose keys have to be gathered apart."""
-    for gathered, same in groupby(items, key=lambda item: item.kv.start is None):
-        rows = [row for item in same for row in _rows_of(item)]
-        for at in range(0, len(rows), ROWS_MAX):
-            tile = rows[at : at + ROWS_MAX]
-            yield _Rows(
-                np.array([position for position, _, _ in tile], np.int32),
-                np.concatenate([slots for _, slots, _ in tile])
-                if gathered
-                else np.array([slots for _, slots, _ in tile], np.int64),
-                np.array([written for _, _, written in tile], np.int64),
-                gathered,
-            )
-
-
-def _rows_of(item: Item) -> Iterator[tuple[int, Any, int]]:
-    """Each row's position, the slots of all it sees or the first of them, and its own."""
-    first, start = item.first_position, item.kv.start
-    positions = range(first, first + item.rows)
+def _rows_of(items: Sequence[Item]) -> _Rows:
+    """The rows of items, whose keys all have to be gathered or all have not."""
+    if len(items) > 1:
+        each = [_rows_of([item]) for item in items]
+        return _Rows(
+            np.concatenate([rows.positions for rows in each]),
+            np.concatenate([rows.starts for rows in each]),
+            np.concatenate([rows.written for rows in each]),
+            [seen for rows in each for seen in rows.seen],
+        )
+    item, start = items[0], items[0].kv.start
+    positions = np.arange(item.first_position, item.first_position + item.rows)
     if start is not None:
-        yield from ((position, start, start + position) for position in positions)
-        return
-    slots = item.kv.slots(0, positions.stop).numpy()
-    yield from ((at, slots[: at + 1], int(slots[at])) for at in positions)
+        return _Rows(positions, np.full(item.rows, start), positions + start, ())
+    slots = item.kv.slots(0, item.first_position + item.rows).numpy()
+    seen = [slots[: position + 1] for position in positions.tolist()]
+    return _Rows(positions, np.zeros_like(positions), slots[positions], seen)
 
 
 class _Halves:

@@ -105,6 +105,8 @@ class RaggedModel:
         if span.end < self.config.layers:
             return results
         assert self._final_norm is not None
+        if len(results) == 1:
+            return [norm(results[0], self._final_norm, self._epsilon)]
         normed = norm(torch.cat(results), self._final_norm, self._epsilon)
         return list(normed.split([item.rows for item in items]))
 
@@ -116,6 +118,8 @@ class RaggedModel:
     def _narrow_apart(
         self, items: Sequence[Item], stretch: range, narrow: NarrowSpan
     ) -> list[torch.Tensor]:
+        if len(items) == 1 and items[0].rows <= NARROW_ROWS:
+            return narrow.run(items, stretch.start, stretch.stop)
         few = [index for index, item in enumerate(items) if item.rows <= NARROW_ROWS]
         many = [index for index, item in enumerate(items) if item.rows > NARROW_ROWS]
         results: dict[int, torch.Tensor] = {}

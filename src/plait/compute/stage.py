@@ -274,8 +274,9 @@ class TorchStage:
     def _input(self, work: Work) -> torch.Tensor:
         if work.ids is not None:
             return self._memory.carry(self._model.embed(work.ids))
+        assert work.hidden is not None
         # A copy: bytes off the wire are read-only, which torch does not take.
-        return self._memory.carry(torch.tensor(work.hidden))
+        return self._memory.carry(torch.from_numpy(work.hidden.copy()))
 
     def _logits(
         self, together: Sequence[_Ready], results: Sequence[torch.Tensor]
@@ -296,13 +297,14 @@ class TorchStage:
     def _finished(self, one: _Ready, output: torch.Tensor, logits: torch.Tensor | None) -> Done:
         """Draw if asked to, and only then count the rows as cached."""
         kv, end = one.item.kv, one.work.first_position + one.work.rows
-        done = Done()
+        hidden = output.contiguous().numpy()
+        done = Done(hidden)
         if kv.span.end == self._shape.layers:
             try:
-                done = self._answered(one.work, kv.sampling, output, logits)
+                answered = self._answered(one.work, kv.sampling, output, logits)
             except (PlaitError, RuntimeError, MemoryError) as error:
                 return Done(error=error)
-        done = replace(done, hidden=output.contiguous().numpy())
+            done = replace(answered, hidden=hidden)
         kv.length = end
         return done
 
