@@ -173,3 +173,40 @@ def test_everything_queued_is_computed(queued: list[tuple[int, int, int]]) -> No
     while parts := subject.take_parts():
         taken += sum(part.rows for part in parts)
     assert (taken, len(subject)) == (total, 0)
+
+
+class _Unhurried(Scheduler[tuple[int, int, int]]):
+    """Does all the sums also for a frame that is alone."""
+
+    def _taken_alone(self) -> None:
+        return None
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 60)), max_size=3),
+        max_size=30,
+    )
+)
+def test_a_frame_that_is_alone_is_taken_as_all_the_sums_would_have_it(
+    arrivals: list[list[tuple[int, int, int]]],
+) -> None:
+    def made(kind: type[Scheduler[tuple[int, int, int]]]) -> Scheduler[tuple[int, int, int]]:
+        return kind(
+            key=lambda item: item[:2],
+            rows=lambda item: item[2],
+            client=lambda item: item[0],
+            piece_rows=PIECE,
+        )
+
+    quick, slow = made(Scheduler), made(_Unhurried)
+    for now in arrivals:
+        taken = []
+        for scheduler in (quick, slow):
+            for item in now:
+                scheduler.add(item)
+            parts = scheduler.take_parts()
+            scheduler.stepped(parts, 100.0 + 10 * sum(part.rows for part in parts))
+            taken.append([(part.item, part.start, part.rows, part.last) for part in parts])
+        assert taken[0] == taken[1]
+        assert quick._decoding == slow._decoding

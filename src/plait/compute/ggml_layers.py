@@ -137,13 +137,15 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class LayerEnd:
-    """(attended, hidden) -> hidden behind the layer, rounded to bf16."""
+    """(attended, hidden) -> hidden behind the layer, rounded to bf16; then the model's last norm,
+    if this is its last layer."""
 
     output: Matrix
     norm: Constant
     epsilon: float
     gate_up: Sequence[Matrix]
     down: Matrix
+    final_norm: Constant | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -162,6 +164,8 @@ class LayerEnd:
         normed = graph.normed(summed, self.norm.tensor, self.epsilon)
         active = graph.gated(_products(graph, self.gate_up, normed))
         result = graph.rounded(graph.added(self.down.product(graph, active), summed))
+        if self.final_norm is not None:
+            result = graph.normed(result, self.final_norm.tensor, self.epsilon)
         return result, result
 
 

@@ -27,6 +27,7 @@ from plait.compute.ggml_layers import (
 )
 from plait.compute.ggml_span import GgmlSpan
 from plait.compute.layers import Half, HalvedLayer, tensor_names
+from plait.model.config import FINAL_NORM
 from plait.model.weights import Weights
 
 KERNEL = "ggml-w4a8-v2"
@@ -60,9 +61,10 @@ class GgmlParts:
     def layer(self, index: int) -> HalvedLayer:
         """Layer ``index``. Raises ``ModelError`` on a bad tensor."""
         projection, end = self._projection(index), self._end(index)
-        # Ours apply the rotary embedding and round; onnxruntime's leave that to others.
+        # Ours apply the rotary embedding, round and norm; onnxruntime's leave that to others.
         turns, rounds = isinstance(projection, Part), isinstance(end, Part)
-        layer = HalvedLayer(projection, end, turns=turns, rounds=rounds)
+        norms = rounds and self._is_last(index)
+        layer = HalvedLayer(projection, end, turns=turns, rounds=rounds, norms=norms)
         self._layers.append(layer)
         return layer
 
@@ -107,8 +109,12 @@ class GgmlParts:
             self._weights.config.norm_epsilon,
             load_matrices(self._weights, names[1:3]),
             Matrix.load(self._weights, names[3:]),
+            _row(self._weights.fp32(FINAL_NORM)) if self._is_last(index) else None,
         )
         return self._part(program, names)
+
+    def _is_last(self, index: int) -> bool:
+        return index + 1 == self._weights.config.layers
 
     def _is_fast(self, names: Sequence[str]) -> bool:
         return {self._weights.type_of(name) for name in names} <= FAST

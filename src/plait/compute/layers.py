@@ -26,6 +26,10 @@ class Layer(Protocol):
     def rounds(self) -> bool:
         """Whether ``ended`` rounds to bf16."""
 
+    @property
+    def norms(self) -> bool:
+        """Whether ``ended`` applies the model's last norm, as only its last layer may."""
+
     def projected(
         self, hidden: torch.Tensor, positions: torch.Tensor, apply: Apply
     ) -> torch.Tensor:
@@ -58,6 +62,8 @@ class HalvedLayer:
     """Whether the projection takes positions, too, and applies the rotary embedding."""
     rounds: bool = False
     """See ``Layer.rounds``."""
+    norms: bool = False
+    """See ``Layer.norms``."""
 
     def projected(
         self, hidden: torch.Tensor, positions: torch.Tensor, apply: Apply
@@ -88,6 +94,7 @@ class TorchLayer:
     bias: torch.Tensor | None = None
     turns: bool = False
     rounds: bool = False
+    norms: bool = False
 
     @property
     def matrices(self) -> tuple[Linear, ...]:

@@ -102,7 +102,7 @@ class RaggedModel:
             results = self._layer_by_layer(items, stretch)
         else:
             results = self._narrow_apart(items, stretch, self._narrow)
-        if span.end < self.config.layers:
+        if span.end < self.config.layers or self._layers[-1].norms:
             return results
         assert self._final_norm is not None
         if len(results) == 1:

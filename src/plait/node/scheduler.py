@@ -102,6 +102,8 @@ class Scheduler(Generic[T]):
     def take_parts(self) -> list[Part[T]]:
         """Remove and return the next step's parts; empty only when nothing is queued."""
         self._steps += 1
+        if (alone := self._taken_alone()) is not None:
+            return [alone]
         parts: list[Part[T]] = []
         starts: list[float] = []
         narrow, wide = self._by_lane()
@@ -122,6 +124,22 @@ class Scheduler(Generic[T]):
             parts.append(self._taken(key, line, self._next_rows(item, line.started)))
         self._wind_clock(starts)
         return parts
+
+    def _taken_alone(self) -> Part[T] | None:
+        """The one frame that is queued, if no other client decodes: what all the sums of
+        ``take_parts`` come to then, and what one stream waits for in each stage."""
+        if self._size != 1:
+            return None
+        [(key, line)] = self._lines.items()
+        _, item = line.items[0]
+        client = self.client(item)
+        if self._is_cut(item) or not self._decoding.keys() <= {client}:
+            return None
+        rows = self.rows(item)
+        self._decoding = {client: (self._steps, rows)}
+        self._drop_first(key, line)
+        self._wind_clock(())
+        return Part(item, 0, rows, last=True)
 
     def stepped(self, parts: Sequence[Part[T]], took_us: float) -> None:
         """Note what computing the parts of a step took; pieces of long frames tell nothing here."""

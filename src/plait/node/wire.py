@@ -242,10 +242,9 @@ def onward_frame(
         score_ids=frame.scored,
     )
     if hidden is not None:
-        rows, width = hidden.shape
-        message.activations.CopyFrom(
-            _activations(rows, width, encode(hidden, wire_dtype), wire_dtype)
-        )
+        sent = message.activations
+        sent.dtype, (sent.rows, sent.width) = wire_to_message(wire_dtype), hidden.shape
+        sent.data = encode(hidden, wire_dtype)
     return message
 
 
