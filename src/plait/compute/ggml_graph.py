@@ -61,7 +61,7 @@ class Graph:
     def __init__(self, arena: Arena, rows: int, nodes: int = NODES_MAX) -> None:
         """``nodes`` is the most tensors that it may have."""
         lib = self.lib = library()
-        self.rows = rows
+        self.rows, self.nodes = rows, nodes
         self.arena = arena
         self.used, self.limit = 0, arena.size
         """What of the arena is taken, and up to where it may be; whoever builds may go back

@@ -23,8 +23,9 @@ from plait.compute.layers import Half, HalvedLayer
 
 ROWS_MAX = 16
 """Of a graph; more go one graph after the other."""
-_GRAPHS_MAX = 64
-"""Kept; the one that was not used for longest goes."""
+_KEPT_NODES_MAX = 400_000
+"""Of all graphs, some 150 MB; those that were not used for longest go. All sizes of graphs of 30
+layers take 70,000."""
 Numbers = npt.NDArray[np.float32]
 
 
@@ -115,6 +116,7 @@ class GgmlSpan:
         self._pieces: dict[tuple[int, int], list[Piece]] = {}
         self._cache: Cache | None = None
         self._graphs: OrderedDict[tuple[tuple[Step, ...], int, bool], _SpanGraph] = OrderedDict()
+        self._kept_nodes = 0
         self._arenas: dict[bool, Arena] = {}
 
     def run(self, items: Sequence[Item], first: int, end: int) -> list[torch.Tensor]:
@@ -165,6 +167,7 @@ class GgmlSpan:
         """Graphs hold the cache's address."""
         if self._cache is None or self._cache.data is not data:
             self._graphs.clear()
+            self._kept_nodes = 0
             self._arenas.clear()
             self._cache = Cache(data)
 
@@ -172,13 +175,18 @@ class GgmlSpan:
         key = steps, rows, gathered
         known = self._graphs.get(key)
         if known is None:
-            known = self._graphs[key] = self._made(steps, rows, gathered)
-            if len(self._graphs) > _GRAPHS_MAX:
-                self._graphs.popitem(last=False)
+            nodes = len(steps) * (NODES_MAX + rows * NODES_OF_ROW) + NODES_MAX + rows
+            self._kept_nodes += nodes
+            while self._graphs and self._kept_nodes > _KEPT_NODES_MAX:
+                _, gone = self._graphs.popitem(last=False)
+                self._kept_nodes -= gone.nodes
+            known = self._graphs[key] = self._made(steps, rows, nodes, gathered=gathered)
         self._graphs.move_to_end(key)
         return known
 
-    def _made(self, steps: tuple[Step, ...], rows: int, gathered: bool) -> "_SpanGraph":
+    def _made(
+        self, steps: tuple[Step, ...], rows: int, nodes: int, *, gathered: bool
+    ) -> "_SpanGraph":
         assert self._cache is not None
         arena = self._arenas.get(gathered)
         if arena is None:
@@ -187,7 +195,6 @@ class GgmlSpan:
             size += self._heads.told(ROWS_MAX, slots, gathered=gathered)
             size += 3 * ROWS_MAX * self._layer_bytes + 6 * NODES_MAX * ALIGNMENT
             arena = self._arenas[gathered] = Arena(size, self._threads)
-        nodes = len(steps) * (NODES_MAX + rows * NODES_OF_ROW) + NODES_MAX + rows
         graph = Graph(arena, rows, nodes)
         attending = Attending(graph, self._heads, self._cache, gathered=gathered)
         return _SpanGraph(graph, attending, steps, self._heads, self._rotary, self._hidden_size)
@@ -206,6 +213,7 @@ class _SpanGraph:
         hidden_size: int,
     ) -> None:
         self._graph, self._attending = graph, attending
+        self.nodes = graph.nodes
         rows, given = graph.rows, graph.given(0)
         self._positions = graph.array(given, np.int32, rows)
         hidden = graph.given(hidden_size)
