@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from plait.client.drafting import DraftModel
+from plait.compute.drafts import Took
 from plait.model import catalog
 from plait.task_scope import TaskScope
 from plait.types import Sampling
@@ -44,7 +45,7 @@ async def first_ids(
     drafter, end = model.drafter(prompt, 32, sampling, ready.set)
     found: tuple[int, ...] = ()
     while len(found) < count:
-        drafter.observe(0, 0, 1e9)
+        drafter.observe(0, 0, Took(1e9))
         while (drafts := drafter.propose(1)) is None:
             ready.clear()
             await ready.wait()
@@ -61,7 +62,7 @@ def test_a_model_that_cannot_compute_ends_the_drafts_and_nothing_else() -> None:
             ready = asyncio.Event()
             drafter, end = model.drafter((1, 10**6), 32, Sampling(), ready.set)
             await ready.wait()
-            drafter.observe(0, 0, 1e9)
+            drafter.observe(0, 0, Took(1e9))
             end()
             model.close()
             return drafter.propose(4)

@@ -17,6 +17,7 @@ from plait.client.driver import (
     PromptScored,
     SendFrame,
 )
+from plait.compute.drafts import Took
 from plait.errors import RemoteProtocolError
 
 END = 2
@@ -122,7 +123,7 @@ class Echo:
     def late(self) -> tuple[int, ...]:
         return ()
 
-    def observe(self, proposed: int, accepted: int, elapsed_ms: float | None) -> None:
+    def observe(self, proposed: int, accepted: int, took: Took | None) -> None:
         self.observed.append((proposed, accepted))
 
 

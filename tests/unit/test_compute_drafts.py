@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plait.compute.drafts import LENGTH_MAX, AdaptiveDrafter, DraftLength, NgramDrafter
+from plait.compute.drafts import LENGTH_MAX, AdaptiveDrafter, DraftLength, NgramDrafter, Took
 
 texts = st.lists(st.integers(0, 4), max_size=60)
 
@@ -98,7 +98,7 @@ def traversals(
         length = policy.length(5)
         accepted = accepted_of(turn, length)
         elapsed = 1 + row_cost * length
-        policy.record(5, length, accepted, elapsed * 40)
+        policy.record(5, length, accepted, Took(elapsed * 40))
         tokens += accepted + 1
         spent += elapsed
     return tokens, spent
@@ -147,6 +147,17 @@ def test_rows_that_cost_much_make_drafts_short() -> None:
     assert length_after(0.8) < length_after(0.02)
 
 
+@pytest.mark.parametrize(("stages_ms", "drafts"), [(5.0, True), (38.0, False), (1e9, False)])
+def test_before_rows_were_measured_they_cost_what_the_stages_have_of_the_time(
+    stages_ms: float, drafts: bool
+) -> None:
+    """What crosses a slow network dearly is worth drafts that on one machine are not."""
+    policy = DraftLength()
+    for _ in range(3):
+        policy.record(1, 0, 0, Took(40.0, stages_ms))
+    assert (policy.best(1)[0] > 0) is drafts
+
+
 def test_nothing_is_sent_without_a_match_or_when_switched_off() -> None:
     assert DraftLength().length(0) == 0
     assert DraftLength(length_max=0).length(16) == 0
@@ -156,15 +167,15 @@ def test_nothing_is_sent_without_a_match_or_when_switched_off() -> None:
 def test_lengths_stay_in_bounds(seen: list[tuple[int, int, float]]) -> None:
     policy = DraftLength(length_max=9)
     for proposed, accepted, elapsed_ms in seen:
-        policy.record(6, proposed, min(proposed, accepted), elapsed_ms)
+        policy.record(6, proposed, min(proposed, accepted), Took(elapsed_ms))
         assert 0 <= policy.length(6) <= 9
 
 
 def test_drafts_go_on_as_long_as_longer_matches_are_worth_it() -> None:
     policy = DraftLength()
     for _ in range(60):  # the second id of a copy is doubtful, those behind it never
-        policy.record(2, 1, 0, 40.0)
-        policy.record(4, 6, 6, 50.0)
+        policy.record(2, 1, 0, Took(40.0))
+        policy.record(4, 6, 6, Took(50.0))
     assert policy.length(4) > policy.length(2)
 
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.client.driver import Accounting, Deliver, Driver, Finish, SendFrame
+from plait.compute.drafts import Took
 from plait.compute.model_drafts import Answered, ModelDrafts, PairedDrafter
 
 
@@ -86,7 +87,7 @@ def run(
                 if draft != ids[-1]:
                     break
                 ids.append(truth[drawn + len(ids)])
-        actions = driver.on_result(sent.traversal, ids, [0.0] * len(ids), traversal_ms)
+        actions = driver.on_result(sent.traversal, ids, [0.0] * len(ids), Took(traversal_ms))
     delivered += [one.token_id for one in actions if isinstance(one, Deliver)]
     return delivered, driver, waits
 
@@ -147,7 +148,7 @@ def test_a_late_drafter_sends_what_there_is() -> None:
     model.answer()
     driver.on_result(0, [10], [0.0])
     assert not driver.thinking  # no traversal was timed yet
-    driver.on_result(1, [11], [0.0], 50.0)
+    driver.on_result(1, [11], [0.0], Took(50.0))
     assert driver.thinking
     assert not driver.awaiting
     model.answer()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from plait.compute.drafts import Took
 from plait.errors import RemoteProtocolError
 from plait.ledger.terms import DRAFTS_MAX
 from plait.replay_cuts import cuts
@@ -35,7 +36,7 @@ class Drafter(Protocol):
     def late(self) -> tuple[int, ...]:
         """The same, when nobody can wait for more."""
 
-    def observe(self, proposed: int, accepted: int, elapsed_ms: float | None) -> None:
+    def observe(self, proposed: int, accepted: int, took: Took | None) -> None:
         """Learn how many of the last proposal were drawn, and how long the traversal took.
 
         The time is None where it says nothing: after a reroute.
@@ -286,7 +287,7 @@ class Driver:
         traversal: int,
         ids: Sequence[int],
         logprobs: Sequence[float],
-        elapsed_ms: float | None = None,
+        took: Took | None = None,
         extras: Extras = NO_EXTRAS,
     ) -> list[Action]:
         """Take the last stage's answer to the frame in flight, and how long that took.
@@ -312,7 +313,7 @@ class Driver:
         if self._drafter is not None:
             self._drafter.extend(ids)
             if decoded:
-                self._drafter.observe(sent.drafts, len(ids) - 1, elapsed_ms)
+                self._drafter.observe(sent.drafts, len(ids) - 1, took)
         return scored + self._on_draws(sent, ids, logprobs, extras)
 
     def _check_draws(self, sent: SendFrame, ids: Sequence[int], logprobs: Sequence[float]) -> None:

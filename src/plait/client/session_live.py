@@ -7,6 +7,7 @@ from plait.client.driver import Extra, Finish, SendFrame
 from plait.client.pace import Pace
 from plait.client.session_reroute import Rerouting
 from plait.client.session_state import MOVE_RETRY_MS, Phase
+from plait.compute.drafts import Took
 from plait.errors import RemoteProtocolError, VerificationError
 from plait.types import PeerId
 
@@ -89,10 +90,8 @@ class Driving(Rerouting):
             self._trouble({self.epoch.peers[-1]: "gone"}, str(error))
             return
         self._recovery.progressed()
-        elapsed_ms = self._elapsed_ms(sent)
-        actions = driver.on_result(
-            event.traversal, event.ids, event.logprobs, elapsed_ms, event.extras
-        )
+        took = self._took(sent, event)
+        actions = driver.on_result(event.traversal, event.ids, event.logprobs, took, event.extras)
         liar = self._take_receipts(sent, event)
         if liar is not None:
             self._perform(one for one in actions if isinstance(one, Extra))
@@ -102,13 +101,13 @@ class Driving(Rerouting):
         if self._phase is Phase.LIVE:
             if driver.thinking:
                 self._be_patient(DRAFTS_WAIT_MS)
-            self._note_pace(event, elapsed_ms)
+            self._note_pace(event, took)
 
-    def _elapsed_ms(self, sent: SendFrame) -> float | None:
+    def _took(self, sent: SendFrame, event: Resulted) -> Took | None:
         """How long a decode traversal took; None for the first of an epoch, and the prompt's."""
         if sent.rows != 1 + sent.drafts or sent.traversal == self.epoch.terms.resume_position:
             return None
-        return self._now_ms - self._sent_ms
+        return Took(self._now_ms - self._sent_ms, sum(event.stage_us) / 1000)
 
     def _take_receipts(self, sent: SendFrame, event: Resulted) -> PeerId | None:
         """Check the receipts of a closed chunk; returns a peer whose receipt is false."""
@@ -122,11 +121,11 @@ class Driving(Rerouting):
             return next(iter(self.books.faults), self.epoch.peers[-1])
         return None
 
-    def _note_pace(self, event: Resulted, elapsed_ms: float | None) -> None:
+    def _note_pace(self, event: Resulted, took: Took | None) -> None:
         terms, pace = self.epoch.terms, self._pace
-        if pace is None or elapsed_ms is None:
+        if pace is None or took is None:
             return
-        pace.note(elapsed_ms, event.stage_us)
+        pace.note(took.elapsed_ms, event.stage_us)
         slow = pace.straggler()
         if slow is not None:
             self._unwanted.setdefault(terms.stages[slow].peer, "slow")

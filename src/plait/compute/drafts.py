@@ -98,12 +98,22 @@ class NgramDrafter:
         return length
 
 
+@dataclass(frozen=True, slots=True)
+class Took:
+    """How long a traversal took, and how much of that the stages say they had it, if known."""
+
+    elapsed_ms: float
+    stages_ms: float | None = None
+
+
 _DECAY = 0.95  # of what was seen, per traversal: about the last twenty count
 _GAIN_MIN = 1.04  # expected of drafts: less is within what is not known of their chance
 _PRIOR_TRIALS = 3.0
 _KINDS = (2, 4, 8, 16)
 _PRIORS = (0.2, 0.4, 0.6, 0.85, 0.96)  # acceptance after a match of 1, 2, 4, 8, 16 ids
-_ROW_COST = 0.15  # of a traversal: a further row, until measured
+_ROW_COST = 0.15  # of a traversal: a further row, until anything is known
+_ROW_COST_IN_STAGE = 0.4  # of what a row takes in the stages: a further one, until measured
+_RATIO_MIN = 0.02
 _SPREAD_MIN = 0.08  # variance of rows from which a line is drawn
 _PLAIN_EVERY = 12  # traversals with drafts, until one without shows what a row costs
 _PROBE_AFTER = 8  # traversals without drafts that were possible
@@ -147,6 +157,9 @@ class _RowCost:
     time: float = 0.0
     rows_rows: float = 0.0
     rows_time: float = 0.0
+    in_stages: float = 0.0
+    """Share of the time of traversals of one row, ``singles`` of them."""
+    singles: int = 0
 
     @property
     def clear(self) -> bool:
@@ -154,7 +167,9 @@ class _RowCost:
         spread = self.weight * self.rows_rows - self.rows**2
         return self.weight >= 4 and spread >= self.weight**2 * _SPREAD_MIN
 
-    def record(self, rows: int, elapsed_ms: float) -> None:
+    def record(self, rows: int, took: Took) -> None:
+        elapsed_ms = took.elapsed_ms
+        self._guess(rows, took)
         self.weight = self.weight * _DECAY + 1
         self.rows = self.rows * _DECAY + rows
         self.time = self.time * _DECAY + elapsed_ms
@@ -167,7 +182,16 @@ class _RowCost:
         one_row = (self.time - slope * self.rows) / self.weight + slope
         if one_row > 0:
             self.one_row_ms = one_row
-            self.ratio = min(1.0, max(0.02, slope / one_row))
+            self.ratio = min(1.0, max(_RATIO_MIN, slope / one_row))
+
+    def _guess(self, rows: int, took: Took) -> None:
+        """Until rows were measured: what they cost is computing, and none of it the way."""
+        if rows != 1 or took.stages_ms is None or self.one_row_ms or took.elapsed_ms <= 0:
+            return
+        self.singles += 1
+        share = min(1.0, max(0.0, took.stages_ms / took.elapsed_ms))
+        self.in_stages += (share - self.in_stages) / self.singles
+        self.ratio = max(_RATIO_MIN, _ROW_COST_IN_STAGE * self.in_stages)
 
 
 @dataclass(slots=True)
@@ -201,10 +225,10 @@ class DraftLength:
         cost = self._cost
         return cost.one_row_ms or (cost.time / cost.weight if cost.weight else 0.0)
 
-    def record_time(self, rows: int, elapsed_ms: float | None) -> None:
+    def record_time(self, rows: int, took: Took | None) -> None:
         """A traversal of so many rows took so long; None where that means nothing."""
-        if elapsed_ms is not None:
-            self._cost.record(rows, elapsed_ms)
+        if took is not None:
+            self._cost.record(rows, took)
 
     def length(self, match_length: int) -> int:
         """How many drafts to send after a match of that length; 0 for none."""
@@ -231,14 +255,14 @@ class DraftLength:
         return best, best_gain if best else 1.0
 
     def record(
-        self, match_length: int, proposed: int, accepted: int, elapsed_ms: float | None = None
+        self, match_length: int, proposed: int, accepted: int, took: Took | None = None
     ) -> None:
         """A traversal came back: of ``proposed`` drafts, ``accepted`` were drawn.
 
-        ``elapsed_ms`` is how long it took; leave it out where that means nothing (a
-        prefill, or a rerouted traversal).
+        Leave out how long it took where that means nothing (a prefill, or a rerouted
+        traversal).
         """
-        self.record_time(1 + proposed, elapsed_ms)
+        self.record_time(1 + proposed, took)
         self._drafted = self._drafted + 1 if proposed else 0
         if not proposed:
             return
@@ -307,11 +331,11 @@ class AdaptiveDrafter:
         """Nothing here is ever waited for."""
         return ()
 
-    def observe_time(self, rows: int, elapsed_ms: float | None) -> None:
+    def observe_time(self, rows: int, took: Took | None) -> None:
         """Learn how long a traversal of so many rows took, whosever drafts they were."""
-        self._policy.record_time(rows, elapsed_ms)
+        self._policy.record_time(rows, took)
 
-    def observe(self, proposed: int, accepted: int, elapsed_ms: float | None = None) -> None:
+    def observe(self, proposed: int, accepted: int, took: Took | None = None) -> None:
         """Learn how many of the last proposal were drawn, 0 of 0 too, and how long the
         traversal took, if that is known."""
-        self._policy.record(self._match_length, proposed, accepted, elapsed_ms)
+        self._policy.record(self._match_length, proposed, accepted, took)

@@ -9,7 +9,7 @@ costs against the time of a traversal, both measured.
 
 from collections.abc import Callable, Sequence
 
-from plait.compute.drafts import LENGTH_MAX, Acceptance, AdaptiveDrafter
+from plait.compute.drafts import LENGTH_MAX, Acceptance, AdaptiveDrafter, Took
 
 ROWS_MAX = 256
 """Ids that the model is given at once: so a long prompt of one session delays others little."""
@@ -134,7 +134,7 @@ class PairedDrafter:
         self._by_model, self._awaited = bool(drafts), 0
         return drafts
 
-    def observe(self, proposed: int, accepted: int, elapsed_ms: float | None = None) -> None:
+    def observe(self, proposed: int, accepted: int, took: Took | None = None) -> None:
         """Learn how many of the last proposal were drawn, and how long the traversal took."""
         if self._by_model and proposed:
             self._acceptance.record(min(proposed, accepted + 1), accepted)
@@ -142,7 +142,7 @@ class PairedDrafter:
             self._acceptance.fade()  # so that it is tried again when the text has changed
         from_text = 0 if self._by_model else proposed
         self._text.observe(from_text, min(accepted, from_text), None)
-        self._text.observe_time(1 + proposed, elapsed_ms)
+        self._text.observe_time(1 + proposed, took)
 
     def _best(self, most: int) -> tuple[int, float]:
         """(how many ids of the model's, the gain expected) by what rows and waiting cost."""

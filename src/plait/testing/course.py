@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from plait.client.driver import Accounting, Action, Driver, Finish, SendFrame
+from plait.compute.drafts import Took
 from plait.envelope import digest, open_envelope
 from plait.ledger.bundle import BundleParts, EpochParts, Frame
 from plait.ledger.client_books import ClientBooks
@@ -104,7 +105,7 @@ class Script:
         """Nothing is waited for."""
         return ()
 
-    def observe(self, proposed: int, accepted: int, elapsed_ms: float | None) -> None:
+    def observe(self, proposed: int, accepted: int, took: Took | None) -> None:
         """Nothing is adapted."""
 
 
