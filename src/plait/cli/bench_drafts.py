@@ -6,7 +6,7 @@ not change an answer. Compare figures of one run only.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -47,21 +47,46 @@ ones. On its way through the air, blue light is thrown from molecule to molecule
 the eye from every side, while red light passes almost straight. At sunset the path through
 the air is longer: most of the blue has been scattered out of it before it arrives, and what
 is left is orange and red."""
-_LETTER = _LETTER.replace("\n", " ")
+_MINUTES = """On Monday the garden club met at the town hall. Mr Ellis reported that the new
+greenhouse will open on 3 June. Mrs Okafor asked for more volunteers for the watering plan in July.
+The members agreed to buy two rain barrels for 180 euros. The next meeting is on 14 May at seven in
+the evening."""
+_NOTICE = """The library will be closed from 2 to 9 August because the heating is being replaced.
+Books that are due in this week may be returned until 16 August without a fee. The reading room on
+the second floor stays open in the mornings. During the works the entrance is on Mill Street."""
+_REPORT = """The ferry between the two islands was stopped on Tuesday after a fire in its engine
+room. Nobody was hurt. The fifty passengers were taken to the harbour by two fishing boats. The
+company said that the ferry will be repaired within ten days and that tickets already bought will
+be paid back."""
+_PRODUCT = """The lamp has a battery that lasts for twelve hours and is charged by a cable that
+comes with it. It can be dimmed in five steps and folds flat for travelling. The foot is made of
+recycled aluminium. It weighs 340 grams and is sold in black, white and green."""
+_SCIENCE = """Bees tell each other where flowers are by dancing. The direction of the dance shows
+the angle to the sun, and its length shows how far the flowers are away. Other bees follow the
+dancer closely and feel its movements, since it is dark in the hive. On cloudy days bees see where
+the sun is by the polarisation of the light."""
 _PROSE = _PROSE.replace("\n", " ")
+_SUMMARISED = [_LETTER, _PROSE, _MINUTES, _NOTICE, _REPORT, _PRODUCT, _SCIENCE]
 
-TASKS = {
-    "copy-edit": "Rename the class to BankAccount and leave everything else as it is. "
-    f"Repeat the whole code:\n\n```python\n{_CODE}```",
-    "copy-edit-prose": "Correct the spelling mistakes in this text and write out the whole text:"
-    f"\n\n{_PROSE.replace('blue light', 'blew light').replace('almost', 'allmost')}",
-    "summarise": f"Summarise this letter in one or two sentences:\n\n{_LETTER}",
-    "summarise-prose": f"Summarise this text in two sentences:\n\n{_PROSE}",
-    "extract": f"Make a list of the facts in this text:\n\n{_PROSE}",
-    "chat": "Tell me something nice about an afternoon in the mountains.",
+TASKS: Mapping[str, Sequence[str]] = {
+    "copy-edit": [
+        "Rename the class to BankAccount and leave everything else as it is. "
+        f"Repeat the whole code:\n\n```python\n{_CODE}```"
+    ],
+    "copy-edit-prose": [
+        "Correct the spelling mistakes in this text and write out the whole text:"
+        f"\n\n{_PROSE.replace('blue light', 'blew light').replace('almost', 'allmost')}"
+    ],
+    "summarise": [
+        "Summarise this text in one or two sentences:\n\n" + text.replace("\n", " ")
+        for text in _SUMMARISED
+    ],
+    "extract": [f"Make a list of the facts in this text:\n\n{_PROSE}"],
+    "chat": ["Tell me something nice about an afternoon in the mountains."],
 }
-"""Prompts, put in the model's chat template. A small model keeps to the letter's words when it
-summarises it, and to its own with the prose: the two ends of what drafts from the text give."""
+"""Prompts of each, put in the model's chat template, of which the rounds take one after the other.
+Whether a small model keeps to a text's words when it summarises it, which is all that drafts from
+the text live on, may turn on the last bit of a sum: so there are seven of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +139,9 @@ def measure_drafts(plan: DraftPlan, progress: Progress) -> list[DraftFigure]:
             request(net.directory, "shape", change={"delay_s": plan.delay_ms / 1000})
         for turn in range(1 + plan.rounds):
             for task in plan.tasks:
-                pair = _pair(client, plan, task, drafted_first=bool(turn % 2))
+                prompts = TASKS[task]
+                prompt = prompts[(turn - 1) % len(prompts)]
+                pair = _pair(client, plan, prompt, drafted_first=bool(turn % 2))
                 if turn:  # the first round warms up
                     found[task].append(pair)
                     plain, drafted = (1e3 * one.tpot_s for one in pair)
@@ -123,10 +150,9 @@ def measure_drafts(plan: DraftPlan, progress: Progress) -> list[DraftFigure]:
 
 
 def _pair(
-    client: Client, plan: DraftPlan, task: str, *, drafted_first: bool
+    client: Client, plan: DraftPlan, prompt: str, *, drafted_first: bool
 ) -> tuple[Answer, Answer]:
-    """The task's answer without drafts and with them."""
-    prompt = TASKS[task]
+    """The answer without drafts and with them."""
     plain = Options(max_tokens=plan.tokens, drafts=False)
     drafted = replace(plain, drafts=True)
     turns = (drafted, plain) if drafted_first else (plain, drafted)
@@ -144,7 +170,7 @@ def _figure(task: str, pairs: Sequence[tuple[Answer, Answer]]) -> DraftFigure:
     accepted = sum(one.accepted for one in counts)
     return DraftFigure(
         task=task,
-        tokens=pairs[0][0].completion_tokens,
+        tokens=sum(plain.completion_tokens for plain, _ in pairs),
         tokens_per_traversal=round(1 + accepted / traversals, 2) if traversals else 1.0,
         acceptance=round(accepted / max(1, sum(one.drafted for one in counts)), 3),
         plain_tpot_ms=round(median(plain) * 1e3, 2),
@@ -152,7 +178,7 @@ def _figure(task: str, pairs: Sequence[tuple[Answer, Answer]]) -> DraftFigure:
         speedup=round(median(ratios), 3),
         low=round(low, 3),
         high=round(high, 3),
-        same_tokens=len({answer.token_ids for pair in pairs for answer in pair}) == 1,
+        same_tokens=all(plain.token_ids == drafted.token_ids for plain, drafted in pairs),
         plain_ms=[round(value * 1e3, 2) for value in plain],
         drafted_ms=[round(value * 1e3, 2) for value in drafted],
     )
