@@ -4,6 +4,7 @@ Slow because torch takes seconds to import.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -167,6 +168,11 @@ def test_the_end_of_a_layer_is_attention_output_and_feed_forward_in_bf16() -> No
     found = computed(program, attended, hidden)
     assert error(found, wanted) < 3 * ROUNDED
     assert torch.equal(torch.from_numpy(found).bfloat16().float(), torch.from_numpy(found))
+    last = rows(1, WIDTH, 10)[0]
+    closing = LayerEnd(output, constant(weight), 1e-5, [gate, up], down, constant(last))
+    np.testing.assert_allclose(
+        computed(closing, attended, hidden), normed(found, last), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,6 +212,20 @@ def test_a_graph_larger_than_its_arena_is_refused() -> None:
     program = LayerEnd(square, constant(rows(1, INPUTS)[0]), 1e-5, [double], square)
     with pytest.raises(LocalProtocolError, match="128 rows do not fit"):
         Part(program, Arena(400_000, 1), None)
+
+
+def test_a_library_that_cannot_be_loaded_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from plait.compute import ggml
+
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(ggml, "shared_object", lambda: broken)
+    ggml.library.cache_clear()
+    with pytest.raises(LocalProtocolError, match=r"broken\.so.*int4/mlas does without"):
+        ggml.library()
+    ggml.library.cache_clear()
 
 
 def test_without_its_package_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

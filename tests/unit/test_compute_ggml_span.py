@@ -5,6 +5,7 @@ Slow because torch takes seconds to import.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -280,6 +281,62 @@ def test_sessions_of_some_layers() -> None:
     assert torch.equal(rest, whole)
 
 
+@pytest.mark.parametrize("outside", ["none", "projections"])
+def test_the_models_last_norm_is_applied_once_behind_its_last_layer(outside: str) -> None:
+    import torch
+
+    from plait.compute.ggml import F32, Arena, Constant
+    from plait.compute.ggml_layers import Part
+    from plait.compute.ragged import RaggedModel
+
+    weight = np.abs(numbers(HIDDEN, seed=11))
+    plain = layers(OUTSIDE[outside])
+    end = plain[-1].end
+    assert isinstance(end, Part)
+    closing: Any = replace(end.program, final_norm=Constant(weight, F32, HIDDEN))  # type: ignore[type-var]
+    norming = [
+        *plain[:-1],
+        replace(plain[-1], end=Part(closing, Arena(16 << 20, 1), None), norms=True),
+    ]
+    works = [(0, 0, 3), (1, 0, 40), (2, 0, 17)]
+
+    def found(made: "list[HalvedLayer]", works: Sequence[tuple[int, int, int]], to: int) -> Any:
+        ours = RaggedModel(
+            replace(CONFIG, layers=LAYERS),
+            Span(0, LAYERS),
+            made,
+            "int4",
+            "ggml",
+            rows=None,
+            final_norm=torch.from_numpy(weight),
+            head=None,
+            narrow=span_of(made),
+        )
+        return torch.cat(run(ours, cache_for(3, Span(0, to)), works))
+
+    torch.testing.assert_close(found(norming, works, LAYERS), found(plain, works, LAYERS))
+    assert torch.equal(found(norming, works, LAYERS - 1), found(plain, works, LAYERS - 1))
+    assert not torch.equal(found(plain, works, LAYERS), found(plain, works, LAYERS - 1))
+
+
+def test_a_graph_that_cannot_be_made_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from plait.compute import ggml_span
+
+    ours, cache = model(), cache_for(1)
+    run(ours, cache, [(0, 0, 1)])
+    span: Any = ours._narrow
+    kept = span._kept_nodes
+
+    def failing(*given: Any) -> Any:
+        raise LocalProtocolError("no memory")
+
+    monkeypatch.setattr(ggml_span, "Graph", failing)
+    for _ in range(3):
+        with pytest.raises(LocalProtocolError, match="no memory"):
+            run(ours, cache, [(0, 0, 2)])
+    assert span._kept_nodes == kept == sum(graph.nodes for graph in span._graphs.values())
+
+
 def test_graphs_are_made_again_when_they_had_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -306,12 +363,20 @@ def test_graphs_are_made_again_when_they_had_to_go(monkeypatch: pytest.MonkeyPat
 def test_a_library_with_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from plait.compute import ggml_graph
 
+    placed = ggml_graph.Graph.placed
+
     def elsewhere(graph: ggml_graph.Graph, tensor: int) -> int:
         graph.places[tensor] = 12_345
         return tensor
 
-    monkeypatch.setattr(ggml_graph.Graph, "placed", elsewhere)
-    ggml_graph.fields.cache_clear()
-    with pytest.raises(LocalProtocolError, match="in a way that is not known"):
-        ggml_graph.fields()
+    def larger(graph: ggml_graph.Graph, tensor: int) -> int:
+        found = placed(graph, tensor)
+        graph.words[graph.words == 11] = 12
+        return found
+
+    for change in (elsewhere, larger):
+        monkeypatch.setattr(ggml_graph.Graph, "placed", change)
+        ggml_graph.fields.cache_clear()
+        with pytest.raises(LocalProtocolError, match="in a way that is not known"):
+            span_of(())
     ggml_graph.fields.cache_clear()

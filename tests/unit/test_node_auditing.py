@@ -373,7 +373,7 @@ def test_the_judgement_is_by_the_worst_and_nan_is_no_excuse() -> None:
         tolerance_of("abc/fp99/hf")
     with pytest.raises(BadProof):
         tolerance_of("abc/fp99/mlas-w4a8/f32/t1")
-    for kernel in ("mlas-w4a8", "ggml-w4a8-v2"):
+    for kernel in ("mlas-w4a8", "ggml-w4a8", "ggml-w4a8-v2"):
         rounds = tolerance_of(f"abc/int4/{kernel}/f32/t1")
         assert rounds.distance > tolerance_of("abc/int4/torch-int4pack32/f32/t1").distance
     nan = np.full((1, 4), np.nan, np.float32)

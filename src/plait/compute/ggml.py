@@ -1,10 +1,11 @@
-"""ggml, the library of llama.cpp, through its C interface: weights, graphs, and running them.
+"""ggml, the library of llama.cpp, through its C interface: weights, memory, and running graphs.
 
 The shared object comes in the wheel ``xllamacpp``; its Python module is never imported. Of
-ggml's interface (``ggml.h``, ``ggml-backend.h``) only functions over opaque pointers are used, and
-one struct. The tensors of graphs (``ggml_graph.py``) lie in an ``Arena`` that a stage's share, as
-they run one after the other on its one compute thread; what a graph gives must be copied out before
-the next.
+ggml's interface (``ggml.h``, ``ggml-backend.h``) functions over opaque pointers are used, one
+struct, and, where graphs read the KV cache, fields of tensors that are looked for
+(``ggml_graph.py``). Tensors of graphs lie in an ``Arena``, which many share: they run one after
+the other on a stage's one compute thread, and what a graph gives must be copied out before the
+next.
 """
 
 import ctypes
@@ -39,6 +40,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_free": (None, [c_void_p]),
     "ggml_tensor_overhead": (c_size_t, []),
     "ggml_graph_overhead_custom": (c_size_t, [c_size_t, c_bool]),
+    "ggml_used_mem": (c_size_t, [c_void_p]),
     "ggml_nbytes": (c_size_t, [c_void_p]),
     "ggml_new_tensor_1d": (c_void_p, [c_void_p, _ENUM, c_int64]),
     "ggml_new_tensor_2d": (c_void_p, [c_void_p, _ENUM, c_int64, c_int64]),
@@ -97,7 +99,11 @@ def library() -> Any:
     path = shared_object()
     if path is None:
         raise LocalProtocolError(f"ggml is not here: the package {PACKAGE} is missing")
-    loaded = ctypes.CDLL(str(path))
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:  # it needs OpenMP's library, which small systems lack
+        message = f"ggml cannot be loaded ({error}); --dtype int4/mlas does without it"
+        raise LocalProtocolError(message) from error
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

@@ -2,7 +2,8 @@
 
 Three operations a row (scores, softmax, sum), whatever rows are beside it, so a row's result is
 the same in any company. Where a session's pages lie next to each other, keys and values are read
-in their place; else a graph of the other kind puts them together first.
+in their place; else a graph of the other kind puts them together first, once for the rows of a
+session that follow each other.
 """
 
 import math
@@ -87,11 +88,26 @@ class Attending:
         seen: Sequence[npt.NDArray[np.int64]],
     ) -> None:
         """For the next computation: where each row's keys begin, how many positions it sees, and
-        the slot of its own, [rows] each; if gathered, the slots of all that each row sees."""
+        the slot of its own, [rows] each.
+
+        If gathered, the slots of each row's session, the same array for rows of one session,
+        which follow each other: its keys are put together for the first of them, as far as the
+        last one sees, and stay where they are.
+        """
         self._own[:] = written
-        self._moves.apply(starts, lengths)
-        for told, slots in zip(self._seen, seen, strict=True):
-            told[: len(slots)] = slots
+        if not seen:
+            self._moves.apply(starts, lengths)
+            return
+        together, read = lengths.copy(), lengths.copy()
+        for row in reversed(range(len(seen) - 1)):
+            if seen[row] is seen[row + 1]:
+                together[row] = together[row + 1]
+        for row, slots in enumerate(seen):
+            is_first = not row or slots is not seen[row - 1]
+            read[row] = together[row] if is_first else 0
+            self._seen[row][: read[row]] = slots[: read[row]]
+        everything = np.concatenate([lengths, read, together])
+        self._moves.apply(np.zeros_like(everything), everything)
 
     def add(self, layer: int, projected: int) -> int:
         """Queries, keys and values of the rows, turned -> [rows, queries * head size].
@@ -158,22 +174,25 @@ class Attending:
             )
             moves.size(row, graph.view(view), 1)
             if self._gathered:
-                moves.stride(row, view, 2, position)
-                moves.data(row, view, base, 0, start * position)
+                together = row + 2 * graph.rows
+                moves.stride(together, view, 2, position)
+                moves.data(together, view, base, 0, start * position)
             else:
                 moves.data(row, view, base + start * slots * position, position, 0)
             halves.append(view)
         return halves[0], halves[1]
 
     def _together(self, row: int, cached: int) -> int:
-        """A row's positions of the cache, [2 * kv heads, length, head size]."""
+        """What is read for a row of the cache, [2 * kv heads, length, head size]; of every row in
+        the same place."""
         graph, heads, moves = self._graph, self._heads, self._moves
         lib, slots, position = graph.lib, self._cache.slots, heads.size * _NUMBER
         # The same slots for each head: a view whose second stride is none.
         each = lib.ggml_view_3d(graph.context, self._gathered[row], slots, 2 * heads.kv, 1, 0, 0, 0)
-        moves.size(row, graph.view(each), 0)
+        read = row + graph.rows  # nothing is where an earlier row of the session has read it
+        moves.size(read, graph.view(each), 0)
         found = graph.placed(lib.ggml_get_rows(graph.context, cached, each))
-        moves.size(row, found, 1)
-        moves.stride(row, found, 2, position)
-        moves.stride(row, found, 3, 2 * heads.kv * position)
+        moves.size(read, found, 1)
+        moves.stride(read, found, 2, position)
+        moves.stride(read, found, 3, 2 * heads.kv * position)
         return int(found)

@@ -33,7 +33,7 @@ from plait.errors import LocalProtocolError
 NumberT = TypeVar("NumberT", bound=np.generic)
 
 NODES_MAX = 64
-"""Of a graph of half a layer."""
+"""Tensors of a layer, or half of one, but for those of each row's attention."""
 _WORD = 8
 """Bytes of a size, a stride or an address."""
 
@@ -77,7 +77,15 @@ class Graph:
         """Addresses of the tensors' data."""
 
     def __del__(self) -> None:
-        self.lib.ggml_free(self.context)
+        if getattr(self, "context", None):
+            self.lib.ggml_free(self.context)
+
+    def check_room(self) -> None:
+        """Raise ``LocalProtocolError`` if the graph has more tensors than were allowed."""
+        used: int = self.lib.ggml_used_mem(self.context)
+        spare = self.words.nbytes - used
+        if spare < self.lib.ggml_tensor_overhead():
+            raise LocalProtocolError(f"a graph of {self.rows} rows has over {self.nodes} tensors")
 
     def given(self, width: int) -> int:
         """An input, [rows, width] in fp32; positions, [rows] in int32, if ``width`` is 0."""

@@ -17,7 +17,7 @@ import torch
 from plait.compute.attention import Item
 from plait.compute.ggml import ALIGNMENT, Arena
 from plait.compute.ggml_attention import NODES_OF_ROW, Attending, Cache, Heads
-from plait.compute.ggml_graph import NODES_MAX, Graph, Rotary
+from plait.compute.ggml_graph import NODES_MAX, Graph, Rotary, fields
 from plait.compute.ggml_layers import LayerEnd, Part, Projection
 from plait.compute.layers import Half, HalvedLayer
 
@@ -25,7 +25,7 @@ ROWS_MAX = 16
 """Of a graph; more go one graph after the other."""
 _KEPT_NODES_MAX = 400_000
 """Of all graphs, some 150 MB; those that were not used for longest go. All sizes of graphs of 30
-layers take 70,000."""
+layers have room for 70,000."""
 Numbers = npt.NDArray[np.float32]
 
 
@@ -77,7 +77,7 @@ class _Rows:
     written: npt.NDArray[np.int64]
     """Where its own are."""
     seen: Sequence[npt.NDArray[np.int64]]
-    """Where each row's keys are, if they have to be gathered."""
+    """Where the keys of each row's session are, if they have to be gathered."""
 
     def cut(self, start: int, end: int) -> "_Rows":
         """Some of them."""
@@ -108,6 +108,7 @@ class GgmlSpan:
         threads: int,
     ) -> None:
         """``row_bytes`` is what a row takes while half a layer is computed, inputs included."""
+        fields()  # a library that cannot be told where keys are is refused now
         self._layers = layers
         self._heads, self._rotary, self._hidden_size = heads, rotary, hidden_size
         self._layer_bytes, self._threads = 2 * row_bytes, threads
@@ -175,18 +176,15 @@ class GgmlSpan:
         key = steps, rows, gathered
         known = self._graphs.get(key)
         if known is None:
-            nodes = len(steps) * (NODES_MAX + rows * NODES_OF_ROW) + NODES_MAX + rows
-            self._kept_nodes += nodes
-            while self._graphs and self._kept_nodes > _KEPT_NODES_MAX:
+            known = self._graphs[key] = self._made(steps, rows, gathered=gathered)
+            self._kept_nodes += known.nodes
+            while len(self._graphs) > 1 and self._kept_nodes > _KEPT_NODES_MAX:
                 _, gone = self._graphs.popitem(last=False)
                 self._kept_nodes -= gone.nodes
-            known = self._graphs[key] = self._made(steps, rows, nodes, gathered=gathered)
         self._graphs.move_to_end(key)
         return known
 
-    def _made(
-        self, steps: tuple[Step, ...], rows: int, nodes: int, *, gathered: bool
-    ) -> "_SpanGraph":
+    def _made(self, steps: tuple[Step, ...], rows: int, *, gathered: bool) -> "_SpanGraph":
         assert self._cache is not None
         arena = self._arenas.get(gathered)
         if arena is None:
@@ -195,6 +193,7 @@ class GgmlSpan:
             size += self._heads.told(ROWS_MAX, slots, gathered=gathered)
             size += 3 * ROWS_MAX * self._layer_bytes + 6 * NODES_MAX * ALIGNMENT
             arena = self._arenas[gathered] = Arena(size, self._threads)
+        nodes = len(steps) * (NODES_MAX + rows * NODES_OF_ROW) + NODES_MAX + rows
         graph = Graph(arena, rows, nodes)
         attending = Attending(graph, self._heads, self._cache, gathered=gathered)
         return _SpanGraph(graph, attending, steps, self._heads, self._rotary, self._hidden_size)
@@ -217,8 +216,8 @@ class _SpanGraph:
         rows, given = graph.rows, graph.given(0)
         self._positions = graph.array(given, np.int32, rows)
         hidden = graph.given(hidden_size)
-        self._hidden = self._last = graph.array(hidden, np.float32, rows, hidden_size)
-        """Hidden rows before the first layer, and where the last one has or takes them."""
+        self._hidden = graph.array(hidden, np.float32, rows, hidden_size)
+        """Rows before the first layer."""
         self._projected: Numbers | None = None
         self._attended: Numbers | None = None
         projected = 0
@@ -241,6 +240,8 @@ class _SpanGraph:
                 hidden, last = step.end.build(graph, (attended, hidden))
                 graph.finished(last)
         self._last = graph.array(hidden, np.float32, rows, hidden_size)
+        """Rows behind the last layer, or before it if its end lies outside."""
+        graph.check_room()
 
     def run(
         self, hidden: Numbers, projected: Numbers | None, rows: _Rows
@@ -273,8 +274,7 @@ def _rows_of(items: Sequence[Item]) -> _Rows:
     if start is not None:
         return _Rows(positions, np.full(item.rows, start), positions + start, ())
     slots = item.kv.slots(0, item.first_position + item.rows).numpy()
-    seen = [slots[: position + 1] for position in positions.tolist()]
-    return _Rows(positions, np.zeros_like(positions), slots[positions], seen)
+    return _Rows(positions, np.zeros_like(positions), slots[positions], [slots] * item.rows)
 
 
 class _Halves:

@@ -79,8 +79,8 @@ def rounded(hidden: Hidden, dtype: WireDtype) -> Hidden:
 def _to_bf16(hidden: Hidden) -> npt.NDArray[np.uint16]:
     """The upper halves of fp32, rounded to nearest, ties to even."""
     halves = np.ascontiguousarray(hidden, "<f4").view("<u2")
-    if not halves[:, ::2].any():  # rounded already: below fp32 every layer does that
-        return halves[:, 1::2]
+    if not halves[..., ::2].any():  # rounded already: below fp32 every layer does that
+        return halves[..., 1::2]
     clipped = np.clip(hidden, -_BF16_MAX, _BF16_MAX)  # rounding up must not give infinity
     bits = np.ascontiguousarray(clipped, np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))

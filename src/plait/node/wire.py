@@ -243,7 +243,8 @@ def onward_frame(
     )
     if hidden is not None:
         sent = message.activations
-        sent.dtype, (sent.rows, sent.width) = wire_to_message(wire_dtype), hidden.shape
+        sent.rows, sent.width = hidden.shape
+        sent.dtype = wire_to_message(wire_dtype)
         sent.data = encode(hidden, wire_dtype)
     return message
 
