@@ -168,7 +168,7 @@ def scatter(cache: "KvCache") -> None:
         kv = cache._sessions[session(index)]
         kv.pages = tuple(np.random.default_rng(index).permutation(kv.pages).tolist())
         kv.prepare(0, 1)
-        assert kv.start is None
+        assert kv.start(kv.tokens) is None
 
 
 def run(
@@ -230,6 +230,23 @@ def test_a_row_is_the_same_in_any_company_and_on_any_pages(outside: str, threads
     some = cache_for(4)
     some._sessions[session(1)].pages = some._sessions[session(1)].pages[::-1]
     assert torch.equal(all_steps(ours, some, alone=False), wanted)
+
+
+def test_a_session_that_grew_is_read_in_place_while_its_first_pages_hold_it() -> None:
+    import torch
+
+    cache = cache_for(3, tokens=32)
+    cache.free(session(1))
+    cache.reserve(session(2), 64, Sampling())  # its second run lies elsewhere
+    kv = cache.get(session(2))
+    assert kv is not None
+    kv.prepare(0, 1)
+    runs = [kv.start(end) is None for end in (1, 32, 33, 64)]
+    assert runs == [False, False, True, True]
+    grown = [run(model(), cache, [(2, first, 16)])[0] for first in (0, 16, 32, 48)]
+    whole = cache_for(3)
+    wanted = [run(model(), whole, [(2, first, 16)])[0] for first in (0, 16, 32, 48)]
+    assert torch.equal(torch.cat(grown), torch.cat(wanted))
 
 
 def test_few_rows_are_those_rows_one_at_a_time() -> None:

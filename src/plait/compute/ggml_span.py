@@ -128,7 +128,7 @@ class GgmlSpan:
             return [torch.from_numpy(self._in_tiles(hidden, _rows_of(items), first, end))]
         results: dict[int, torch.Tensor] = {}
         for gathered in (False, True):
-            indexes = [at for at, item in enumerate(items) if (item.kv.start is None) == gathered]
+            indexes = [at for at, item in enumerate(items) if (_start(item) is None) == gathered]
             if not indexes:
                 continue
             same = [items[index] for index in indexes]
@@ -259,6 +259,10 @@ class _SpanGraph:
         return self._last[:count].copy(), attended
 
 
+def _start(item: Item) -> int | None:
+    return item.kv.start(item.first_position + item.rows)
+
+
 def _rows_of(items: Sequence[Item]) -> _Rows:
     """The rows of items, whose keys all have to be gathered or all have not."""
     if len(items) > 1:
@@ -269,7 +273,7 @@ def _rows_of(items: Sequence[Item]) -> _Rows:
             np.concatenate([rows.written for rows in each]),
             [seen for rows in each for seen in rows.seen],
         )
-    item, start = items[0], items[0].kv.start
+    item, start = items[0], _start(items[0])
     positions = np.arange(item.first_position, item.first_position + item.rows)
     if start is not None:
         return _Rows(positions, np.full(item.rows, start), positions + start, ())

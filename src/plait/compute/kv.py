@@ -111,10 +111,10 @@ class SessionKv:
         ]
         return torch.cat(found) if len(found) > 1 else found[0]
 
-    @property
-    def start(self) -> int | None:
-        """Where position 0 lies among the cache's, if all others follow it; else None."""
-        return self._slices[0][1] if len(self._slices) == 1 else None
+    def start(self, end: int) -> int | None:
+        """Where position 0 lies among the cache's, if those up to ``end`` follow it; else None."""
+        _, at, count = self._slices[0]
+        return at if end <= count else None
 
     @property
     def cache_data(self) -> torch.Tensor:
