@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from plait.envelope import payload_type, seal
-from plait.errors import LedgerError
+from plait.errors import LedgerError, PeerUnreachable
 from plait.identity import load_key
 from plait.ledger.certs import make_key_cert
 from plait.ledger.checkpoint import open_checkpoint
 from plait.ledger.merkle import Tree, leaf_hash
 from plait.ledger.service.remote import RemoteLedger
 from plait.ledger.service.tiles import entries_of_folder
-from plait.network_file import NetworkFile, load_network_file
+from plait.network_file import Authority, NetworkFile, load_network_file
 from plait.testing.testnets import Testnet
 from plait.v1.identity_pb2 import NodeKeyCert
 from plait.v1.ledger_pb2 import AccountQuery
@@ -60,6 +60,20 @@ async def books(network: NetworkFile, net: Testnet) -> list[tuple[int, int, int]
     return rows
 
 
+async def until_back(authority: Authority) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            ledger = RemoteLedger(authority)
+            try:
+                await anext(ledger.export())
+            except PeerUnreachable:
+                await asyncio.sleep(0.2)
+            else:
+                return
+            finally:
+                await ledger.close()
+
+
 async def until_equal(network: NetworkFile, net: Testnet) -> list[tuple[int, int, int]]:
     async with asyncio.timeout(60):
         while len(set(rows := await books(network, net))) > 1:  # noqa: ASYNC110 - other processes
@@ -82,6 +96,7 @@ def test_one_of_four_may_die_and_come_back(committee: Testnet) -> None:
     for lot in lots:
         assert "anchor" not in lot["reason"] and "ledger" not in lot["reason"], lot
     committee.control("restart", "ledger-1")
+    asyncio.run(until_back(network.authorities[0]))
     # What it missed waits with the client and the stages; a client brings it when it runs.
     verified(committee, "with-it-again.json")
     rows = asyncio.run(until_equal(network, committee))
