@@ -52,6 +52,10 @@ class Stage:
 
         async def generate() -> bytes:
             async with AsyncClient(self.directory / "network.toml") as client:
+                # A route is there before all hosts are in view; those needed here must be.
+                async with asyncio.timeout(launch.ROUTE_TIMEOUT_S):
+                    while len(client.view().offers) < 2 * STAGES:
+                        await client.changed()
                 ignore = self.ignored(peer)
                 options = Options(max_tokens=TOKENS, bundle=True, ignore=ignore, raw=True)
                 # A session that moved on a busy machine leaves no host that took no part.
