@@ -27,3 +27,12 @@ def test_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["bench", "draft", "--tasks", "copy-edit,poem"]) == 3
     said = capsys.readouterr().err
     assert all(task in said for task in ("poem", *TASKS))
+
+
+@pytest.mark.parametrize("command", ["pipeline", "batch", "draft"])
+def test_a_dtype_that_is_not_there_is_refused_before_anything_starts(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert invoke(["bench", command, "--model", "tiny-random", "--dtype", "int4/gml"]) == 3
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: there is no dtype 'int4/gml'")

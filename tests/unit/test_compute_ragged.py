@@ -300,7 +300,16 @@ def test_in_fp32_it_computes_what_transformers_computes(local: LocalModel, rows:
     assert divergence(local, "fp32", ids(1, 150), rows) < 1e-7
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("int4", 0.005), ("bf16", 0.005), ("int8", 0.01)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [
+        ("int4", 0.005),
+        ("int4/mlas-w4a8", 0.01),
+        ("int4/ggml-w4a8-v2", 0.01),
+        ("bf16", 0.005),
+        ("int8", 0.01),
+    ],
+)
 def test_real_distributions_are_close_to_fp32s(
     smollm2: LocalModel, dtype: str, limit: float
 ) -> None:

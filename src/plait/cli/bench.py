@@ -131,6 +131,7 @@ def pipeline(
 
     from plait.cli.bench_network import measure_pipeline
 
+    _check_dtype(model, dtype)
     _emit(asdict(measure_pipeline(model, stages, dtype, rounds, tokens, _round)), as_json)
 
 
@@ -154,6 +155,7 @@ def batch(
     from plait.cli.bench_network import measure_batch
 
     sizes = _numbers("--batches", batches)
+    _check_dtype(model, dtype)
     figures = measure_batch(model, stages, dtype, sizes, rounds, tokens, threads, _round)
     _emit(asdict(figures), as_json, "batches")
 
@@ -183,6 +185,7 @@ def draft(
     names = tuple(TASKS) if tasks == "all" else tuple(tasks.split(","))
     if not set(names) <= set(TASKS):
         raise ConfigError(f"--tasks {tasks}: there are {', '.join(TASKS)}")
+    _check_dtype(model, dtype)
     plan = DraftPlan(model, dtype, stages, delay_ms, rounds, tokens, names, draft)
     figures = [asdict(figure) for figure in measure_drafts(plan, status)]
     if not as_json:
@@ -191,6 +194,14 @@ def draft(
     report = {"model": model, "dtype": dtype, "stages": stages, "delay_ms": delay_ms}
     report |= {"draft": draft}
     _emit(report | {"rounds": rounds, "tasks": figures}, as_json, "tasks")
+
+
+def _check_dtype(model: str, dtype: str) -> None:
+    """Before a testnet is started that would refuse it."""
+    from plait.compute.load import check_loadable
+    from plait.model import catalog
+
+    check_loadable(catalog.load(model), None, dtype)
 
 
 def _round(done: int, total: int) -> None:
