@@ -98,3 +98,11 @@ def test_auto_loads_one_of_the_good_dtypes_and_says_which(
         monkeypatch.setattr(choice, "measured", lambda *_, table=table, **__: table)
         stage = load_stage(local, Span(0, 1), "auto")
         assert stage.numeric_class().split("/")[1] == wanted
+
+
+def test_a_kernel_named_as_a_dtype_is_the_one_that_is_loaded() -> None:
+    """The names stand apart, as torch is not imported for them."""
+    from plait.compute import choice, ggml_parts, load, ort
+
+    kernels = {"ggml": ggml_parts.KERNEL, "mlas": ort.KERNEL, "torch": choice.TORCH_INT4}
+    assert kernels == load.INT4_KERNELS
